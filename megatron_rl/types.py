@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arrows of the data flow: one frozen dataclass per stage, in the order in which a step makes them.
+
+Shape suffixes used in the whole project:
+T packed tokens of one micro-batch, R response tokens in it, F frames, P prompts, N samples a prompt, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One checked line of a JSONL file. `source` is "file.jsonl:12"; video paths are absolute."""
+
+    source: str
+    problem: str
+    answer: str
+    videos: tuple[str, ...] = ()
+    problem_type: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that was set aside, and why. Counted, listed in `<run>/quarantine.jsonl`, never replaced."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What one demux pass tells about a file. `timestamps[i]` is the presentation time of frame i in seconds, first frame 0."""
+
+    path: str
+    codec: str
+    width: int
+    height: int
+    timestamps: tuple[float, ...]
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.timestamps)
+
+
+@dataclass(frozen=True, slots=True)
+class VideoArtifact:
+    """Which frames of a video, at which size, making which tokens: decided once, used by vLLM and by the trainer.
+
+    `key` is the sha256 of everything else, file identity included. `grid_thw` counts patches after the temporal merge:
+    a video gives t*h*w patches and `num_tokens` = t*h*w / merge_size**2 language tokens.
+    """
+
+    key: str
+    path: str
+    frame_indices: tuple[int, ...]
+    timestamps: tuple[float, ...]
+    size_hw: tuple[int, int]
+    grid_thw: tuple[int, int, int]
+    seconds_per_grid: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A tokenized question. `token_ids` holds every placeholder token of every video (already expanded)."""
+
+    prompt_id: int
+    row: Row
+    token_ids: tuple[int, ...]
+    videos: tuple[VideoArtifact, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a rollout phase samples. `seed` is the base from which one seed per (step, prompt, sample) is derived."""
+
+    num_samples: int
+    temperature: float
+    max_response_tokens: int
+    seed: int
+    step: int = 0
+    greedy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled response. `logprobs[i]` is the engine's log-probability of `token_ids[i]` at the sampling temperature."""
+
+    prompt_id: int
+    sample_index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A completion with its reward. `parts` are the named components (accuracy, format ...); `reward` their weighted sum."""
+
+    completion: Completion
+    reward: float
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSample:
+    """One sequence to learn from. `advantages`, `rollout_logprobs` run over the response tokens; `weight` scales its loss."""
+
+    prompt: Prompt
+    response_ids: tuple[int, ...]
+    advantage: float
+    rollout_logprobs: tuple[float, ...]
+    weight: float = 1.0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.token_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """Everything a policy loss sees, per response token of one micro-batch, all fp32 [R]."""
+
+    logprobs: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor
+    advantages: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """`loss_sum` is a sum over tokens (the global token count divides it later); metrics are (numerator, denominator)."""
+
+    loss_sum: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """Bytes of one weight sync on this rank; `minimum` = bytes it needed and did not already hold."""
+
+    version: int
+    received: int
+    sent: int
+    minimum: int
+    copied_locally: int
+    seconds: float
