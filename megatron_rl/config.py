@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run configuration: YAML -> frozen dataclasses. Imports no torch, so a mistake is reported in milliseconds.
+
+A field without a default is required. `load_config` (config_io.py) reads a recipe, applies `key.path=value` overrides
+and reports every problem at once; `config_checks.py` holds the checks that span several fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    hf: str
+    """Folder of a Hugging Face checkpoint: config, tokenizer, weights."""
+    weights_from: str = ""
+    """Megatron checkpoint folder (a `step_N` or a run's `checkpoints`) to start from; empty = the weights in `hf`."""
+    freeze_vision: bool = True
+    """Keep the vision tower fixed: it is never trained, synced or moved."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Parameter and compute type; auto = bfloat16 on a GPU, float32 on a CPU."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation in the trainer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    train: str = ""
+    """JSONL file with the fields `problem`, `answer`, and optionally `videos`, `problem_type`."""
+    eval: str = ""
+    """JSONL file to evaluate on; empty = no evaluation."""
+    media_root: str = ""
+    """Folder against which relative video paths are resolved; empty = the folder of the JSONL file."""
+    format_prompt: str = ""
+    """Jinja file rendered with `content` = the problem; empty = the problem as it is."""
+    num_frames: int = 32
+    """Frames taken uniformly from each video; 0 = use `fps`."""
+    fps: float = 0.0
+    """Frames a second to take when num_frames is 0."""
+    max_frames: int = 8192
+    """Upper bound on the frames taken by `fps`."""
+    min_pixels: int = 100_352
+    """Smallest frame area after resizing."""
+    max_pixels: int = 602_112
+    """Largest frame area after resizing."""
+    max_prompt_tokens: int = 4096
+    """Prompts longer than this (video tokens included) are set aside and counted, never cut."""
+    shuffle: bool = True
+    """Reshuffle every epoch, by (seed, epoch)."""
+    max_bad_fraction: float = 0.2
+    """The run stops when more than this part of a batch had to be set aside."""
+    decode_threads: int = 1
+    """Decoder threads per rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    tensor: int = 1
+    """Tensor parallel size of the trainer (sequence parallel is on whenever it is above 1)."""
+    pipeline: int = 1
+    """Pipeline parallel size of the trainer."""
+    context: int = 1
+    """Context parallel size of the trainer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    tensor: int = 1
+    """Tensor parallel size of vLLM; the other ranks form replicas."""
+    num_samples: int = 8
+    """Responses per prompt."""
+    temperature: float = 1.0
+    """Sampling temperature; the trainer scores at the same temperature."""
+    max_response_tokens: int = 1024
+    """A response that reaches this length is truncated (counted in response_length/clip_ratio)."""
+    truncated: Literal["keep", "mask"] = "keep"
+    """Truncated responses: keep them in the loss, or mask them out (DAPO's overlong filtering)."""
+    max_model_len: int = 0
+    """Engine limit on prompt + response; 0 = data.max_prompt_tokens + max_response_tokens."""
+    max_num_seqs: int = 256
+    """Sequences decoded together by one replica."""
+    kv_cache_gib: float = 0.0
+    """KV-cache memory of one rank in GiB; 0 = let vLLM take `gpu_memory_utilization`."""
+    gpu_memory_utilization: float = 0.6
+    """Part of the device memory vLLM may use while awake."""
+    enforce_eager: bool = False
+    """No compilation, no CUDA graphs: slower generation, faster start."""
+    sync_buffer_mib: int = 256
+    """Bound on the extra memory of one weight sync."""
+    save_to: str = ""
+    """Write every rollout batch to this folder."""
+    replay_from: str = ""
+    """Train on rollouts saved before; no engine is built."""
+    only: bool = False
+    """Generate and score, do not train (with `save_to`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """Advantage estimator over the group of one prompt."""
+    loss: Literal["ppo_clip"] = "ppo_clip"
+    """Policy loss."""
+    loss_average: Literal["token", "sequence"] = "token"
+    """token: every response token of the global batch weighs the same; sequence: every response does."""
+    clip_low: float = 0.2
+    """Lower clip of the probability ratio: 1 - clip_low."""
+    clip_high: float = 0.3
+    """Upper clip: 1 + clip_high (DAPO's clip-higher)."""
+    clip_dual: float = 3.0
+    """Dual clip for negative advantages."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference in the loss; 0 = no reference is kept."""
+    kl_kind: Literal["k1", "abs", "k2", "k3"] = "k3"
+    """Estimator of the KL (Schulman 2020)."""
+    filter_groups: bool = False
+    """DAPO's dynamic sampling: drop groups whose mean reward is outside (filter_low, filter_high)."""
+    filter_low: float = 0.01
+    filter_high: float = 0.99
+    max_filter_rounds: int = 20
+    """Rollout rounds spent on filling a batch with informative groups before giving up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    name: str = "r1v"
+    """A built-in reward (math, r1v, exact) or `path/to/file.py:function`."""
+    format_weight: float = 0.1
+    """Share of the format part in the overall reward, where the reward has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    lr: float = 1e-6
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    eps: float = 1e-8
+    warmup_steps: int = 0
+    """Steps of linear warm-up: step k (from 0) uses lr * min(1, (k + 1) / warmup_steps)."""
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    num_steps: int
+    """Optimizer rounds: rollout batches in RL, batches in SFT."""
+    prompts_per_step: int = 128
+    """Prompts of one rollout batch (rows of one batch in SFT), over all ranks."""
+    updates_per_step: int = 1
+    """Optimizer updates made from one rollout batch."""
+    max_tokens_per_microbatch: int = 16_384
+    """Token budget of one packed micro-batch."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every: int = 0
+    """Evaluate after every so many steps; 0 = only before the first and after the last."""
+    at_start: bool = True
+    at_end: bool = True
+    batch_size: int = 64
+    """Prompts generated together."""
+    blind: bool = False
+    """Also evaluate with every frame blanked: what can be guessed without looking."""
+    show: int = 5
+    """Sample rollouts printed at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 0
+    """Save after every so many steps; 0 = only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept; the best one is kept besides."""
+    best_metric: str = "eval/accuracy"
+    """Metric whose highest value marks the best checkpoint."""
+    save_at_end: bool = True
+    export_hf: bool = False
+    """Write the final weights as a Hugging Face folder into the run directory."""
+    resume: bool = True
+    """Go on from the newest checkpoint in the run directory, if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    wandb: Literal["off", "offline", "online"] = "offline"
+    """Weights & Biases; online falls back to nothing: it needs a login and says so."""
+    project: str = "megatron_rl"
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    run_dir: str
+    """Folder of this run: resolved config, metrics, checkpoints, plots."""
+    seed: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    train: TrainConfig
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def max_model_len(self) -> int:
+        return self.rollout.max_model_len or self.data.max_prompt_tokens + self.rollout.max_response_tokens
