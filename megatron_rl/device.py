@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only module that knows on which device we run. Everything else reads a `Backend`, a frozen record of choices."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_rl.mcore_on_cpu import redirect_cuda_to_cpu
+
+# Codecs of DALI's CPU video decoder since 2.1.1 (H.264 and HEVC left it then); NVDEC takes everything.
+DALI_CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What differs between a GPU box and a laptop, decided once."""
+
+    device: Literal["cpu", "cuda"]
+    process_group: str
+    dtype: torch.dtype
+    layer_spec: Literal["local", "transformer_engine"]
+    fused_kernels: bool
+    optimizer: Literal["adamw", "fused"]
+    decoder_device: Literal["cpu", "gpu"]
+    native_codecs: frozenset[str]
+    engine_sleeps: bool
+    engine_owns_weights: bool
+    mcore_scope: Callable[[], AbstractContextManager[None]]
+
+    def local_device(self, local_rank: int) -> torch.device:
+        return torch.device("cpu") if self.device == "cpu" else torch.device("cuda", local_rank)
+
+    def set_device(self, local_rank: int) -> None:
+        if self.device == "cuda":
+            torch.cuda.set_device(local_rank)
+
+    def release_cache(self) -> None:
+        """Hand freed blocks back to the device, so that the other half of the process can have them."""
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
+    """The backend for `device` (auto, cpu, cuda) and `dtype` (auto, float32, bfloat16)."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device=cuda: torch sees no GPU; use device=cpu or check the driver and CUDA_VISIBLE_DEVICES")
+        return Backend(
+            device="cuda",
+            process_group="cpu:gloo,cuda:nccl",
+            dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
+            layer_spec="transformer_engine",
+            fused_kernels=True,
+            optimizer="fused",
+            decoder_device="gpu",
+            native_codecs=frozenset(),
+            engine_sleeps=True,
+            engine_owns_weights=True,
+            mcore_scope=nullcontext,
+        )
+    return Backend(
+        device="cpu",
+        process_group="gloo",
+        dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32,
+        layer_spec="local",
+        fused_kernels=False,
+        optimizer="adamw",
+        decoder_device="cpu",
+        native_codecs=DALI_CPU_CODECS,
+        engine_sleeps=False,
+        engine_owns_weights=False,
+        mcore_scope=redirect_cuda_to_cpu,
+    )
+
+
+def define_torchvision_operators() -> None:
+    """Let `import torchvision` succeed where its compiled half cannot load (the PyPI wheel beside a CPU build of torch).
+
+    torchvision registers fake kernels for `nms` and `qnms` at import and fails if the operators do not exist. Declaring
+    them first, in this process, is enough for transformers' video processors. Where the compiled half loads, nothing is done.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None or hasattr(torch.ops.torchvision, "nms"):
+        return
+    for library in Path(spec.origin).parent.glob("_C*.so"):
+        try:
+            torch.ops.load_library(str(library))
+            return
+        except OSError:
+            continue  # linked against CUDA libraries that are not here
+    fragment = torch.library.Library("torchvision", "DEF")
+    fragment.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    fragment.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _KEEP_ALIVE.append(fragment)
+
+
+_KEEP_ALIVE: list[torch.library.Library] = []  # a Library undoes its definitions when it is collected
