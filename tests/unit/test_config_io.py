@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: strict keys and types, overrides, one message for all problems, and a help text that knows every key."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_rl.config import RunConfig
+from megatron_rl.config_io import describe, dump_config, load_config, parse_args
+
+MINIMAL = "run_dir: runs/a\nmodel: {hf: some/model}\ntrain: {num_steps: 3}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+
+    def write(text: str = MINIMAL) -> str:
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def problems_of(recipe: str, *overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        load_config(recipe, overrides)
+    return str(caught.value)
+
+
+def test_defaults_fill_what_the_recipe_leaves_out(recipe):
+    cfg = load_config(recipe())
+    assert (cfg.run_dir, cfg.model.hf, cfg.train.num_steps) == ("runs/a", "some/model", 3)
+    assert cfg.rollout.num_samples == 8
+    assert cfg.max_model_len == 4096 + 1024
+
+
+def test_overrides_win_in_order(recipe):
+    cfg = load_config(recipe(), ["seed=2", "train.optimizer.lr=2e-6", "data.eval=", "seed=5"])
+    assert cfg.seed == 5
+    assert cfg.train.optimizer.lr == 2e-6
+    assert cfg.data.eval == ""
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1.0e-06", "0.000001", "'1e-6'"])
+def test_every_way_to_write_a_small_number(recipe, text):
+    assert load_config(recipe(), [f"train.optimizer.lr={text}"]).train.optimizer.lr == 1e-6
+
+
+def test_off_is_a_word_not_false(recipe):
+    assert load_config(recipe(MINIMAL + "log: {wandb: off}\n")).log.wandb == "off"
+
+
+def test_int_for_float_and_list_for_pair(recipe):
+    cfg = load_config(recipe(), ["rollout.temperature=1", "train.optimizer.betas=[0.9, 1]"])
+    assert isinstance(cfg.rollout.temperature, float)
+    assert cfg.train.optimizer.betas == (0.9, 1.0)
+
+
+def test_empty_section_is_all_defaults(recipe):
+    assert load_config(recipe(MINIMAL + "data:\n")).data.num_frames == 32
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.num_frame=8", "data.num_frame=8: no such key; did you mean 'num_frames'?"),
+        ("num_frames=8", "num_frames=8: no such key; did you mean 'data.num_frames'?"),
+        ("zzz=8", "zzz=8: no such key; known here: run_dir, seed, device"),
+        ("seed=true", "seed=true: true/false; expected integer"),
+        ("seed=010", "seed=010: text; expected integer"),
+        ("seed=1.5", "seed=1.5: a number; expected integer"),
+        ("seed=null", "seed=: empty; expected integer"),
+        ("run_dir=7", "run_dir=7: an integer; expected text"),
+        ("data.shuffle=1", "data.shuffle=1: an integer; expected true | false"),
+        ("data.fps=.inf", "data.fps=.inf: text; expected number"),
+        ("rollout.temperature=nan", "rollout.temperature=nan: text; expected number"),
+        ("log.wandb=never", "log.wandb=never: not a choice; expected off | offline | online"),
+        ("train.optimizer.betas=[0.9]", "train.optimizer.betas=[0.9]: a list; expected [number, number]"),
+        ("train.optimizer.betas=[0.9, x]", "train.optimizer.betas[1]=x: text; expected number"),
+        ("data=x", "data=x: is a section"),
+        ("data={fps: 1}", "write data.<key>=value"),
+        ("seed.a=1", "seed.a=1: 'seed' is a value, not a section"),
+        ("data.train=[", "the value is not readable as YAML"),
+        ("data.train", "data.train: not an override; write key.path=value"),
+    ],
+)
+def test_what_is_wrong_and_what_to_do(recipe, override, expected):
+    text = MINIMAL + "seed: 1\n"
+    message = problems_of(recipe(text), override)
+    assert expected in message
+    assert "1 problem" in message
+
+
+def test_all_problems_in_one_message(recipe):
+    message = problems_of(recipe("data: {num_frame: 8, shuffle: 1}\n"), "seed=x")
+    assert "6 problems" in message
+    missing = [f"{key}: missing" for key in ("run_dir", "model.hf", "train.num_steps")]
+    for part in (*missing, "num_frame=8", "shuffle=1", "seed=x"):
+        assert part in message
+
+
+def test_files_that_are_no_recipe(recipe, tmp_path):
+    assert "no such file; check the path" in problems_of(str(tmp_path / "none.yaml"))
+    assert "the first argument is the recipe" in problems_of("seed=1")
+    assert "holds a list" in problems_of(recipe("- a\n"))
+    assert "holds empty" in problems_of(recipe(""))
+    assert "not readable as YAML" in problems_of(recipe("a: [\n"))
+    assert "key 'seed' appears twice" in problems_of(recipe(MINIMAL + "seed: 1\nseed: 2\n"))
+
+
+@pytest.mark.parametrize("name", ["off", "1e-6", "12", "true", "~", "2024-01-01", "", "a: b", "ü #x", "[x]", "010", "1:30"])
+def test_a_dump_loads_back_equal(recipe, name):
+    base = load_config(recipe(), ["train.optimizer.lr=1e-6", "data.fps=0.1", "log.wandb=off"])
+    cfg = dataclasses.replace(base, run_dir=name)
+    assert load_config(recipe(dump_config(cfg))) == cfg
+
+
+def test_help_names_every_key_and_its_doc():
+    text = describe()
+    for section in dataclasses.fields(RunConfig):
+        assert section.name in text
+    assert "advantage" in text and "grpo | dr_grpo | rloo; default grpo" in text
+    assert "Response" in text and "Share of the format part in the overall reward" in text
+    assert "train.optimizer:" in text and "[number, number]; default [0.9, 0.999]" in text
+
+
+def test_help_exits_clean_and_shows_usage(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--help"], "python -m megatron_rl.train", "Train a policy.")
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "usage: python -m megatron_rl.train" in out and "max_tokens_per_microbatch" in out
+
+
+def test_parse_args_reads_recipe_and_overrides(recipe):
+    assert parse_args([recipe(), "seed=9"], "x", "y").seed == 9
+
