@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Environment of the whole test suite, and the imports that forked worlds share."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or vLLM: both read these once. One thread also keeps a forked OpenMP from dead-locking.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+    WANDB_MODE="offline",
+)
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def heavy_imports() -> None:
+    """Import Megatron-core, transformers' Qwen2.5-VL and vLLM once; worlds forked afterwards have them for nothing."""
+    from megatron_rl.device import define_torchvision_operators
+
+    define_torchvision_operators()
+    import megatron.core.models.gpt
+    import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
+    from vllm import LLM
+
+    assert megatron.core.models.gpt and transformers and LLM
