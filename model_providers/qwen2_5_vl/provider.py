@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that the rest of the system asks of the Qwen2.5-VL family, read from the checkpoint's config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.device import Backend
+from megatron_rl.parallel import ParallelMesh
+from megatron_rl.types import Prompt, VideoArtifact
+from model_providers.hf_checkpoint import HfCheckpoint, load_shard
+from model_providers.qwen2_5_vl.positions import rope_positions
+from model_providers.qwen2_5_vl.vision import QwenVideoSpec, VisionTower, build_tower
+from model_providers.qwen2_5_vl.weights import weight_map
+from model_providers.transformer import LanguageModel, TokenPolicy, TransformerShape, build_language_model
+
+# Fallbacks of transformers' Qwen2VLVideoProcessor, for checkpoints without preprocessor files.
+OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Qwen2_5_VL:
+    """Provider of one checkpoint folder. `min_pixels`, `max_pixels` bound the frame area after resizing."""
+
+    model_type = "qwen2_5_vl"
+
+    def __init__(self, folder: str | Path, min_pixels: int, max_pixels: int):
+        self.folder = Path(folder)
+        config = json.loads((self.folder / "config.json").read_text())
+        self._text: dict[str, Any] = config.get("text_config") or config
+        self._vision: dict[str, Any] = config["vision_config"]
+        self.image_token_id: int = config["image_token_id"]
+        self.video_token_id: int = config["video_token_id"]
+        self.shape = _transformer_shape(self._text, config)
+        self.weight_map = weight_map(self.shape)
+        self.video_spec = self._video_spec(min_pixels, max_pixels)
+
+    @property
+    def forbidden_tokens(self) -> tuple[int, ...]:
+        """Placeholders that a sampled response must not contain: the engine would look for media behind them."""
+        return (self.image_token_id, self.video_token_id)
+
+    @cached_property
+    def checkpoint(self) -> HfCheckpoint:
+        return HfCheckpoint(self.folder)
+
+    def build_language(
+        self, backend: Backend, mesh: ParallelMesh, temperature: float = 1.0, recompute: str = "none"
+    ) -> LanguageModel:
+        """This rank's pipeline stage, uninitialised."""
+        tokens = TokenPolicy(temperature, self.forbidden_tokens)
+        return build_language_model(self.shape, backend, mesh, tokens, recompute)
+
+    def load_language(self, model: LanguageModel, mesh: ParallelMesh) -> None:
+        """Fill this stage with its part of the HF weights, reading only that part."""
+        self.checkpoint.check({t.name: t.shape for t in self.weight_map.hf_tensors().values()})
+        for name, param in model.named_weights().items():
+            entry = self.weight_map[name]
+            shard = entry.layout.trainer(entry.hf, mesh.here.tp, mesh.tensor)
+            assert shard.shape == tuple(param.shape), f"{name}: built {tuple(param.shape)}, table says {shard.shape}"
+            load_shard(param, shard.blocks, self.checkpoint)
+
+    def build_vision(self, backend: Backend, device: torch.device) -> VisionTower:
+        return build_tower(self._vision, self.checkpoint, self.video_spec, backend, device)
+
+    def position_ids(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> Tensor:
+        """int64 [3, len(token_ids)] rotary positions; response tokens may follow the prompt's."""
+        starts = self.video_starts(token_ids, videos)
+        rate = float(self._vision.get("tokens_per_second", 4))
+        return rope_positions(len(token_ids), starts, videos, self.video_spec.merge_size, rate)
+
+    def video_starts(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> list[int]:
+        """Index of the first placeholder token of each video."""
+        starts, position = [], 0
+        for video in videos:
+            position = list(token_ids).index(self.video_token_id, position)
+            starts.append(position)
+            position += video.num_tokens
+        return starts
+
+    def engine_prompt(self, prompt: Prompt, embeds: Mapping[str, Tensor]) -> dict[str, Any]:
+        """vLLM's input: one placeholder a video (vLLM expands it itself) and the embeddings in its place."""
+        ids = list(prompt.token_ids)
+        starts = self.video_starts(ids, prompt.videos)
+        for start, video in reversed(list(zip(starts, prompt.videos, strict=True))):
+            ids[start : start + video.num_tokens] = [self.video_token_id]
+        request: dict[str, Any] = {"prompt_token_ids": ids}
+        if prompt.videos:
+            request["multi_modal_data"] = {
+                "video": {
+                    "video_embeds": torch.cat([embeds[v.key] for v in prompt.videos]),
+                    "video_grid_thw": torch.tensor([v.grid_thw for v in prompt.videos]),
+                    "second_per_grid_ts": torch.tensor([v.seconds_per_grid for v in prompt.videos]),
+                }
+            }
+            request["multi_modal_uuids"] = {"video": [v.key for v in prompt.videos]}
+        return request
+
+    def _video_spec(self, min_pixels: int, max_pixels: int) -> QwenVideoSpec:
+        processor: dict[str, Any] = {}
+        for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+            if (self.folder / file).is_file():
+                processor |= json.loads((self.folder / file).read_text())
+        return QwenVideoSpec(
+            patch_size=self._vision["patch_size"],
+            temporal_patch_size=self._vision["temporal_patch_size"],
+            merge_size=self._vision["spatial_merge_size"],
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            placeholder_id=self.video_token_id,
+            mean=tuple(processor.get("image_mean", OPENAI_CLIP_MEAN)),
+            std=tuple(processor.get("image_std", OPENAI_CLIP_STD)),
+        )
+
+
+def _transformer_shape(text: Mapping[str, Any], config: Mapping[str, Any]) -> TransformerShape:
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    heads = text["num_attention_heads"]
+    return TransformerShape(
+        num_layers=text["num_hidden_layers"],
+        hidden_size=text["hidden_size"],
+        ffn_hidden_size=text["intermediate_size"],
+        num_heads=heads,
+        num_groups=text["num_key_value_heads"],
+        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+        vocab_size=text["vocab_size"],
+        rms_eps=text["rms_norm_eps"],
+        rope_theta=rope.get("rope_theta") or text["rope_theta"],
+        mrope_section=tuple(rope["mrope_section"]),
+        qkv_bias=True,
+        tied_embeddings=config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+        max_positions=text["max_position_embeddings"],
+    )

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames -> patches -> video embeddings, with transformers' own Qwen2.5-VL tower.
+
+The tower stands outside the pipeline: every rank holds it and encodes some of the frames. Its attention never crosses a
+temporal patch, so a video may be cut between any two of them and encoded in pieces, exactly.
+Shapes: F frames, P temporal patch, C=3, N language tokens, H language hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rl.device import Backend, define_torchvision_operators
+from model_providers.hf_checkpoint import HfCheckpoint
+
+
+@dataclass(frozen=True, slots=True)
+class QwenVideoSpec:
+    """The arithmetic between a video file and its tokens (protocol VideoSpec)."""
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    placeholder_id: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def size_hw(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        factor = self.patch_size * self.merge_size
+        return smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+
+    def placeholder(self, num_tokens: int) -> tuple[int, ...]:
+        return (self.placeholder_id,) * num_tokens
+
+    def patchify(self, frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """uint8 [F, 3, height, width] -> normalised patches [t*h*w, 3*P*p*p] and the grid (t, h, w)."""
+        p, m, tp = self.patch_size, self.merge_size, self.temporal_patch_size
+        mean = torch.tensor(self.mean, device=frames.device).view(1, 3, 1, 1) * 255
+        std = torch.tensor(self.std, device=frames.device).view(1, 3, 1, 1) * 255
+        x = (frames.float() - mean) / std
+        t, h, w = x.shape[0] // tp, x.shape[2] // p, x.shape[3] // p
+        x = x.view(t, tp, 3, h // m, m, p, w // m, m, p)
+        x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, h/m, w/m, m, m, C, tp, p, p
+        return x.reshape(t * h * w, 3 * tp * p * p), (t, h, w)
+
+
+class VisionTower:
+    """The frozen tower: uint8 frames -> embeddings in the language model's width."""
+
+    def __init__(self, module: torch.nn.Module, spec: QwenVideoSpec, backend: Backend, device: torch.device):
+        self.module = module.to(device=device, dtype=backend.dtype).eval().requires_grad_(False)
+        self.spec = spec
+        self.device = device
+        self.dtype = backend.dtype
+
+    @torch.inference_mode()
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 [F, 3, height, width], F a multiple of the temporal patch -> [N, H]."""
+        patches, grid = self.spec.patchify(frames.to(self.device))
+        output = self.module(patches.to(self.dtype), grid_thw=torch.tensor([grid], device=self.device))
+        return output.pooler_output.clone()
+
+
+def build_tower(
+    vision_config: Mapping[str, Any], checkpoint: HfCheckpoint, spec: QwenVideoSpec, backend: Backend, device: torch.device
+) -> VisionTower:
+    """The tower with the checkpoint's weights; every missing or misshapen tensor is named in one WeightMismatch."""
+    define_torchvision_operators()
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    config = Qwen2_5_VLVisionConfig(**vision_config)
+    config._attn_implementation = "sdpa"
+    module = Qwen2_5_VisionTransformerPretrainedModel(config)
+    state = module.state_dict()
+    checkpoint.check({f"visual.{name}": tuple(tensor.shape) for name, tensor in state.items()})
+    module.load_state_dict({name: checkpoint.tensor(f"visual.{name}") for name in state})
+    return VisionTower(module, spec, backend, device)

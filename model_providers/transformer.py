@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoder-only language models on Megatron-core's GPTModel, shared by every family.
+
+`LanguageModel` adds the two hooks that stock GPTModel lacks: video embeddings merged into this rank's slice of the
+sequence, and log-probabilities of response tokens only, computed in recomputed chunks so that peak memory does not grow
+with prompt length through the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from megatron_rl.device import Backend
+from megatron_rl.parallel import ParallelMesh
+from model_providers.attention.packed import BatchLayout, PackedAttention
+from model_providers.weight_map import canonical_name, padded_vocab
+
+LOGIT_CHUNK = 1024  # response tokens whose logits exist at a time
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerShape:
+    """The numbers of a decoder-only transformer that Megatron-core needs, whatever the family."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    vocab_size: int
+    rms_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    qkv_bias: bool
+    tied_embeddings: bool
+    max_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPolicy:
+    """What sampling does to the logits, so that trainer and engine score the same distribution."""
+
+    temperature: float = 1.0
+    forbidden: tuple[int, ...] = ()
+    """Placeholder tokens: FORBIDDEN_BIAS is added to their logits on both sides."""
+
+
+FORBIDDEN_BIAS = -100.0
+
+
+class RMSNorm(torch.nn.Module):
+    """RMS norm that Megatron-core's local spec can use under sequence parallelism (its own torch norm refuses)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused_by_us: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance = x.float().pow(2).mean(-1, keepdim=True)
+        return self.weight * (x.float() * torch.rsqrt(variance + self.eps)).to(x.dtype)
+
+
+def transformer_config(
+    shape: TransformerShape, backend: Backend, mesh: ParallelMesh, recompute: str
+) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_groups,
+        kv_channels=shape.head_dim,
+        tensor_model_parallel_size=mesh.tensor,
+        pipeline_model_parallel_size=mesh.pipeline,
+        context_parallel_size=mesh.context,
+        sequence_parallel=mesh.tensor > 1,
+        params_dtype=backend.dtype,
+        pipeline_dtype=backend.dtype,
+        bf16=backend.dtype == torch.bfloat16,
+        variable_seq_lengths=True,
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        use_cpu_initialization=not backend.fused_kernels,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=backend.fused_kernels,
+        bias_dropout_fusion=backend.fused_kernels,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        mrope_section=list(shape.mrope_section),
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+    )
+
+
+def _block_spec(config: TransformerConfig, backend: Backend) -> TransformerBlockSubmodules:
+    """Megatron-core's stock layer with our core attention; local modules on a CPU, Transformer Engine's on a GPU."""
+    if backend.layer_spec == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec()
+        norm: type = TENorm
+    else:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        norm = RMSNorm
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+
+
+class LanguageModel(GPTModel):
+    """GPTModel whose forward takes a BatchLayout and, on the last stage, returns log-probabilities [R] in fp32.
+
+    The layout rides in `packed_seq_params`; position ids are this rank's own, [3, 1, T], and Megatron-core's slicing of
+    rotary embeddings is off, so that a response can continue at any position.
+    """
+
+    def __init__(self, shape: TransformerShape, backend: Backend, mesh: ParallelMesh, tokens: TokenPolicy, recompute: str):
+        config = transformer_config(shape, backend, mesh, recompute)
+        super().__init__(
+            config,
+            _block_spec(config, backend),
+            vocab_size=padded_vocab(shape.vocab_size, mesh.tensor),
+            max_sequence_length=shape.max_positions,
+            pre_process=mesh.is_first_stage,
+            post_process=mesh.is_last_stage,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="mrope",
+            rotary_base=int(shape.rope_theta),
+        )
+        self.rotary_pos_emb.cp_group = None
+        self.tokens = tokens
+        self.real_vocab_size = shape.vocab_size
+        if self.post_process:
+            # _postprocess gathers the sequence itself, before it picks the rows that predict response tokens.
+            self.output_layer.sequence_parallel = False
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
+        layout = kwargs["packed_seq_params"]
+        if self.pre_process:
+            kwargs["decoder_input"] = self._embed(input_ids, position_ids, layout)
+        return super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs)
+
+    def _embed(self, input_ids: Tensor, position_ids: Tensor, layout: BatchLayout) -> Tensor:
+        """Token embeddings [T/tp, 1, H] with the video rows of this rank's slice overwritten."""
+        hidden = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        if layout.video_rows is not None:
+            first = self.pg_collection.tp.rank() * hidden.shape[0] if self.config.sequence_parallel else 0
+            mine = (layout.video_rows >= first) & (layout.video_rows < first + hidden.shape[0])
+            rows = (layout.video_rows[mine] - first)[:, None, None].expand(-1, 1, hidden.shape[2])
+            hidden = hidden.scatter(0, rows, layout.video_embeds[mine].unsqueeze(1).to(hidden.dtype))
+        # Full recomputation differentiates only through inputs that need a gradient; with a frozen embedding nothing
+        # upstream asks for one, and the layers would silently not be trained.
+        return hidden if hidden.requires_grad or not torch.is_grad_enabled() else hidden.requires_grad_()
+
+    def _postprocess(self, hidden_states: Tensor, packed_seq_params: BatchLayout, **_: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states)
+        rows = hidden_states[:, 0].index_select(0, packed_seq_params.logit_rows)
+        chunks = zip(rows.split(LOGIT_CHUNK), packed_seq_params.targets.split(LOGIT_CHUNK), strict=True)
+        logprobs = [checkpoint(self._logprobs, h, t, use_reentrant=False) for h, t in chunks]
+        return torch.cat(logprobs)
+
+    def _logprobs(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden_RH.unsqueeze(1), weight=weight, runtime_gather_output=False)
+        logits = (logits.float() + self._logit_bias(logits.shape[-1], logits.device)) / self.tokens.temperature
+        return -vocab_parallel_cross_entropy(logits, targets_R.unsqueeze(1)).squeeze(1)
+
+    def _logit_bias(self, num_columns: int, device: torch.device) -> Tensor:
+        """Bias of this rank's vocabulary columns: -inf on padding, FORBIDDEN_BIAS on placeholder tokens."""
+        ids = torch.arange(num_columns, device=device) + self.pg_collection.tp.rank() * num_columns
+        bias = torch.zeros(num_columns, device=device)
+        bias[torch.isin(ids, torch.tensor(self.tokens.forbidden, dtype=ids.dtype, device=device))] = FORBIDDEN_BIAS
+        return bias.masked_fill(ids >= self.real_vocab_size, float("-inf"))
+
+    def named_weights(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters of this stage under the names of the weight table (global layer index, fused norm names)."""
+        offset = get_transformer_layer_offset(self.config)
+        return {canonical_name(name, offset): param for name, param in self.named_parameters()}
+
+
+def build_language_model(
+    shape: TransformerShape, backend: Backend, mesh: ParallelMesh, tokens: TokenPolicy, recompute: str = "none"
+) -> LanguageModel:
+    """This rank's stage, uninitialised, on its device."""
+    with backend.mcore_scope():
+        model = LanguageModel(shape, backend, mesh, tokens, recompute)
+        if backend.fused_kernels:
+            model.cuda(torch.cuda.current_device())
+        for param in model.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+    return model
