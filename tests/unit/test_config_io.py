@@ -111,7 +111,9 @@ def test_files_that_are_no_recipe(recipe, tmp_path):
     assert "key 'seed' appears twice" in problems_of(recipe(MINIMAL + "seed: 1\nseed: 2\n"))
 
 
-@pytest.mark.parametrize("name", ["off", "1e-6", "12", "true", "~", "2024-01-01", "", "a: b", "ü #x", "[x]", "010", "1:30"])
+@pytest.mark.parametrize(
+    "name", ["off", "1e-6", "12", "true", "~", "2024-01-01", "", "a: b", "ü #x", "[x]", "010", "1:30"]
+)
 def test_a_dump_loads_back_equal(recipe, name):
     base = load_config(recipe(), ["train.optimizer.lr=1e-6", "data.fps=0.1", "log.wandb=off"])
     cfg = dataclasses.replace(base, run_dir=name)
@@ -137,4 +139,3 @@ def test_help_exits_clean_and_shows_usage(capsys):
 
 def test_parse_args_reads_recipe_and_overrides(recipe):
     assert parse_args([recipe(), "seed=9"], "x", "y").seed == 9
-

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Mathematics: the last \boxed{...} has the value of the reference, and the response thinks before it answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_rl.rewards.grading import last_boxed, same_text, same_value
+
+if TYPE_CHECKING:
+    from megatron_rl.types import Completion, Prompt
+
+_FORMAT = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class MathReward:
+    """overall = (1 - format_weight) * accuracy + format_weight * format; without a box, accuracy is 0."""
+
+    format_weight: float = 0.1
+    name: str = "math"
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
+        return [self._parts(p.row.answer, c.text) for p, c in zip(prompts, completions, strict=True)]
+
+    def _parts(self, reference: str, response: str) -> dict[str, float]:
+        boxed = last_boxed(response)
+        right = boxed is not None and (same_text(boxed, reference) or same_value(boxed, reference))
+        accuracy, form = float(right), float(_FORMAT.fullmatch(response.strip()) is not None)
+        overall = (1 - self.format_weight) * accuracy + self.format_weight * form
+        return {"overall": overall, "accuracy": accuracy, "format": form}

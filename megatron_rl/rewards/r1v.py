@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Video question answering in the R1 style: the answer is right, and the response thinks before it answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_rl.rewards.grading import is_value, last_answer_span, same_text, same_value
+
+if TYPE_CHECKING:
+    from megatron_rl.types import Completion, Prompt
+
+_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class R1VReward:
+    """overall = (1 - format_weight) * accuracy + format_weight * format.
+
+    The answer is the last `<answer>` span, or the whole response when there is none. Words are compared as text;
+    a reference that is a number or a formula is compared as mathematics too.
+    """
+
+    format_weight: float = 0.1
+    name: str = "r1v"
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
+        return [self._parts(p.row.answer, c.text) for p, c in zip(prompts, completions, strict=True)]
+
+    def _parts(self, reference: str, response: str) -> dict[str, float]:
+        span = last_answer_span(response)
+        predicted = response if span is None else span
+        right = same_text(predicted, reference) or (is_value(reference) and same_value(predicted, reference))
+        accuracy, form = float(right), float(_FORMAT.fullmatch(response.strip()) is not None)
+        overall = (1 - self.format_weight) * accuracy + self.format_weight * form
+        return {"overall": overall, "accuracy": accuracy, "format": form}
