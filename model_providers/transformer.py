@@ -99,6 +99,7 @@ def transformer_config(
         pipeline_dtype=backend.dtype,
         bf16=backend.dtype == torch.bfloat16,
         variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # the default is refused together with variable_seq_lengths
         calculate_per_token_loss=True,
         perform_initialization=False,
         use_cpu_initialization=not backend.fused_kernels,

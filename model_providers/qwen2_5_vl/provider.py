@@ -105,9 +105,10 @@ class Qwen2_5_VL:
 
     def _video_spec(self, min_pixels: int, max_pixels: int) -> QwenVideoSpec:
         processor: dict[str, Any] = {}
-        for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        for file in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
             if (self.folder / file).is_file():
-                processor |= json.loads((self.folder / file).read_text())
+                settings = json.loads((self.folder / file).read_text())
+                processor |= settings.get("video_processor", settings)
         return QwenVideoSpec(
             patch_size=self._vision["patch_size"],
             temporal_patch_size=self._vision["temporal_patch_size"],
