@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a RunConfig that need more than one field: ranges, exclusions, parallel sizes against the model, files.
+
+Everything that can be known before a GPU is touched is said here, in one message. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+from megatron_rl.config import RunConfig
+from megatron_rl.errors import raise_all
+from megatron_rl.rewards.registry import load_reward
+
+Job = Literal["rl", "sft"]
+
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value must be, the test for it, and the keys
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        "parallel.tensor parallel.pipeline parallel.context rollout.tensor rollout.num_samples "
+        "rollout.max_response_tokens rollout.max_num_seqs rollout.sync_buffer_mib data.max_frames data.min_pixels "
+        "data.max_pixels data.max_prompt_tokens data.decode_threads algorithm.max_filter_rounds train.num_steps "
+        "train.prompts_per_step train.updates_per_step train.max_tokens_per_microbatch eval.batch_size checkpoint.keep",
+    ),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        "seed data.num_frames data.fps rollout.max_model_len rollout.kv_cache_gib algorithm.kl_coef eval.every eval.show "
+        "train.optimizer.lr train.optimizer.weight_decay train.optimizer.warmup_steps checkpoint.every",
+    ),
+    (
+        "above 0",
+        lambda value: value > 0,
+        "rollout.temperature algorithm.clip_high train.optimizer.eps train.optimizer.max_grad_norm",
+    ),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, "rollout.gpu_memory_utilization"),
+    ("between 0 and 1, both excluded", lambda value: 0 < value < 1, "algorithm.clip_low"),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, "data.max_bad_fraction reward.format_weight"),
+    ("above 1 (3.0 is usual)", lambda value: value > 1, "algorithm.clip_dual"),
+    ("two numbers from 0 to below 1", lambda betas: all(0 <= beta < 1 for beta in betas), "train.optimizer.betas"),
+    ("the name of a folder", bool, "run_dir model.hf"),
+)
+
+
+def check(cfg: RunConfig, world_size: int, job: Job, require_files: bool = True) -> None:
+    """Raise one ValueError with every problem; `require_files=False` checks the numbers only."""
+    problems = [
+        *_ranges(cfg),
+        *_data(cfg),
+        *_parallel(cfg, world_size, job),
+        *_lengths(cfg),
+        *_not_built(cfg),
+        *_log(cfg),
+    ]
+    if job == "rl":
+        problems += [*_rollout(cfg), *_algorithm(cfg)]
+    if require_files:
+        problems += [*_files(cfg, job), *_model(cfg, job)]
+    raise_all(problems, f"configuration of {cfg.run_dir}")
+
+
+def _at(cfg: RunConfig, path: str) -> Any:
+    value: Any = cfg
+    for key in path.split("."):
+        value = getattr(value, key)
+    return value
+
+
+def _problem(cfg: RunConfig, path: str, why: str) -> str:
+    value = _at(cfg, path)
+    return f"{path}={str(value).lower() if isinstance(value, bool) else value}: {why}"
+
+
+def _ranges(cfg: RunConfig) -> Iterator[str]:
+    for wanted, holds, paths in _RANGES:
+        for path in paths.split():
+            if not holds(_at(cfg, path)):
+                yield _problem(cfg, path, f"out of range; it must be {wanted}")
+
+
+def _data(cfg: RunConfig) -> Iterator[str]:
+    data = cfg.data
+    if data.num_frames > 0 and data.fps > 0:
+        yield _problem(cfg, "data.fps", f"data.num_frames={data.num_frames} is set as well; set one of them to 0")
+    if data.num_frames == 0 and data.fps == 0:
+        yield _problem(cfg, "data.num_frames", "data.fps is 0 as well; set one of them")
+    if data.min_pixels > data.max_pixels:
+        yield _problem(cfg, "data.min_pixels", f"exceeds data.max_pixels={data.max_pixels}; swap them")
+    if not data.eval and (cfg.eval.every > 0 or cfg.eval.blind):
+        path = "eval.every" if cfg.eval.every > 0 else "eval.blind"
+        yield _problem(cfg, path, "there is nothing to evaluate; set data.eval")
+
+
+def _parallel(cfg: RunConfig, world_size: int, job: Job) -> Iterator[str]:
+    parallel = cfg.parallel
+    size = parallel.tensor * parallel.pipeline * parallel.context
+    if size > 0 and world_size % size:
+        product = f"{parallel.tensor} * {parallel.pipeline} * {parallel.context}"
+        fix = f"start a multiple of {size} processes or change the parallel sizes"
+        yield f"parallel.tensor * pipeline * context={product}: does not divide {world_size} ranks; {fix}"
+    if job == "rl" and cfg.rollout.tensor > 0 and world_size % cfg.rollout.tensor:
+        yield _problem(cfg, "rollout.tensor", f"does not divide {world_size} ranks; use a divisor")
+
+
+def _lengths(cfg: RunConfig) -> Iterator[str]:
+    need = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
+    if need > cfg.max_model_len:
+        parts = f"data.max_prompt_tokens + rollout.max_response_tokens = {need}"
+        yield _problem(cfg, "rollout.max_model_len", f"is below {parts}; raise it, or 0 to derive it")
+    if cfg.train.max_tokens_per_microbatch < cfg.max_model_len:
+        why = f"the longest sequence has {cfg.max_model_len} tokens and must fit; raise it to that"
+        yield _problem(cfg, "train.max_tokens_per_microbatch", why)
+    if cfg.train.updates_per_step > 0 and cfg.train.prompts_per_step % cfg.train.updates_per_step:
+        why = f"is not a multiple of train.updates_per_step={cfg.train.updates_per_step}; make it one"
+        yield _problem(cfg, "train.prompts_per_step", why)
+
+
+def _not_built(cfg: RunConfig) -> Iterator[str]:
+    if cfg.parallel.context > 1:
+        yield _problem(cfg, "parallel.context", "context parallelism is not built yet; use 1")
+    if not cfg.model.freeze_vision:
+        yield _problem(cfg, "model.freeze_vision", "training the vision tower is not built yet; use true")
+
+
+def _rollout(cfg: RunConfig) -> Iterator[str]:
+    rollout = cfg.rollout
+    if rollout.only and not rollout.save_to:
+        yield _problem(cfg, "rollout.only", "the rollouts would be lost; set rollout.save_to")
+    for path in ("rollout.only", "rollout.save_to"):
+        if rollout.replay_from and _at(cfg, path):
+            yield _problem(cfg, path, f"rollout.replay_from={rollout.replay_from} generates nothing; unset one of them")
+
+
+def _algorithm(cfg: RunConfig) -> Iterator[str]:
+    algorithm = cfg.algorithm
+    if cfg.rollout.num_samples == 1 and not cfg.rollout.only:
+        why = f"algorithm.advantage={algorithm.advantage} compares the responses of a prompt; use 2 or more"
+        yield _problem(cfg, "rollout.num_samples", why)
+    if algorithm.filter_low >= algorithm.filter_high:
+        why = f"is not below algorithm.filter_high={algorithm.filter_high}; no group could pass"
+        yield _problem(cfg, "algorithm.filter_low", why)
+    try:
+        load_reward(cfg.reward.name, cfg.reward.format_weight)
+    except ValueError as error:
+        yield str(error)
+
+
+def _files(cfg: RunConfig, job: Job) -> Iterator[str]:
+    if not cfg.data.train and not (job == "rl" and cfg.rollout.replay_from):
+        yield "data.train=: there is nothing to train on; set it to a JSONL file"
+    for path in ("data.train", "data.eval", "data.format_prompt"):
+        if _at(cfg, path) and not Path(_at(cfg, path)).is_file():
+            yield _problem(cfg, path, "no such file; check the path")
+    for path in ("model.weights_from", "data.media_root", "rollout.replay_from"):
+        if _at(cfg, path) and not Path(_at(cfg, path)).is_dir():
+            yield _problem(cfg, path, "no such folder; check the path")
+
+
+# ------------------------------------------------------------------------------------- the model's own configuration
+
+
+def _model(cfg: RunConfig, job: Job) -> Iterator[str]:
+    path = Path(cfg.model.hf) / "config.json"
+    if not path.is_file():
+        yield _problem(cfg, "model.hf", "has no config.json; give the folder of a Hugging Face checkpoint")
+        return
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        yield _problem(cfg, "model.hf", f"config.json is not readable ({error}); download it again")
+        return
+    text = hf.get("text_config", hf) if isinstance(hf, dict) else {}
+    keys = "num_attention_heads num_hidden_layers hidden_size intermediate_size max_position_embeddings".split()
+    missing = [key for key in keys if not isinstance(text.get(key), int)]
+    if missing:
+        yield _problem(cfg, "model.hf", f"config.json lacks {', '.join(missing)}; is it a language model?")
+        return
+    yield from _fits_model(cfg, text)
+    if job == "rl":
+        yield from _fits_engine(cfg, text)
+
+
+def _fits_model(cfg: RunConfig, text: dict[str, int]) -> Iterator[str]:
+    for key in ("num_attention_heads", "hidden_size", "intermediate_size"):
+        yield from _divides(cfg, "parallel.tensor", key, text)
+    yield from _divides(cfg, "parallel.pipeline", "num_hidden_layers", text)
+    yield from _kv_heads(cfg, "parallel.tensor", text)
+    if cfg.max_model_len > text["max_position_embeddings"]:
+        longest = text["max_position_embeddings"]
+        why = f"prompt + response may have {cfg.max_model_len} tokens, the model takes {longest}; lower it"
+        yield _problem(cfg, "rollout.max_model_len" if cfg.rollout.max_model_len else "data.max_prompt_tokens", why)
+
+
+def _fits_engine(cfg: RunConfig, text: dict[str, int]) -> Iterator[str]:
+    for key in ("num_attention_heads", "intermediate_size"):
+        yield from _divides(cfg, "rollout.tensor", key, text)
+    yield from _kv_heads(cfg, "rollout.tensor", text)
+
+
+def _divides(cfg: RunConfig, path: str, key: str, text: dict[str, int]) -> Iterator[str]:
+    size = _at(cfg, path)
+    if size > 0 and text[key] % size:
+        yield _problem(cfg, path, f"does not divide the model's {key} {text[key]}; use a divisor")
+
+
+def _kv_heads(cfg: RunConfig, path: str, text: dict[str, int]) -> Iterator[str]:
+    size, heads = _at(cfg, path), text.get("num_key_value_heads", text["num_attention_heads"])
+    if size > 0 and size % heads and heads % size:
+        yield _problem(
+            cfg, path, f"neither divides nor is a multiple of the model's {heads} key-value heads; change it"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- logging
+
+
+def _log(cfg: RunConfig) -> Iterator[str]:
+    if cfg.log.wandb == "online" and not os.environ.get("WANDB_API_KEY") and not _wandb_login():
+        yield _problem(cfg, "log.wandb", "not logged in; run `wandb login`, set WANDB_API_KEY, or use offline")
+
+
+def _wandb_login() -> bool:
+    """Whether `wandb login` has left its entry in the netrc file."""
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    if not path.is_file() or host is None:
+        return False
+    try:
+        return netrc.netrc(str(path)).authenticators(host) is not None
+    except netrc.NetrcParseError:
+        return False

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-field checks: one wrong setting gives one message that names it; many give one list."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_rl.config_checks import check
+from megatron_rl.config_io import load_config
+
+HF = {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 36,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 128000,
+    "vocab_size": 151936,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_login(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A configuration whose files all exist, with overrides."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(HF))
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "recipe.yaml").write_text(
+        f"run_dir: runs/a\nmodel: {{hf: {tmp_path}/model}}\n"
+        f"train: {{num_steps: 3}}\ndata: {{train: {tmp_path}/train.jsonl}}\n"
+    )
+    return lambda *overrides: load_config(str(tmp_path / "recipe.yaml"), overrides)
+
+
+def problems(cfg, world_size=1, job="rl", require_files=True) -> list[str]:
+    try:
+        check(cfg, world_size, job, require_files)
+    except ValueError as error:
+        title, *found = str(error).splitlines()
+        assert title == f"configuration of {cfg.run_dir}: {len(found)} problem{'s' * (len(found) > 1)}"
+        return [line.strip() for line in found]
+    return []
+
+
+def test_the_defaults_pass(make):
+    assert problems(make()) == []
+    assert problems(make(), job="sft") == []
+    assert problems(make("parallel.tensor=2", "parallel.pipeline=2", "rollout.tensor=4"), world_size=8) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("rollout.num_samples=0", "rollout.num_samples=0: out of range; it must be at least 1"),
+        ("train.num_steps=0", "train.num_steps=0: out of range; it must be at least 1"),
+        ("checkpoint.keep=0", "checkpoint.keep=0: out of range; it must be at least 1"),
+        ("train.optimizer.lr=-1e-6", "train.optimizer.lr=-1e-06: out of range; it must be at least 0"),
+        ("rollout.temperature=0", "rollout.temperature=0.0: out of range; it must be above 0"),
+        ("rollout.gpu_memory_utilization=1.5", "it must be above 0 and at most 1"),
+        ("reward.format_weight=-0.1", "reward.format_weight=-0.1: out of range; it must be from 0 to 1"),
+        ("train.optimizer.betas=[0.9, 1]", "train.optimizer.betas=(0.9, 1.0): out of range"),
+        ("data.fps=2", "data.fps=2.0: data.num_frames=32 is set as well"),
+        ("data.num_frames=0", "data.num_frames=0: data.fps is 0 as well"),
+        ("data.min_pixels=700000", "data.min_pixels=700000: exceeds data.max_pixels=602112"),
+        ("eval.every=5", "eval.every=5: there is nothing to evaluate; set data.eval"),
+        ("eval.blind=true", "eval.blind=true: there is nothing to evaluate"),
+        ("rollout.max_model_len=5119", "data.max_prompt_tokens + rollout.max_response_tokens = 5120"),
+        ("train.max_tokens_per_microbatch=5119", "the longest sequence has 5120 tokens and must fit"),
+        ("train.updates_per_step=3", "train.prompts_per_step=128: is not a multiple of train.updates_per_step=3"),
+        ("model.freeze_vision=false", "model.freeze_vision=false: training the vision tower is not built yet"),
+        ("rollout.only=true", "rollout.only=true: the rollouts would be lost; set rollout.save_to"),
+        ("rollout.num_samples=1", "algorithm.advantage=grpo compares the responses of a prompt; use 2 or more"),
+        ("algorithm.clip_low=1", "algorithm.clip_low=1.0: out of range; it must be between 0 and 1"),
+        ("algorithm.clip_dual=1", "algorithm.clip_dual=1.0: out of range; it must be above 1"),
+        ("algorithm.filter_low=0.99", "algorithm.filter_low=0.99: is not below algorithm.filter_high=0.99"),
+        ("reward.name=maths", "reward.name=maths: no such reward; did you mean 'math'?"),
+        ("reward.name=none.py:f", "there is no Python file none.py"),
+        ("data.train=", "data.train=: there is nothing to train on"),
+        ("data.train=none.jsonl", "data.train=none.jsonl: no such file"),
+        ("data.eval=none.jsonl", "data.eval=none.jsonl: no such file"),
+        ("data.format_prompt=none.jinja", "data.format_prompt=none.jinja: no such file"),
+        ("model.weights_from=none", "model.weights_from=none: no such folder"),
+        ("model.hf=none", "model.hf=none: has no config.json"),
+        ("rollout.replay_from=none", "rollout.replay_from=none: no such folder"),
+        ("run_dir=", "run_dir=: out of range; it must be the name of a folder"),
+        ("log.wandb=online", "log.wandb=online: not logged in"),
+    ],
+)
+def test_one_mistake_one_message(make, override, expected):
+    found = problems(make(override))
+    assert len(found) == 1, found
+    assert expected in found[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "expected"),
+    [
+        (["parallel.tensor=2"], 3, "parallel.tensor * pipeline * context=2 * 1 * 1: does not divide 3 ranks"),
+        (["parallel.context=2"], 2, "parallel.context=2: context parallelism is not built yet"),
+        (["parallel.pipeline=5"], 5, "parallel.pipeline=5: does not divide the model's num_hidden_layers 36"),
+        (["rollout.tensor=2"], 3, "rollout.tensor=2: does not divide 3 ranks"),
+    ],
+)
+def test_parallel_sizes_against_ranks_and_layers(make, overrides, world_size, expected):
+    found = problems(make(*overrides), world_size)
+    assert len(found) == 1 and expected in found[0]
+
+
+def test_sizes_that_do_not_split_the_model(make):
+    # 16 heads, hidden 2048, intermediate 11008 = 2**8 * 43, 2 key-value heads
+    found = "\n".join(problems(make("parallel.tensor=3"), 3))
+    for name in ("num_attention_heads 16", "hidden_size 2048", "intermediate_size 11008", "2 key-value heads"):
+        assert name in found
+    assert problems(make("parallel.tensor=16"), 16) == []
+    found = problems(make("rollout.tensor=43"), 43)
+    assert len(found) == 2 and all(line.startswith("rollout.tensor=43") for line in found)
+    assert problems(make("rollout.tensor=43"), 43, job="sft") == []
+
+
+def test_key_value_heads_that_neither_divide_nor_repeat(make, tmp_path):
+    heads = {"num_key_value_heads": 6, "num_attention_heads": 48, "intermediate_size": 96}
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | heads))
+    assert problems(make("rollout.tensor=3", "parallel.tensor=2"), 6) == []
+    found = problems(make("rollout.tensor=4"), 4)
+    assert len(found) == 1 and "the model's 6 key-value heads" in found[0]
+
+
+def test_the_language_model_may_be_nested(make, tmp_path):
+    (tmp_path / "model/config.json").write_text(json.dumps({"text_config": HF, "hidden_size": 7}))
+    assert problems(make("parallel.tensor=2"), 2) == []
+
+
+def test_model_files_that_are_no_language_model(make, tmp_path):
+    for text, expected in (
+        ("{", "is not readable"),
+        ("[]", "lacks num_attention_heads"),
+        ("{}", "is it a language model?"),
+    ):
+        (tmp_path / "model/config.json").write_text(text)
+        found = problems(make())
+        assert len(found) == 1 and expected in found[0]
+
+
+def test_longer_than_the_model_takes(make):
+    found = problems(make("data.max_prompt_tokens=127000", "train.max_tokens_per_microbatch=200000"))
+    assert len(found) == 1 and "may have 128024 tokens, the model takes 128000" in found[0]
+
+
+def test_replay_trains_without_data_and_excludes_generation(make, tmp_path):
+    replay = f"rollout.replay_from={tmp_path}"
+    assert problems(make(replay, "data.train=")) == []
+    assert len(problems(make(replay, "rollout.only=true", "rollout.save_to=x"))) == 2
+    assert problems(make("rollout.only=true", "rollout.save_to=x", "rollout.num_samples=1")) == []
+
+
+def test_sft_does_not_care_about_rollouts(make):
+    assert problems(make("rollout.num_samples=1", "reward.name=maths"), job="sft") == []
+
+
+def test_numbers_alone_can_be_checked(make):
+    assert problems(make("model.hf=none", "data.train=none"), require_files=False) == []
+    assert len(problems(make("model.hf=none", "seed=-1"), require_files=False)) == 1
+
+
+def test_a_wandb_login_is_seen(make, monkeypatch, tmp_path):
+    cfg = make("log.wandb=online")
+    (tmp_path / "netrc").write_text("machine example.org login a password b\n")
+    assert len(problems(cfg)) == 1
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    assert problems(cfg) == []
+    (tmp_path / "netrc").unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert problems(cfg) == []
+
+
+def test_everything_wrong_is_said_at_once(make):
+    cfg = make("seed=-1", "model.hf=none", "data.train=none", "rollout.tensor=3", "model.freeze_vision=false")
+    assert len(problems(cfg, world_size=2)) == 5
