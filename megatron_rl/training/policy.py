@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trained language model: Megatron-core's DDP, distributed optimizer and pipeline schedules behind four verbs.
+
+`logprobs` scores micro-batches, `train` makes one optimizer update, `parked` frees gradients and optimizer state while
+the engine works, `reference` holds a second set of weights in host memory. All of them are collective calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rl.device import Backend
+from megatron_rl.parallel import ParallelMesh
+from megatron_rl.protocols import PolicyLoss
+from megatron_rl.training.adamw import install_group_step_adamw
+from megatron_rl.training.packing import MicroBatch, gather_embeds
+from megatron_rl.types import LossInputs
+from model_providers.attention.packed import BatchLayout
+from model_providers.transformer import LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """Of the optimizer; the learning rate of step k is lr * min(1, (k + 1) / warmup_steps)."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    warmup_steps: int
+    max_grad_norm: float
+
+    def lr_at(self, step: int) -> float:
+        return self.lr * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.lr
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """A micro-batch with what was computed before the update; log-probabilities exist on the last stage only."""
+
+    batch: MicroBatch
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+
+
+class Policy:
+    """Owns the model of this rank. `version` counts optimizer updates; the resharder syncs by it."""
+
+    def __init__(self, model: LanguageModel, backend: Backend, mesh: ParallelMesh, hyper: Hyperparameters):
+        self.backend, self.mesh, self.hyper = backend, mesh, hyper
+        self.language_model = model
+        self.device = next(model.parameters()).device
+        self.version = 0
+        if backend.optimizer == "adamw":
+            install_group_step_adamw()
+        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        with backend.mcore_scope():
+            self.model = DistributedDataParallel(model.config, ddp, model)
+            self.optimizer = get_megatron_optimizer(_optimizer_config(hyper, backend), [self.model])
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.grad_scale_func = self.optimizer.scale_loss
+        self._forward_backward = get_forward_backward_func()
+
+    def logprobs(self, batches: Sequence[MicroBatch], embeds: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """Log-probability [R] of every response token of every micro-batch; None except on the last pipeline stage."""
+        with torch.no_grad():
+            outputs = self._run(batches, embeds, _keep_output, forward_only=True)
+        return outputs if self.mesh.is_last_stage else [None] * len(batches)
+
+    def train(
+        self, batches: Sequence[ScoredBatch], embeds: Mapping[str, Tensor], loss: PolicyLoss, step: int
+    ) -> dict[str, tuple[float, float]]:
+        """One update. Returns local sums {metric: (numerator, denominator)}; those of the optimizer have denominator 1."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        lr = self.hyper.lr_at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        outputs = self._run([b.batch for b in batches], embeds, partial(_loss, loss, batches), forward_only=False)
+        with self.backend.mcore_scope():
+            updated, grad_norm, _ = self.optimizer.step()
+        if not updated:
+            raise FloatingPointError(f"step {step}: gradient norm {grad_norm} is not finite; lower the learning rate")
+        self.version += 1
+        metrics: dict[str, tuple[float, float]] = {"actor/grad_norm": (float(grad_norm), 1.0), "actor/lr": (lr, 1.0)}
+        if self.mesh.is_last_stage and self.mesh.here.tp == 0:
+            metrics |= _sum_metrics(outputs)
+        return metrics
+
+    def _run(
+        self, batches: Sequence[MicroBatch], embeds: Mapping[str, Tensor], loss_func: Any, forward_only: bool
+    ) -> list[Any]:
+        def forward_step(iterator: Iterator[tuple[int, MicroBatch]], model: Any) -> tuple[Tensor, Any]:
+            index, batch = next(iterator)
+            output = model(
+                input_ids=batch.token_ids[None].to(self.device),
+                position_ids=batch.position_ids[:, None].to(self.device),
+                attention_mask=None,
+                packed_seq_params=self._layout(batch, embeds),
+            )
+            return output, partial(loss_func, index)
+
+        self.model.train()
+        with self.backend.mcore_scope():
+            return self._forward_backward(
+                forward_step_func=forward_step,
+                data_iterator=enumerate(batches),
+                model=self.model,
+                num_microbatches=len(batches),
+                seq_length=1,  # unused: variable_seq_lengths makes the stages exchange shapes
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+
+    def _layout(self, batch: MicroBatch, embeds: Mapping[str, Tensor]) -> BatchLayout:
+        layout = BatchLayout(
+            segments=batch.segments,
+            logit_rows=batch.logit_rows.to(self.device),
+            targets=batch.targets.to(self.device),
+        )
+        if self.mesh.is_first_stage and batch.videos:
+            layout.video_rows = batch.video_rows.to(self.device)
+            layout.video_embeds = gather_embeds(batch, embeds).to(self.device)
+        return layout
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """Gradient buffers freed and optimizer state in host memory for the length of the block."""
+        with self.backend.mcore_scope():
+            self.model.offload_grad_buffers()
+            self.optimizer.offload_to_cpu()
+        self.backend.release_cache()
+        yield
+        with self.backend.mcore_scope():
+            self.optimizer.restore_from_cpu()
+            self.model.restore_grad_buffers()
+
+
+class Reference:
+    """A frozen copy of the policy's weights, at home in host memory: one shard per rank, in the model's dtype."""
+
+    def __init__(self, policy: Policy):
+        self._params = list(policy.language_model.parameters())
+        self._weights = [p.detach().to("cpu", copy=True) for p in self._params]
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The policy's model computes with the reference weights inside the block; its own come back bit for bit."""
+        own = [p.detach().to("cpu", copy=True) for p in self._params]
+        self._write(self._weights)
+        try:
+            yield
+        finally:
+            self._write(own)
+
+    @torch.no_grad()
+    def _write(self, weights: Sequence[Tensor]) -> None:
+        for param, weight in zip(self._params, weights, strict=True):
+            param.copy_(weight)
+
+    def state(self) -> list[Tensor]:
+        return self._weights
+
+
+def _optimizer_config(hyper: Hyperparameters, backend: Backend) -> OptimizerConfig:
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=hyper.lr,
+        weight_decay=hyper.weight_decay,
+        adam_beta1=hyper.betas[0],
+        adam_beta2=hyper.betas[1],
+        adam_eps=hyper.eps,
+        clip_grad=hyper.max_grad_norm,
+        bf16=backend.dtype == torch.bfloat16,
+        params_dtype=backend.dtype,
+        use_distributed_optimizer=True,
+    )
+
+
+def _keep_output(index: int, output: Tensor, non_loss_data: bool = True) -> Tensor:
+    return output.detach()
+
+
+def _loss(loss: PolicyLoss, batches: Sequence[ScoredBatch], index: int, logprobs: Tensor) -> tuple[Tensor, Tensor, Any]:
+    """Megatron-core's contract with calculate_per_token_loss: (loss sum, token count, what to report)."""
+    scored = batches[index]
+    device = logprobs.device
+    output = loss(
+        LossInputs(
+            logprobs=logprobs,
+            old_logprobs=scored.old_logprobs if scored.old_logprobs is not None else logprobs.detach(),
+            ref_logprobs=scored.ref_logprobs,
+            rollout_logprobs=scored.batch.rollout_logprobs.to(device),
+            advantages=scored.batch.advantages.to(device),
+            weights=scored.batch.weights.to(device),
+        )
+    )
+    num_tokens = torch.tensor(scored.batch.num_response_tokens, dtype=torch.int, device=device)
+    return output.loss_sum, num_tokens, output.metrics
+
+
+def _sum_metrics(outputs: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[float, float]]:
+    totals: dict[str, tuple[float, float]] = {}
+    for metrics in outputs:
+        for name, (numerator, denominator) in metrics.items():
+            top, bottom = totals.get(name, (0.0, 0.0))
+            totals[name] = (top + float(numerator), bottom + float(denominator))
+    return totals
