@@ -81,6 +81,10 @@ class RMSNorm(torch.nn.Module):
         return self.weight * (x.float() * torch.rsqrt(variance + self.eps)).to(x.dtype)
 
 
+def _leave_uninitialised(weight: Tensor) -> Tensor:
+    return weight
+
+
 def transformer_config(
     shape: TransformerShape, backend: Backend, mesh: ParallelMesh, recompute: str
 ) -> TransformerConfig:
@@ -101,8 +105,11 @@ def transformer_config(
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the default is refused together with variable_seq_lengths
         calculate_per_token_loss=True,
-        perform_initialization=False,
-        use_cpu_initialization=not backend.fused_kernels,
+        # Weights come from a checkpoint, so initialisation does nothing; but it must run, for it also marks the tensor
+        # parallel parameters, and without the marks gradient norms count replicas.
+        init_method=_leave_uninitialised,
+        output_layer_init_method=_leave_uninitialised,
+        embedding_init_method=_leave_uninitialised,
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_eps,
         gated_linear_unit=True,
@@ -188,7 +195,9 @@ class LanguageModel(GPTModel):
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
-            hidden_states = gather_from_sequence_parallel_region(hidden_states)
+            # The output layer, its own sequence parallelism off, sums the gradient of its input over the ranks; so the
+            # gather's backward has to split it, not to sum again.
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         rows = hidden_states[:, 0].index_select(0, packed_seq_params.logit_rows)
         chunks = zip(rows.split(LOGIT_CHUNK), packed_seq_params.targets.split(LOGIT_CHUNK), strict=True)
         logprobs = [checkpoint(self._logprobs, h, t, use_reentrant=False) for h, t in chunks]

@@ -69,5 +69,6 @@ def install_group_step_adamw() -> None:
 
     mcore_optimizer.Adam = GroupStepAdamW
     mcore_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed.Adam = GroupStepAdamW
     distributed.HAVE_APEX_OR_TE = True
     distributed.USING_APEX_OPTIMIZER = True
