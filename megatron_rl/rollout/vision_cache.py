@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every video is decoded and encoded once a step: its frames split over all ranks, the pieces fetched by who needs them.
+
+`encode` leaves each piece on the rank that made it; `fetch` moves pieces to the ranks that ask (the rollout replica
+before generation, the trainer's first stage before the passes). A faulty file fails for all ranks alike and is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.errors import VideoDecodeError
+from megatron_rl.protocols import VideoDecoder
+from megatron_rl.types import VideoArtifact
+from model_providers.qwen2_5_vl.vision import VisionTower
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Temporal patches [start, stop) of a video, encoded by `owner`."""
+
+    key: str
+    start: int
+    stop: int
+    owner: int
+
+
+class VisionCache:
+    """Embeddings of the current step (protocol EmbedSource)."""
+
+    def __init__(self, tower: VisionTower, decoder: VideoDecoder, hidden_size: int, blank: bool = False):
+        self._tower, self._decoder, self._hidden = tower, decoder, hidden_size
+        self._blank = blank
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._pieces: dict[str, list[Piece]] = {}
+        self._made: dict[tuple[str, int], Tensor] = {}
+
+    def encode(self, videos: Sequence[VideoArtifact]) -> dict[str, str]:
+        """Forget the last step and encode these (equal keys once). Returns {key: reason} of the videos that failed.
+
+        Collective; `videos` is the same on every rank.
+        """
+        unique = list({v.key: v for v in videos}.values())
+        self._pieces = split_over_ranks(unique, self._world)
+        self._made, failed = {}, {}
+        for video in unique:
+            for piece in self._pieces[video.key]:
+                if piece.owner == self._rank and video.key not in failed:
+                    try:
+                        self._made[piece.key, piece.start] = self._encode_piece(video, piece)
+                    except VideoDecodeError as error:
+                        failed[video.key] = error.reason
+        return self._agree_on_failures(failed)
+
+    def fetch(self, videos: Sequence[VideoArtifact]) -> dict[str, Tensor]:
+        """{key: [num_tokens, H]} of the videos this rank asks for. Collective; every rank may ask for other videos."""
+        wanted = {v.key: v for v in videos}
+        requests: list[list[str]] = [[] for _ in range(self._world)]
+        dist.all_gather_object(requests, list(wanted))
+        operations, arriving = [], {}
+        for peer, keys in enumerate(requests):
+            for key in keys:
+                for piece in self._pieces[key]:
+                    if piece.owner == self._rank != peer:
+                        operations.append(dist.P2POp(dist.isend, self._made[key, piece.start], peer))
+        for key, video in wanted.items():
+            for piece in self._pieces[key]:
+                if piece.owner != self._rank:
+                    arriving[key, piece.start] = self._empty(video, piece)
+                    operations.append(dist.P2POp(dist.irecv, arriving[key, piece.start], piece.owner))
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+        have = self._made | arriving
+        return {key: torch.cat([have[key, p.start] for p in self._pieces[key]]) for key in wanted}
+
+    def _encode_piece(self, video: VideoArtifact, piece: Piece) -> Tensor:
+        patch = self._tower.spec.temporal_patch_size
+        indices = video.frame_indices[piece.start * patch : piece.stop * patch]
+        frames = self._decoder.decode(video.path, indices, video.size_hw)
+        return self._tower.encode(torch.zeros_like(frames) if self._blank else frames)
+
+    def _empty(self, video: VideoArtifact, piece: Piece) -> Tensor:
+        rows = video.num_tokens // video.grid_thw[0] * (piece.stop - piece.start)
+        return torch.empty(rows, self._hidden, dtype=self._tower.dtype, device=self._tower.device)
+
+    def _agree_on_failures(self, failed: dict[str, str]) -> dict[str, str]:
+        everyone: list[dict[str, str]] = [{} for _ in range(self._world)]
+        dist.all_gather_object(everyone, failed)
+        return {key: reason for part in everyone for key, reason in part.items()}
+
+
+def split_over_ranks(videos: Sequence[VideoArtifact], world: int) -> dict[str, list[Piece]]:
+    """Cut all temporal patches of a batch into `world` contiguous, equally expensive shares.
+
+    Contiguous, so that a rank decodes a stretch of few videos and does not seek all over every file.
+    """
+    total = sum(v.num_tokens for v in videos)
+    pieces: dict[str, list[Piece]] = {v.key: [] for v in videos}
+    done = 0
+    for video in videos:
+        grid_t = video.grid_thw[0]
+        per_patch = video.num_tokens // grid_t
+        start = 0
+        while start < grid_t:
+            owner = min((done * world) // total, world - 1)
+            room = -(-((owner + 1) * total - done * world) // (world * per_patch)) if owner < world - 1 else grid_t
+            stop = min(grid_t, start + max(1, room))
+            pieces[video.key].append(Piece(video.key, start, stop, owner))
+            done += (stop - start) * per_patch
+            start = stop
+    return pieces

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM in process, one engine per rollout replica: the only module that imports vllm.
+
+torchrun's ranks form the engine's tensor parallel groups (`external_launcher`); every rank of a replica makes the same
+calls and sees the same tokens. The engine holds the language model only; video arrives as embeddings, and its live
+parameters are written in place by the resharder.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from megatron_rl.device import Backend
+from megatron_rl.types import Completion, Prompt, Sampling
+
+EnginePrompt = Callable[[Prompt, Mapping[str, Tensor]], dict[str, Any]]
+
+FORBIDDEN_BIAS = -100.0  # vLLM clamps logit_bias to [-100, 100]; the trainer adds the same
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How one replica is built. `kv_cache_bytes` 0 = vLLM takes its share of `gpu_memory_utilization`."""
+
+    folder: str
+    tensor: int
+    max_model_len: int
+    max_num_seqs: int
+    kv_cache_bytes: int
+    gpu_memory_utilization: float
+    enforce_eager: bool
+
+
+class VllmEngine:
+    """One rank's part of a vLLM replica (protocol RolloutEngine)."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        backend: Backend,
+        forbidden_tokens: Sequence[int],
+        eos_token_ids: Sequence[int],
+        engine_prompt: EnginePrompt,
+        detokenize: Callable[[Sequence[int]], str],
+    ):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        self._backend, self._engine_prompt, self._detokenize = backend, engine_prompt, detokenize
+        self._bias = dict.fromkeys(forbidden_tokens, FORBIDDEN_BIAS)
+        self._eos = list(eos_token_ids)
+        self._version: int | None = None
+        if not backend.engine_owns_weights:
+            keep_cpu_linear_weights()
+        with _launcher_environment(), torch.random.fork_rng(), encoder_budget(settings.max_model_len):
+            self._llm = _build(settings, backend)
+        core = self._llm.llm_engine.engine_core.engine_core
+        self._model = core.model_executor.driver_worker.get_model()
+        self.sleep()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """vLLM's live parameters of this rank, by vLLM name. Written in place; never rebound."""
+        return {name: param.data for name, param in self._model.named_parameters()}
+
+    def load_hf(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """vLLM's own loader: the oracle of the resharder's tests."""
+        self._model.load_weights(tensors)
+
+    def weights_changed(self, version: int) -> None:
+        """Call after writing `parameters()`: what the caches hold was computed with other weights."""
+        if version != self._version:
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("vLLM refused to drop its prefix cache: requests are still running")
+            self._version = version
+
+    def generate(self, prompts: Sequence[Prompt], embeds: Mapping[str, Tensor], sampling: Sampling) -> list[Completion]:
+        """`sampling.num_samples` completions per prompt, in order of (prompt, sample)."""
+        if self._version is None:
+            raise RuntimeError("the engine holds no weights yet; sync before generating")
+        requests = [self._engine_prompt(prompt, embeds) for prompt in prompts]
+        params = [self._sampling_params(sampling, prompt.prompt_id) for prompt in prompts]
+        outputs = self._llm.generate(requests, params, use_tqdm=False)
+        return [c for prompt, output in zip(prompts, outputs, strict=True) for c in self._completions(prompt, output)]
+
+    def sleep(self) -> None:
+        if self._backend.engine_sleeps:
+            self._llm.sleep(level=1)
+
+    def wake(self, what: str) -> None:
+        if self._backend.engine_sleeps:
+            self._llm.wake_up(tags=[what])
+
+    def close(self) -> None:
+        """Free the engine. vLLM's own shutdown would also destroy the trainer's process groups, so we take it apart."""
+        from vllm.distributed.parallel_state import destroy_model_parallel
+
+        client = self._llm.llm_engine.engine_core
+        client._finalizer.detach()
+        core = client.engine_core
+        core.structured_output_manager.clear_backend()
+        core.model_executor.shutdown()
+        core.scheduler.shutdown()
+        destroy_model_parallel()
+        del self._llm, self._model
+        gc.unfreeze()
+        gc.collect()
+        self._backend.release_cache()
+
+    def _sampling_params(self, sampling: Sampling, prompt_id: int) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            n=sampling.num_samples,
+            temperature=0.0 if sampling.greedy else sampling.temperature,
+            seed=None if sampling.greedy else prompt_seed(sampling.seed, sampling.step, prompt_id),
+            max_tokens=sampling.max_response_tokens,
+            logprobs=0,
+            logit_bias=self._bias,
+            stop_token_ids=self._eos,
+            detokenize=False,
+        )
+
+    def _completions(self, prompt: Prompt, output: Any) -> Iterator[Completion]:
+        if tuple(output.prompt_token_ids) != prompt.token_ids:
+            raise RuntimeError(_prompt_difference(prompt, output.prompt_token_ids))
+        for choice in sorted(output.outputs, key=lambda c: c.index):
+            ids = tuple(choice.token_ids)
+            logprobs = tuple(step[token].logprob for step, token in zip(choice.logprobs, ids, strict=True))
+            truncated = choice.finish_reason == "length"
+            yield Completion(prompt.prompt_id, choice.index, ids, logprobs, self._detokenize(ids), truncated)
+
+
+def prompt_seed(run_seed: int, step: int, prompt_id: int) -> int:
+    """Seed of a prompt's requests (vLLM gives sample k this seed + k): no two prompts or steps share their noise, and a
+    resumed run draws the same."""
+    digest = hashlib.sha256(f"{run_seed}:{step}:{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def _prompt_difference(prompt: Prompt, got: Sequence[int]) -> str:
+    first = next(
+        (i for i, (a, b) in enumerate(zip(prompt.token_ids, got, strict=False)) if a != b),
+        min(len(prompt.token_ids), len(got)),
+    )
+    return (
+        f"{prompt.row.source}: the engine saw another prompt than the trainer will score: {len(got)} tokens instead of "
+        f"{len(prompt.token_ids)}, first difference at {first} ({list(got[first : first + 5])} instead of "
+        f"{list(prompt.token_ids[first : first + 5])})"
+    )
+
+
+def _build(settings: EngineSettings, backend: Backend) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        model=settings.folder,
+        tokenizer=settings.folder,
+        load_format="dummy",
+        dtype={torch.float32: "float32", torch.bfloat16: "bfloat16"}[backend.dtype],
+        tensor_parallel_size=settings.tensor,
+        distributed_executor_backend="external_launcher",
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=max(settings.max_num_seqs, min(settings.max_model_len, 8192)),
+        kv_cache_memory_bytes=settings.kv_cache_bytes or None,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        enforce_eager=settings.enforce_eager,
+        enable_sleep_mode=backend.engine_sleeps,
+        enable_mm_embeds=True,
+        limit_mm_per_prompt={"image": 0, "video": 0},
+        logprobs_mode="processed_logprobs",
+        enable_prefix_caching=True,
+        seed=0,
+    )
+
+
+@contextmanager
+def _launcher_environment() -> Iterator[None]:
+    """vLLM overwrites torchrun's LOCAL_WORLD_SIZE with its tensor parallel size; give it back."""
+    before = os.environ.get("LOCAL_WORLD_SIZE")
+    yield
+    if before is not None:
+        os.environ["LOCAL_WORLD_SIZE"] = before
+
+
+def keep_cpu_linear_weights() -> None:
+    """vLLM 0.32 on a CPU packs every linear weight away after loading and leaves an empty parameter: keep the live ones.
+
+    Its own fallback, torch's linear on the live weight, sees in-place updates. Must run before the model is built.
+    """
+    import vllm.model_executor.layers.utils as layer_utils
+
+    def read_live_weight(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    layer_utils.dispatch_cpu_unquantized_gemm = read_live_weight
+
+
+@contextmanager
+def encoder_budget(num_tokens: int) -> Iterator[None]:
+    """Let one video item be as long as the engine's context.
+
+    vLLM 0.32 sizes its encoder cache by max_num_batched_tokens and refuses larger items, precomputed ones too.
+    """
+    from vllm.config.scheduler import SchedulerConfig
+
+    original = SchedulerConfig.__post_init__
+
+    def with_room(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.max_num_encoder_input_tokens = max(self.max_num_encoder_input_tokens, num_tokens)
+        self.encoder_cache_size = max(self.encoder_cache_size, num_tokens)
+
+    with mock.patch.object(SchedulerConfig, "__post_init__", with_room):
+        yield
