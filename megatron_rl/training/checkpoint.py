@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Save and load training state with Megatron-core's dist_checkpointing: any layout writes, any other reads.
+
+    <root>/step_12/            complete, or it is not there: written as step_12.partial and renamed at the end
+        *.distcp, common.pt    model and optimizer (Megatron-core's format)
+        state.json             step, loader position, best metric ...
+        rng/rank_0.safetensors random number generators of each rank
+        hf/                    config, tokenizer, and the frozen vision tower: what an export needs besides
+
+Old checkpoints go only after a newer one is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from safetensors.torch import load_file, save_file
+
+from megatron_rl.parallel import ParallelMesh
+from megatron_rl.training.policy import Policy
+
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+STATE_FILE = "state.json"
+HF_FOLDER = "hf"
+
+
+def list_steps(root: str | Path) -> list[int]:
+    """Steps of the complete checkpoints in `root`, ascending."""
+    names = (re.fullmatch(r"step_(\d+)", p.name) for p in Path(root).glob("step_*"))
+    return sorted(int(match[1]) for match in names if match)
+
+
+def step_folder(root: str | Path, step: int) -> Path:
+    return Path(root) / f"step_{step}"
+
+
+def save(root: str | Path, step: int, policy: Policy, mesh: ParallelMesh, state: Mapping[str, Any], hf_source: str) -> Path:
+    """Write `step_<step>`; collective. A crash at any moment leaves every earlier checkpoint as it was."""
+    final = step_folder(root, step)
+    partial = final.with_name(final.name + ".partial")
+    if mesh.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "rng").mkdir(parents=True)
+        _link_hf_files(Path(hf_source), partial / HF_FOLDER, previous=_newest(root))
+    dist.barrier()
+    with policy.backend.mcore_scope():
+        dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial))
+    save_file({"torch": torch.get_rng_state()}, partial / "rng" / f"rank_{mesh.rank}.safetensors")
+    dist.barrier()
+    if mesh.rank == 0:
+        (partial / STATE_FILE).write_text(json.dumps({"step": step, "version": policy.version, **state}, indent=2) + "\n")
+        _flush(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    dist.barrier()
+    return final
+
+
+def load(folder: str | Path, policy: Policy, mesh: ParallelMesh) -> dict[str, Any]:
+    """Restore model, optimizer and random state; returns what `save` was given as `state`, with step and version."""
+    with policy.backend.mcore_scope():
+        loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(folder))
+        policy.model.load_state_dict(loaded["model"])
+        policy.optimizer.load_state_dict(loaded["optimizer"])
+    rng = Path(folder) / "rng" / f"rank_{mesh.rank}.safetensors"
+    if rng.is_file():  # a larger world has ranks that were not there; nothing they draw is used across a resume
+        torch.set_rng_state(load_file(rng)["torch"])
+    state = json.loads((Path(folder) / STATE_FILE).read_text())
+    policy.version = state["version"]
+    return state
+
+
+def load_weights(folder: str | Path, policy: Policy) -> None:
+    """Start from the model weights of a checkpoint: of one `step_N`, or of the newest in a folder of them."""
+    steps = list_steps(folder)
+    path = step_folder(folder, steps[-1]) if steps else Path(folder)
+    if not (path / "metadata.json").is_file():
+        raise ValueError(f"model.weights_from={folder}: holds no checkpoint; give a step_N folder or a folder of them")
+    with policy.backend.mcore_scope():
+        loaded = dist_checkpointing.load({"model": policy.model.sharded_state_dict()}, str(path))
+        policy.model.load_state_dict(loaded["model"])
+    policy.optimizer.reload_model_params()
+
+
+def prune(root: str | Path, keep: int, best: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one. Call after a save is complete, on rank 0."""
+    steps = list_steps(root)
+    for step in steps[: max(0, len(steps) - keep)]:
+        if step != best:
+            shutil.rmtree(step_folder(root, step))
+
+
+def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
+    model = policy.model.sharded_state_dict()
+    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+    return {"model": model, "optimizer": optimizer}
+
+
+def _newest(root: str | Path) -> Path | None:
+    steps = list_steps(root)
+    return step_folder(root, steps[-1]) if steps else None
+
+
+def _link_hf_files(source: Path, target: Path, previous: Path | None) -> None:
+    """What an export needs besides the trained weights. Hard links to the previous checkpoint's copy cost no space."""
+    from checkpoint_tools.frozen import copy_frozen_parts
+
+    if previous is not None and (previous / HF_FOLDER).is_dir():
+        shutil.copytree(previous / HF_FOLDER, target, copy_function=os.link)
+    else:
+        copy_frozen_parts(source, target)
+
+
+def _flush(folder: Path) -> None:
+    """Push the files to the disk before the rename makes them official."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
