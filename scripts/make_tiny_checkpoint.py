@@ -75,7 +75,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    ids = tokenizer.get_vocab()
     text = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": HEAD_DIM * NUM_HEADS,
@@ -125,10 +125,9 @@ def make_model(config: Qwen2_5_VLConfig, seed: int) -> Qwen2_5_VLForConditionalG
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # zeros and ones, transformers' start values, would hide a wrongly loaded vector
                 parameter.copy_(("norm" in name) + 0.1 * torch.randn(parameter.shape))
+    text = config.get_text_config()
     model.generation_config = GenerationConfig(
-        bos_token_id=config.text_config.bos_token_id,
-        eos_token_id=config.text_config.eos_token_id,
-        pad_token_id=config.text_config.pad_token_id,
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
     )
     return model
 

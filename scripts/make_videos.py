@@ -64,6 +64,7 @@ def encode(path: Path, frames: np.ndarray, codec: str) -> None:
     encoder, options = CODECS[codec]
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream(encoder, rate=FPS, options=options)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
