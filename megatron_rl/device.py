@@ -53,7 +53,9 @@ def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("device=cuda: torch sees no GPU; use device=cpu or check the driver and CUDA_VISIBLE_DEVICES")
+            raise ValueError(
+                "device=cuda: torch sees no GPU; use device=cpu or check the driver and CUDA_VISIBLE_DEVICES"
+            )
         return Backend(
             device="cuda",
             process_group="cpu:gloo,cuda:nccl",

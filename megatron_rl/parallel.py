@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who is who: the trainer's groups (Megatron-core's), the rollout replicas (vLLM's), and small world collectives.
 
-    trainer   torch.arange(world).view(pp, dp, cp, tp)      Megatron-core's order "tp-cp-dp-pp"
-    rollout   torch.arange(world).view(replica, tp)         vLLM's order: tensor parallel ranks are consecutive
+trainer   torch.arange(world).view(pp, dp, cp, tp)      Megatron-core's order "tp-cp-dp-pp"
+rollout   torch.arange(world).view(replica, tp)         vLLM's order: tensor parallel ranks are consecutive
 """
 
 from __future__ import annotations
@@ -130,3 +130,7 @@ def reduce_sum(values: Sequence[float]) -> list[float]:
     tensor = torch.tensor(list(values), dtype=torch.float64)
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -110,6 +110,14 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt and its scored responses: what an advantage is measured within."""
+
+    prompt: Prompt
+    scored: tuple[Scored, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSample:
     """One sequence to learn from. `advantages`, `rollout_logprobs` run over the response tokens; `weight` scales its loss."""
 

@@ -153,7 +153,9 @@ class LanguageModel(GPTModel):
     rotary embeddings is off, so that a response can continue at any position.
     """
 
-    def __init__(self, shape: TransformerShape, backend: Backend, mesh: ParallelMesh, tokens: TokenPolicy, recompute: str):
+    def __init__(
+        self, shape: TransformerShape, backend: Backend, mesh: ParallelMesh, tokens: TokenPolicy, recompute: str
+    ):
         config = transformer_config(shape, backend, mesh, recompute)
         super().__init__(
             config,

@@ -183,7 +183,9 @@ class QKV:
             kv = even_split(k.rows, rank, world, k.name)
         else:
             if world % self.num_groups:
-                raise ValueError(f"rollout.tensor={world}: not a multiple of {self.num_groups} KV heads; choose another size")
+                raise ValueError(
+                    f"rollout.tensor={world}: not a multiple of {self.num_groups} KV heads; choose another size"
+                )
             kv = even_split(k.rows, rank // (world // self.num_groups), self.num_groups, k.name)
         return _stacked_shard([(q, even_split(q.rows, rank, world, q.name)), (k, kv), (v, kv)], q)
 

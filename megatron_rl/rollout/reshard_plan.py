@@ -107,9 +107,7 @@ def _shards(sources: Sequence[Source], layouts: Layouts) -> list[tuple[Entry, li
     shards = []
     for entry, stage in sources:
         for tp in range(layouts.tensor):
-            ranks = [
-                r for r in range(layouts.world) if layouts.trainer_pp(r) == stage and layouts.trainer_tp(r) == tp
-            ]
+            ranks = [r for r in range(layouts.world) if layouts.trainer_pp(r) == stage and layouts.trainer_tp(r) == tp]
             shards.append((entry, ranks, entry.layout.trainer(entry.hf, tp, layouts.tensor)))
     return shards
 

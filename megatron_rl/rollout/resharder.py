@@ -37,7 +37,12 @@ class Resharder:
     """Executes one plan, again and again. `source` and `target` are {name: live tensor} of this rank."""
 
     def __init__(
-        self, plan: ReshardPlan, rank: int, source: Mapping[str, Tensor], target: Mapping[str, Tensor], buffer_bytes: int
+        self,
+        plan: ReshardPlan,
+        rank: int,
+        source: Mapping[str, Tensor],
+        target: Mapping[str, Tensor],
+        buffer_bytes: int,
     ):
         self._plan, self._rank = plan, rank
         self._source, self._target = source, target

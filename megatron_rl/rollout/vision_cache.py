@@ -40,14 +40,22 @@ class VisionCache:
         self._pieces: dict[str, list[Piece]] = {}
         self._made: dict[tuple[str, int], Tensor] = {}
 
+    def blanked(self) -> VisionCache:
+        """A second cache that sees black frames, under keys of its own: the engine must not mix the two up."""
+        return VisionCache(self._tower, self._decoder, self._hidden, blank=True)
+
+    def forget(self) -> None:
+        """Drop all embeddings: the step they were made for is over."""
+        self._pieces, self._made = {}, {}
+
     def encode(self, videos: Sequence[VideoArtifact]) -> dict[str, str]:
-        """Forget the last step and encode these (equal keys once). Returns {key: reason} of the videos that failed.
+        """Encode what is not there yet (equal keys once). Returns {key: reason} of the videos that failed.
 
         Collective; `videos` is the same on every rank.
         """
-        unique = list({v.key: v for v in videos}.values())
-        self._pieces = split_over_ranks(unique, self._world)
-        self._made, failed = {}, {}
+        unique = list({v.key: v for v in videos if v.key not in self._pieces}.values())
+        self._pieces |= split_over_ranks(unique, self._world)
+        failed: dict[str, str] = {}
         for video in unique:
             for piece in self._pieces[video.key]:
                 if piece.owner == self._rank and video.key not in failed:

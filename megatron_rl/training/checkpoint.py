@@ -43,7 +43,9 @@ def step_folder(root: str | Path, step: int) -> Path:
     return Path(root) / f"step_{step}"
 
 
-def save(root: str | Path, step: int, policy: Policy, mesh: ParallelMesh, state: Mapping[str, Any], hf_source: str) -> Path:
+def save(
+    root: str | Path, step: int, policy: Policy, mesh: ParallelMesh, state: Mapping[str, Any], hf_source: str
+) -> Path:
     """Write `step_<step>`; collective. A crash at any moment leaves every earlier checkpoint as it was."""
     final = step_folder(root, step)
     partial = final.with_name(final.name + ".partial")
@@ -57,7 +59,9 @@ def save(root: str | Path, step: int, policy: Policy, mesh: ParallelMesh, state:
     save_file({"torch": torch.get_rng_state()}, partial / "rng" / f"rank_{mesh.rank}.safetensors")
     dist.barrier()
     if mesh.rank == 0:
-        (partial / STATE_FILE).write_text(json.dumps({"step": step, "version": policy.version, **state}, indent=2) + "\n")
+        (partial / STATE_FILE).write_text(
+            json.dumps({"step": step, "version": policy.version, **state}, indent=2) + "\n"
+        )
         _flush(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)

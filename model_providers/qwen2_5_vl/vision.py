@@ -71,7 +71,11 @@ class VisionTower:
 
 
 def build_tower(
-    vision_config: Mapping[str, Any], checkpoint: HfCheckpoint, spec: QwenVideoSpec, backend: Backend, device: torch.device
+    vision_config: Mapping[str, Any],
+    checkpoint: HfCheckpoint,
+    spec: QwenVideoSpec,
+    backend: Backend,
+    device: torch.device,
 ) -> VisionTower:
     """The tower with the checkpoint's weights; every missing or misshapen tensor is named in one WeightMismatch."""
     define_torchvision_operators()

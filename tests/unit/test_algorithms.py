@@ -15,7 +15,7 @@ from megatron_rl.algorithms.groups import keep_informative
 from megatron_rl.algorithms.kl import kl
 from megatron_rl.algorithms.losses import LOSSES, NllLoss, PpoClip
 from megatron_rl.config import AlgorithmConfig
-from megatron_rl.types import Completion, LossInputs, Scored
+from megatron_rl.types import Completion, Group, LossInputs, Prompt, Row, Scored
 
 # ---------------------------------------------------------------------------------------------------------- advantages
 
@@ -48,8 +48,9 @@ def test_names_are_those_of_the_configuration():
 # -------------------------------------------------------------------------------------------------------------- groups
 
 
-def group(*rewards: float) -> list[Scored]:
-    return [Scored(Completion(0, i, (), (), "", False), reward, {}) for i, reward in enumerate(rewards)]
+def group(*rewards: float) -> Group:
+    prompt = Prompt(0, Row("rows.jsonl:1", "question", "answer"), (), ())
+    return Group(prompt, tuple(Scored(Completion(0, i, (), (), "", False), r, {}) for i, r in enumerate(rewards)))
 
 
 def test_groups_are_kept_by_their_mean_bounds_excluded():

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy answers on a held-out file, optionally with every frame blanked: what can be guessed without looking."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_rl.loop import Rollout, rollout_phase, usable_prompts
+from megatron_rl.report import SampleRollout
+from megatron_rl.rollout.phase import generate
+from megatron_rl.session import Session
+from megatron_rl.types import Group, Row, Sampling
+
+
+def evaluate(session: Session, rollout: Rollout, rows: Sequence[Row], step: int, blind: bool = False) -> list[Group]:
+    """One greedy response per row, scored. Collective; every rank gets all groups."""
+    cfg = session.cfg
+    sampling = Sampling(1, 1.0, cfg.rollout.max_response_tokens, cfg.seed, step, greedy=True)
+    seeing = replace(session, vision=session.vision.blanked()) if blind else session
+    name = "eval_blind" if blind else "eval"
+    groups: list[Group] = []
+    with rollout_phase(session, rollout, step), session.progress.phase(step, name):
+        for start in range(0, len(rows), cfg.eval.batch_size):
+            seeing.vision.forget()
+            pairs = list(enumerate(rows))[start : start + cfg.eval.batch_size]
+            prompts = usable_prompts(seeing, pairs, cfg.data.eval)
+            groups += generate(prompts, seeing.vision, rollout.engine, rollout.reward, sampling, session.mesh)
+        seeing.vision.forget()
+    return groups
+
+
+def accuracy(groups: Sequence[Group]) -> float:
+    """Mean of the reward's "accuracy" part, or of the reward where it has none."""
+    parts = [group.scored[0].parts for group in groups]
+    return statistics.fmean(part.get("accuracy", part["overall"]) for part in parts) if parts else float("nan")
+
+
+def sample_rollouts(groups: Sequence[Group], count: int) -> list[SampleRollout]:
+    """The first response of the first groups, for people to read."""
+    shown = []
+    for group in groups[:count]:
+        row, best = group.prompt.row, group.scored[0]
+        shown.append(SampleRollout(row.problem, best.completion.text, row.answer, best.reward))
+    return shown
+
+
+class Evaluation:
+    """Runs the held-out set when it is due and remembers the last result."""
+
+    def __init__(self, session: Session, rollout: Rollout | None, rows: Sequence[Row]):
+        self._session, self._rollout, self._rows = session, rollout, rows
+        self.groups: list[Group] = []
+        self.results: dict[str, float] = {}
+
+    def at_start(self) -> dict[str, float]:
+        """Accuracy before the first step."""
+        if not self._session.cfg.eval.at_start or not self._possible:
+            return {}
+        return {"eval/start_accuracy": accuracy(self._run(0, blind=False))}
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Accuracy after step `step`, if the recipe wants it then; {} otherwise."""
+        cfg, done = self._session.cfg, step + 1
+        last = done == cfg.train.num_steps
+        due = (cfg.eval.every and done % cfg.eval.every == 0) or (last and cfg.eval.at_end)
+        if not due or not self._possible:
+            return {}
+        self.groups = self._run(step, blind=False)
+        self.results = {"eval/accuracy": accuracy(self.groups), "eval/num_prompts": float(len(self.groups))}
+        if cfg.eval.blind and last:
+            self.results["eval/blind_accuracy"] = accuracy(self._run(step, blind=True))
+        return self.results
+
+    @property
+    def _possible(self) -> bool:
+        return self._rollout is not None and bool(self._rows)
+
+    def _run(self, step: int, blind: bool) -> list[Group]:
+        assert self._rollout is not None
+        return evaluate(self._session, self._rollout, self._rows, step, blind)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every job does around its work: read the recipe, refuse what cannot run, tell who failed.
+
+All mistakes of a recipe are reported together, before any process group or device is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_rl.config import RunConfig
+from megatron_rl.config_checks import Job, check
+from megatron_rl.config_io import dump_config, parse_args
+
+EXIT_USAGE = 2
+
+
+def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Callable[[RunConfig], None]) -> None:
+    """Run `body` with the checked configuration; a ValueError is the user's to mend and ends without a traceback."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        _check_data_package()
+        cfg = parse_args(argv, program, summary)
+        check(cfg, world, job)
+    except ValueError as error:
+        _report(error, rank)
+        raise SystemExit(EXIT_USAGE) from None
+    if rank == 0:
+        folder = Path(cfg.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+    try:
+        body(cfg)
+    except ValueError as error:
+        _report(error, rank)
+        raise SystemExit(EXIT_USAGE) from None
+
+
+def _report(error: ValueError, rank: int) -> None:
+    if rank == 0:
+        sys.stderr.write(f"{error}\n")
+
+
+def _check_data_package() -> None:
+    """`data` is a common name: make sure that Python found ours."""
+    import data
+
+    ours = Path(__file__).resolve().parent.parent / "data"
+    found = Path(data.__file__ or "").resolve().parent
+    if found != ours:
+        raise ValueError(
+            f"PYTHONPATH: the package `data` is {found}, not {ours}; set PYTHONSAFEPATH=1 or start with scripts/launch.sh"
+        )

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reinforcement learning, a step on one page: sample a group of responses per prompt, score them, learn from them.
+
+GRPO (arXiv 2402.03300) with a global token normaliser, DAPO's clip-higher and dynamic sampling (arXiv 2503.14476), and
+an optional KL term to a frozen reference. Every function here is collective: all ranks call it with the same arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from megatron_rl.algorithms.advantages import ADVANTAGES
+from megatron_rl.algorithms.groups import keep_informative
+from megatron_rl.protocols import PolicyLoss, RewardFunction, RolloutEngine
+from megatron_rl.rollout.phase import build_prompts, encode_videos, generate
+from megatron_rl.rollout.resharder import Resharder
+from megatron_rl.rollout.store import RolloutStore
+from megatron_rl.session import Session
+from megatron_rl.step_metrics import Totals, rollout_metrics, sync_metrics
+from megatron_rl.training.batch import make_samples, pack
+from megatron_rl.training.policy import Reference, ScoredBatch
+from megatron_rl.types import Group, Prompt, Row, Sampling, SyncReport
+
+NextRows = Callable[[], list[tuple[int, Row]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What generates: the engine, what fills it with weights, what scores its responses."""
+
+    engine: RolloutEngine
+    resharder: Resharder
+    reward: RewardFunction
+
+
+def rl_step(
+    session: Session,
+    rollout: Rollout,
+    next_rows: NextRows,
+    loss: PolicyLoss,
+    reference: Reference | None,
+    store: RolloutStore | None,
+    step: int,
+) -> dict[str, float]:
+    """One step of the main job: sync, sample, score, learn. Returns its metrics."""
+    session.vision.forget()
+    with rollout_phase(session, rollout, step) as report:
+        groups, num_dropped = collect_groups(session, rollout, next_rows, step)
+    metrics = rollout_metrics(groups, num_dropped, session.quarantine.total) | sync_metrics(report)
+    if store is not None:
+        store.save(step, groups)
+    if not session.cfg.rollout.only:
+        metrics |= train_on(session, groups, loss, reference, step)
+    return metrics
+
+
+def replay_step(
+    session: Session, loss: PolicyLoss, reference: Reference | None, store: RolloutStore, step: int
+) -> dict[str, float]:
+    """A step on rollouts that were saved before; the videos must still be the same files."""
+    session.vision.forget()
+    groups = store.load(step)
+    with session.progress.phase(step, "encode"):
+        pairs = [(g.prompt.prompt_id, g.prompt.row) for g in groups]
+        prompts = usable_prompts(session, pairs, f"replayed step {step}")
+    store.check_unchanged(groups, prompts)
+    metrics = rollout_metrics(groups, 0, session.quarantine.total)
+    return metrics | train_on(session, groups, loss, reference, step)
+
+
+@contextmanager
+def rollout_phase(session: Session, rollout: Rollout, step: int) -> Iterator[SyncReport]:
+    """The engine awake and filled with the policy's weights; the trainer's gradients and optimizer state parked."""
+    with session.policy.parked():
+        with session.progress.phase(step, "sync"):
+            rollout.engine.wake("weights")
+            report = rollout.resharder.sync(session.policy.version)
+            rollout.engine.weights_changed(session.policy.version)
+            rollout.engine.wake("kv_cache")
+        yield report
+        rollout.engine.sleep()
+
+
+def usable_prompts(session: Session, pairs: Sequence[tuple[int, Row]], where: str) -> list[Prompt]:
+    """Prompts whose videos are encoded; what cannot be used is set aside and counted."""
+    prompts, bad_rows = build_prompts(pairs, session.builder, session.mesh)
+    prompts, bad_videos = encode_videos(prompts, session.vision)
+    session.quarantine.add([*bad_rows, *bad_videos], len(pairs), where)
+    return prompts
+
+
+def collect_groups(session: Session, rollout: Rollout, next_rows: NextRows, step: int) -> tuple[list[Group], int]:
+    """(groups, how many were dropped): one round of sampling, or with `filter_groups` as many as it takes."""
+    cfg, algorithm = session.cfg.rollout, session.cfg.algorithm
+    sampling = Sampling(cfg.num_samples, cfg.temperature, cfg.max_response_tokens, session.cfg.seed, step)
+    wanted = session.cfg.train.prompts_per_step
+    kept: list[Group] = []
+    num_dropped = 0
+    for _ in range(algorithm.max_filter_rounds):
+        with session.progress.phase(step, "encode"):
+            prompts = usable_prompts(session, next_rows(), f"step {step}")
+        with session.progress.phase(step, "gen"):
+            groups = generate(prompts, session.vision, rollout.engine, rollout.reward, sampling, session.mesh)
+        if not algorithm.filter_groups:
+            return groups, 0
+        informative, dull = keep_informative(groups, algorithm.filter_low, algorithm.filter_high)
+        kept, num_dropped = [*kept, *informative], num_dropped + len(dull)
+        if len(kept) >= wanted:
+            return kept[:wanted], num_dropped
+    raise ValueError(
+        f"algorithm.max_filter_rounds={algorithm.max_filter_rounds}: only {len(kept)} of {wanted} groups were "
+        "informative; raise it, or change the data or the reward"
+    )
+
+
+def train_on(
+    session: Session, groups: Sequence[Group], loss: PolicyLoss, reference: Reference | None, step: int
+) -> dict[str, float]:
+    """Learn from one rollout batch: `updates_per_step` optimizer updates. Returns the metrics of all ranks together."""
+    cfg, policy, progress = session.cfg, session.policy, session.progress
+    samples = make_samples(
+        groups, ADVANTAGES[cfg.algorithm.advantage], cfg.rollout.truncated, cfg.algorithm.loss_average
+    )
+    updates = pack(
+        samples, cfg.train.updates_per_step, cfg.train.max_tokens_per_microbatch, session.provider, session.mesh
+    )
+    wanted = [v for u in updates for b in u for v in b.videos] if session.mesh.is_first_stage else []
+    embeds = session.vision.fetch(wanted)
+    with progress.phase(step, "old"):
+        old = [policy.logprobs(batches, embeds) for batches in updates]
+    ref = [[None] * len(batches) for batches in updates]
+    if reference is not None:
+        with progress.phase(step, "ref"), reference.swapped_in():
+            ref = [policy.logprobs(batches, embeds) for batches in updates]
+    totals = Totals()
+    with progress.phase(step, "update_actor"):
+        for batches, old_logprobs, ref_logprobs in zip(updates, old, ref, strict=True):
+            scored = [ScoredBatch(*parts) for parts in zip(batches, old_logprobs, ref_logprobs, strict=True)]
+            totals.add(policy.train(scored, embeds, loss, step))
+            totals.add_gap(scored)
+    return totals.reduced()

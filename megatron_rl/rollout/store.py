@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rollout batches on disk, one JSON line per group: readable, replayable without an engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.types import Completion, Group, Prompt, Row, Scored, VideoArtifact
+
+
+class RolloutStore:
+    """A folder of `step_N.jsonl`. Only the rank that `writes` touches the disk on save."""
+
+    def __init__(self, folder: str | Path, writes: bool):
+        self.folder = Path(folder)
+        self._writes = writes
+
+    def save(self, step: int, groups: Sequence[Group]) -> None:
+        if not self._writes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(step)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(asdict(g), ensure_ascii=False) + "\n" for g in groups), encoding="utf-8")
+        partial.rename(path)
+
+    def load(self, step: int) -> list[Group]:
+        path = self._path(step)
+        if not path.is_file():
+            raise ValueError(f"rollout.replay_from={self.folder}: has no {path.name}; lower train.num_steps")
+        return [_group(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def check_unchanged(self, groups: Sequence[Group], prompts: Sequence[Prompt]) -> None:
+        """Raise when today's data makes other prompts than those the responses were sampled from."""
+        rebuilt = {p.prompt_id: p for p in prompts}
+        changed = [g.prompt.row.source for g in groups if rebuilt.get(g.prompt.prompt_id) != g.prompt]
+        if changed:
+            raise ValueError(
+                f"rollout.replay_from={self.folder}: the videos or data settings behind {len(changed)} prompts are not "
+                f"those of the saved rollouts ({', '.join(changed[:5])} ...); restore them or sample again"
+            )
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step}.jsonl"
+
+
+def _group(data: dict[str, Any]) -> Group:
+    return Group(_prompt(data["prompt"]), tuple(_scored(s) for s in data["scored"]))
+
+
+def _prompt(data: dict[str, Any]) -> Prompt:
+    row = Row(**{**data["row"], "videos": tuple(data["row"]["videos"])})
+    videos = tuple(VideoArtifact(**{k: _tuples(v) for k, v in video.items()}) for video in data["videos"])
+    return Prompt(data["prompt_id"], row, tuple(data["token_ids"]), videos)
+
+
+def _scored(data: dict[str, Any]) -> Scored:
+    completion = Completion(**{k: _tuples(v) for k, v in data["completion"].items()})
+    return Scored(completion, data["reward"], data["parts"])
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

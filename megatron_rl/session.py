@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the parts of a run from its configuration and holds them together. The loop composes them; they never meet.
+
+Nothing else reads RunConfig: every part gets the few values it needs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data.dali import DaliVideoDecoder
+from data.dataset import read_jsonl
+from data.loader import RowLoader
+from data.prompts import PromptBuilder
+from megatron_rl import parallel
+from megatron_rl.config import RunConfig
+from megatron_rl.device import Backend, choose_backend, define_torchvision_operators
+from megatron_rl.metrics import MetricLog, Progress
+from megatron_rl.parallel import ParallelMesh
+from megatron_rl.quarantine import Quarantine
+from megatron_rl.rollout.vision_cache import VisionCache
+from megatron_rl.training import checkpoint
+from megatron_rl.training.policy import Hyperparameters, Policy
+from megatron_rl.types import Row
+from model_providers.registry import open_provider
+
+if TYPE_CHECKING:
+    from megatron_rl.rollout.resharder import Resharder
+    from megatron_rl.rollout.vllm_engine import VllmEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The parts every job has: data, vision, policy, logs."""
+
+    cfg: RunConfig
+    backend: Backend
+    mesh: ParallelMesh
+    provider: Any
+    tokenizer: Any
+    builder: PromptBuilder
+    vision: VisionCache
+    policy: Policy
+    quarantine: Quarantine
+    log: MetricLog
+    progress: Progress
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response: the tokenizer's and those of generation_config.json."""
+        ids = {self.tokenizer.eos_token_id}
+        path = Path(self.cfg.model.hf) / "generation_config.json"
+        if path.is_file():
+            stated = json.loads(path.read_text()).get("eos_token_id", [])
+            ids |= {stated} if isinstance(stated, int) else set(stated)
+        return tuple(sorted(ids))
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.cfg.run_dir) / "checkpoints"
+
+
+def open_session(cfg: RunConfig) -> Session:
+    """Join the world, build the model, fill it with weights. Collective."""
+    backend = choose_backend(cfg.device, cfg.model.dtype)
+    mesh = parallel.initialize(
+        backend, cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.context, cfg.rollout.tensor
+    )
+    torch.manual_seed(cfg.seed)
+    provider = open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels)
+    device = backend.local_device(parallel.local_rank())
+    policy = _build_policy(cfg, backend, mesh, provider)
+    decoder = DaliVideoDecoder(backend.decoder_device, cfg.data.decode_threads, backend.native_codecs)
+    tokenizer = _load_tokenizer(cfg.model.hf)
+    return Session(
+        cfg=cfg,
+        backend=backend,
+        mesh=mesh,
+        provider=provider,
+        tokenizer=tokenizer,
+        builder=PromptBuilder(
+            tokenizer,
+            provider.video_spec,
+            decoder,
+            video_placeholder_id=provider.video_token_id,
+            format_prompt=cfg.data.format_prompt,
+            num_frames=cfg.data.num_frames,
+            fps=cfg.data.fps,
+            max_frames=cfg.data.max_frames,
+            max_prompt_tokens=cfg.data.max_prompt_tokens,
+        ),
+        vision=VisionCache(provider.build_vision(backend, device), decoder, provider.shape.hidden_size),
+        policy=policy,
+        quarantine=Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction),
+        log=_open_log(cfg, mesh),
+        progress=Progress(cfg.train.num_steps, enabled=mesh.rank == 0),
+    )
+
+
+def _build_policy(cfg: RunConfig, backend: Backend, mesh: ParallelMesh, provider: Any) -> Policy:
+    model = provider.build_language(backend, mesh, cfg.rollout.temperature, cfg.model.recompute)
+    provider.load_language(model, mesh)
+    optimizer = cfg.train.optimizer
+    hyper = Hyperparameters(
+        lr=optimizer.lr,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        warmup_steps=optimizer.warmup_steps,
+        max_grad_norm=optimizer.max_grad_norm,
+    )
+    policy = Policy(model, backend, mesh, hyper)
+    if cfg.model.weights_from:
+        checkpoint.load_weights(cfg.model.weights_from, policy)
+    return policy
+
+
+def _load_tokenizer(folder: str) -> Any:
+    define_torchvision_operators()
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _open_log(cfg: RunConfig, mesh: ParallelMesh) -> MetricLog:
+    return MetricLog(cfg.run_dir, mesh.rank == 0, cfg.log.wandb, cfg.log.project, cfg.log.tensorboard, asdict(cfg))
+
+
+def read_rows(path: str, media_root: str, field: str, quarantine: Quarantine) -> list[Row]:
+    """Usable rows of a JSONL file; the others are counted and listed."""
+    rows, bad = read_jsonl(path, media_root, field)
+    quarantine.add(bad, len(rows) + len(bad), where=path)
+    return rows
+
+
+def open_loader(session: Session) -> RowLoader:
+    cfg = session.cfg
+    rows = read_rows(cfg.data.train, cfg.data.media_root, "data.train", session.quarantine)
+    return RowLoader(rows, cfg.train.prompts_per_step, cfg.seed, cfg.data.shuffle)
+
+
+def read_eval_rows(session: Session) -> list[Row]:
+    cfg = session.cfg.data
+    return read_rows(cfg.eval, cfg.media_root, "data.eval", session.quarantine) if cfg.eval else []
+
+
+def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
+    """A vLLM replica over this rank's rollout group, and the plan that fills it. Collective."""
+    from megatron_rl.rollout.reshard_plan import Layouts, make_plan
+    from megatron_rl.rollout.resharder import Resharder, check_fit
+    from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
+
+    cfg, mesh, provider = session.cfg, session.mesh, session.provider
+    settings = EngineSettings(
+        folder=cfg.model.hf,
+        tensor=cfg.rollout.tensor,
+        max_model_len=cfg.max_model_len,
+        max_num_seqs=cfg.rollout.max_num_seqs,
+        kv_cache_bytes=int(cfg.rollout.kv_cache_gib * 2**30),
+        gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
+        enforce_eager=cfg.rollout.enforce_eager,
+    )
+    engine = VllmEngine(
+        settings,
+        session.backend,
+        provider.forbidden_tokens,
+        session.eos_token_ids,
+        provider.engine_prompt,
+        lambda ids: session.tokenizer.decode(ids, skip_special_tokens=True),
+    )
+    layouts = Layouts(mesh.world, mesh.tensor, mesh.pipeline, mesh.context, mesh.rollout_tensor)
+    plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
+    source = {name: param.data for name, param in session.policy.language_model.named_weights().items()}
+    target = engine.parameters()
+    check_fit(provider.weight_map, mesh.here.tp, mesh.tensor, mesh.rollout_tp_rank, mesh.rollout_tensor, source, target)
+    return engine, Resharder(plan, mesh.rank, source, target, cfg.rollout.sync_buffer_mib * 2**20)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Supervised fine-tuning from a recipe: `scripts/launch.sh megatron_rl.sft RECIPE.yaml key.path=value ...`.
+
+The first stage of LongVILA-R1 (SFT, then RL), on the same policy, data and checkpoints as RL. The reference answer and
+the end-of-turn token are learned; the prompt is not.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron_rl.config import RunConfig
+from megatron_rl.launch import run_job
+
+if TYPE_CHECKING:
+    from megatron_rl.session import Session
+    from megatron_rl.types import Prompt, TrainSample
+
+
+def main(argv: Sequence[str]) -> None:
+    run_job(argv, "sft", "python -m megatron_rl.sft", "Supervised fine-tuning on text and video.", run)
+
+
+def run(cfg: RunConfig) -> None:
+    """The whole job on this rank."""
+    from megatron_rl.job import Journal, first, last
+    from megatron_rl.parallel import shut_down
+    from megatron_rl.session import open_loader, open_session
+
+    session = open_session(cfg)
+    loader = open_loader(session)
+    journal = Journal(session, loader)
+    for step in range(journal.resume(), cfg.train.num_steps):
+        metrics = sft_step(session, loader.next_batch(), step)
+        journal.end_step(step, metrics, note=f"nll {metrics['sft/nll']:.3f}")
+    hf_export = journal.export_hf()
+    summary = {
+        "start_nll": first(cfg.run_dir, "sft/nll"),
+        "end_nll": last(cfg.run_dir, "sft/nll"),
+        "hf_export": hf_export,
+    }
+    journal.close(summary, [])
+    shut_down()
+
+
+def sft_step(session: Session, pairs: Sequence, step: int) -> dict[str, float]:
+    """One pass over a batch of rows in `updates_per_step` updates. Collective."""
+    from megatron_rl.algorithms.losses import NllLoss
+    from megatron_rl.loop import usable_prompts
+    from megatron_rl.step_metrics import Totals
+    from megatron_rl.training.batch import pack, weigh
+    from megatron_rl.training.policy import ScoredBatch
+
+    cfg, policy = session.cfg, session.policy
+    session.vision.forget()
+    with session.progress.phase(step, "encode"):
+        prompts = usable_prompts(session, pairs, f"step {step}")
+    samples = weigh([[reference_sample(session, prompt)] for prompt in prompts], cfg.algorithm.loss_average)
+    updates = pack(
+        samples, cfg.train.updates_per_step, cfg.train.max_tokens_per_microbatch, session.provider, session.mesh
+    )
+    wanted = [v for u in updates for b in u for v in b.videos] if session.mesh.is_first_stage else []
+    embeds = session.vision.fetch(wanted)
+    totals = Totals()
+    with session.progress.phase(step, "update_actor"):
+        for batches in updates:
+            totals.add(policy.train([ScoredBatch(b, None, None) for b in batches], embeds, NllLoss(), step))
+    return totals.reduced()
+
+
+def reference_sample(session: Session, prompt: Prompt) -> TrainSample:
+    """The prompt followed by its reference answer and the end-of-turn token."""
+    from megatron_rl.types import TrainSample
+
+    tokenizer = session.tokenizer
+    answer = tokenizer.encode(prompt.row.answer, add_special_tokens=False) + [tokenizer.eos_token_id]
+    return TrainSample(prompt, tuple(answer), advantage=0.0, rollout_logprobs=(0.0,) * len(answer))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

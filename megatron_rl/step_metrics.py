@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of one step, summed over ranks before they are divided. Names as in Long-RL where they mean the same."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from megatron_rl.types import Group, SyncReport
+
+if TYPE_CHECKING:
+    from megatron_rl.training.policy import ScoredBatch
+
+
+class Totals:
+    """Sums {name: (numerator, denominator)} over updates and ranks."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._max_gap = 0.0
+
+    def add(self, metrics: Mapping[str, tuple[float, float]]) -> None:
+        for name, (numerator, denominator) in metrics.items():
+            top, bottom = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (top + numerator, bottom + denominator)
+
+    def add_gap(self, batches: Sequence[ScoredBatch]) -> None:
+        """Largest |trainer - engine| log-probability of a sampled token, both at the weights that sampled it."""
+        for scored in batches:
+            if scored.old_logprobs is not None and len(scored.old_logprobs):
+                gap = (scored.old_logprobs.cpu() - scored.batch.rollout_logprobs).abs().max()
+                self._max_gap = max(self._max_gap, float(gap))
+
+    def reduced(self) -> dict[str, float]:
+        """Quotients over the world. Collective."""
+        everyone: list[tuple[dict[str, tuple[float, float]], float]] = [({}, 0.0)] * dist.get_world_size()
+        dist.all_gather_object(everyone, (self._sums, self._max_gap))
+        total = Totals()
+        for sums, _ in everyone:
+            total.add(sums)
+        result = {name: top / bottom for name, (top, bottom) in total._sums.items() if bottom}
+        return result | {"rollout/logprob_gap_max": max(gap for _, gap in everyone)}
+
+
+def rollout_metrics(groups: Sequence[Group], num_dropped: int, num_quarantined: int) -> dict[str, float]:
+    """Rewards, lengths, truncation and how informative the groups were."""
+    scored = [s for group in groups for s in group.scored]
+    if not scored:
+        return {"rollout/num_groups": 0.0, "data/quarantined": float(num_quarantined)}
+    metrics = {
+        **_spread("critic/score", [s.reward for s in scored]),
+        **_spread("response_length", [float(len(s.completion.token_ids)) for s in scored]),
+        **_spread("prompt_length", [float(len(g.prompt.token_ids)) for g in groups]),
+        "response_length/clip_ratio": statistics.fmean(float(s.completion.truncated) for s in scored),
+        "rollout/num_groups": float(len(groups)),
+        "rollout/dropped_groups": float(num_dropped),
+        "rollout/zero_variance_groups": statistics.fmean(float(len({s.reward for s in g.scored}) == 1) for g in groups),
+        "data/quarantined": float(num_quarantined),
+    }
+    for name in scored[0].parts:
+        metrics[f"reward/{name}"] = statistics.fmean(s.parts[name] for s in scored)
+    return metrics
+
+
+def sync_metrics(report: SyncReport) -> dict[str, float]:
+    """Bytes moved by the last weight sync over all ranks, against what had to move. Collective."""
+    reports: list[SyncReport] = [report] * dist.get_world_size()
+    dist.all_gather_object(reports, report)
+    received, minimum = sum(r.received for r in reports), sum(r.minimum for r in reports)
+    return {
+        "sync/received_bytes": float(received),
+        "sync/minimum_bytes": float(minimum),
+        "sync/local_bytes": float(sum(r.copied_locally for r in reports)),
+        "sync/bytes_over_minimum": bytes_over_minimum(received, minimum),
+        "sync/max_sent_bytes": float(max(r.sent for r in reports)),
+        "timing_s/reshard": max(r.seconds for r in reports),
+    }
+
+
+def bytes_over_minimum(received: int, minimum: int) -> float:
+    """1.0 is the goal; also where nothing had to move and nothing did."""
+    if minimum == 0:
+        return 1.0 if received == 0 else float("inf")
+    return received / minimum
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {f"{name}/mean": statistics.fmean(values), f"{name}/max": max(values), f"{name}/min": min(values)}

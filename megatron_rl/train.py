@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reinforcement learning from a recipe: `scripts/launch.sh megatron_rl.train RECIPE.yaml key.path=value ...`.
+
+Composes the parts, runs the steps, leaves a summary. The algorithm itself is in megatron_rl/loop.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron_rl.config import AlgorithmConfig, RunConfig
+from megatron_rl.launch import run_job
+
+if TYPE_CHECKING:
+    from megatron_rl.evaluate import Evaluation
+    from megatron_rl.job import Journal
+    from megatron_rl.loop import Rollout
+    from megatron_rl.protocols import PolicyLoss
+    from megatron_rl.session import Session
+
+
+def main(argv: Sequence[str]) -> None:
+    run_job(argv, "rl", "python -m megatron_rl.train", "Reinforcement learning on text and video (GRPO, DAPO).", run)
+
+
+def run(cfg: RunConfig) -> None:
+    """The whole job on this rank."""
+    from megatron_rl.evaluate import Evaluation
+    from megatron_rl.job import Journal
+    from megatron_rl.loop import replay_step, rl_step
+    from megatron_rl.parallel import shut_down
+    from megatron_rl.rollout.store import RolloutStore
+    from megatron_rl.session import open_loader, open_session, read_eval_rows
+    from megatron_rl.training.policy import Reference
+
+    session = open_session(cfg)
+    loss = build_loss(cfg.algorithm)
+    reference = Reference(session.policy) if cfg.algorithm.kl_coef else None  # before a resume: the starting weights
+    folder = cfg.rollout.replay_from or cfg.rollout.save_to
+    store = RolloutStore(folder, writes=session.mesh.rank == 0) if folder else None
+    replaying = bool(cfg.rollout.replay_from)
+    rollout = None if replaying else build_rollout(session)
+    loader = None if replaying else open_loader(session)
+    journal = Journal(session, loader)
+    evaluation = Evaluation(session, rollout, read_eval_rows(session))
+    start = journal.resume()
+    if start == 0:
+        journal.pending |= evaluation.at_start()
+    for step in range(start, cfg.train.num_steps):
+        if replaying:
+            metrics = replay_step(session, loss, reference, store, step)
+        else:
+            metrics = rl_step(session, rollout, loader.next_batch, loss, reference, store, step)
+        metrics |= evaluation.after_step(step)
+        journal.end_step(step, metrics, note=f"reward {metrics['critic/score/mean']:.3f}")
+    finish(journal, evaluation)
+    if rollout is not None:
+        rollout.engine.close()
+    shut_down()
+
+
+def build_loss(algorithm: AlgorithmConfig) -> PolicyLoss:
+    from megatron_rl.algorithms.losses import LOSSES
+
+    return LOSSES[algorithm.loss](
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        clip_dual=algorithm.clip_dual,
+        kl_coef=algorithm.kl_coef,
+        kl_kind=algorithm.kl_kind,
+    )
+
+
+def build_rollout(session: Session) -> Rollout:
+    from megatron_rl.loop import Rollout
+    from megatron_rl.rewards.registry import load_reward
+    from megatron_rl.session import open_engine
+
+    reward = load_reward(session.cfg.reward.name, session.cfg.reward.format_weight)
+    engine, resharder = open_engine(session)
+    return Rollout(engine, resharder, reward)
+
+
+def finish(journal: Journal, evaluation: Evaluation) -> None:
+    """Export, then summary.json, the curves and a few sample answers."""
+    from megatron_rl.evaluate import sample_rollouts
+    from megatron_rl.job import first, highest
+
+    cfg = journal.session.cfg
+    hf_export = journal.export_hf()
+    summary = {
+        "start_accuracy": first(cfg.run_dir, "eval/start_accuracy"),
+        "heldout_accuracy": evaluation.results.get("eval/accuracy"),
+        "blind_accuracy": evaluation.results.get("eval/blind_accuracy"),
+        "num_heldout": len(evaluation.groups),
+        "max_logprob_gap": highest(cfg.run_dir, "rollout/logprob_gap_max"),
+        "sync_bytes_over_minimum": highest(cfg.run_dir, "sync/bytes_over_minimum"),
+        "hf_export": hf_export,
+    }
+    journal.close(summary, sample_rollouts(evaluation.groups, cfg.eval.show))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

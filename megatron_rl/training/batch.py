@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scored groups -> train samples with advantages -> packed micro-batches of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatron_rl.parallel import ParallelMesh
+from megatron_rl.protocols import AdvantageEstimator
+from megatron_rl.training.packing import MicroBatch, build_microbatch, plan_packing
+from megatron_rl.types import Group, TrainSample
+
+
+def make_samples(
+    groups: Sequence[Group],
+    estimate: AdvantageEstimator,
+    truncated: str,
+    loss_average: str,
+) -> list[list[TrainSample]]:
+    """One list of samples per group. `truncated`="mask" leaves truncated responses out of the loss (not of the baseline)."""
+    result = []
+    for group in groups:
+        prompt, scored = group.prompt, group.scored
+        advantages = estimate([s.reward for s in scored])
+        result.append(
+            [
+                TrainSample(prompt, s.completion.token_ids, advantage, s.completion.logprobs)
+                for s, advantage in zip(scored, advantages, strict=True)
+                if not (truncated == "mask" and s.completion.truncated)
+            ]
+        )
+    return weigh(result, loss_average)
+
+
+def weigh(groups: list[list[TrainSample]], loss_average: str) -> list[list[TrainSample]]:
+    """token: all weights 1. sequence: weights under which the mean over tokens is the mean of the sequences' means."""
+    if loss_average == "token":
+        return groups
+    samples = [s for group in groups for s in group]
+    mean_length = sum(len(s.response_ids) for s in samples) / max(1, len(samples))
+    return [[replace(s, weight=mean_length / len(s.response_ids)) for s in group] for group in groups]
+
+
+def pack(
+    groups: Sequence[Sequence[TrainSample]], num_updates: int, max_tokens: int, provider: Any, mesh: ParallelMesh
+) -> list[list[MicroBatch]]:
+    """This rank's micro-batches, one list per optimizer update; the same number on every data parallel rank."""
+    updates = []
+    for index in range(num_updates):
+        samples = [s for group in _share(groups, index, num_updates) for s in group]
+        lengths = [s.num_tokens for s in samples]
+        plan = plan_packing(lengths, mesh.data, max_tokens, provider.shape.hidden_size)
+        updates.append(
+            [
+                build_microbatch(samples, members, mesh.tensor, provider.position_ids, provider.video_starts)
+                for members in plan.bins[mesh.here.dp]
+            ]
+        )
+    return updates
+
+
+def _share(groups: Sequence[Any], index: int, num_shares: int) -> Sequence[Any]:
+    return groups[len(groups) * index // num_shares : len(groups) * (index + 1) // num_shares]
