@@ -17,6 +17,7 @@ LINES = (
     ("bytes moved per sync / least possible", "sync_bytes_over_minimum", "{:.2f}"),
 )
 FILES = (
+    ("curves of reward and log-prob gap", "curves.png"),
     ("metrics, one line a step", "metrics.jsonl"),
     ("everything above, as JSON", "summary.json"),
     ("resolved configuration", "config.yaml"),
