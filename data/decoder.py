@@ -84,16 +84,21 @@ def _scan(path: str, mtime_ns: int, size: int) -> Scan:
                 raise VideoDecodeError(path, f"no video stream{_other_streams(container)}")
             return _scan_stream(path, container, container.streams.video[0])
     except (av.FFmpegError, UnicodeDecodeError) as error:
-        raise VideoDecodeError(path, f"not a readable video (cut, damaged or another kind of file): {error}") from error
+        raise VideoDecodeError(
+            path, f"not a readable video (cut, damaged or another kind of file): {_cause(error)}"
+        ) from error
 
 
 def _scan_stream(path: str, container: av.container.InputContainer, stream: av.VideoStream) -> Scan:
+    codec = stream.codec_context
+    if codec is None or codec.width == 0:
+        raise VideoDecodeError(path, "unknown codec or picture size (damaged file?)")
     pts, keys, end, cut = [], [], 0, False
     for packet in container.demux(stream):
         if not packet.size:
             continue
         if packet.pts is None:
-            raise VideoDecodeError(path, "frames without timestamps (a raw stream, or AVI); remux it to mp4")
+            raise VideoDecodeError(path, "frames without timestamps (damaged, a raw stream, or AVI); remux it to mp4")
         cut = packet.is_corrupt
         end = max(end, packet.pts + (packet.duration or 0))
         if packet.is_discard:  # outside the edit list: stored, never shown
@@ -109,7 +114,6 @@ def _scan_stream(path: str, container: av.container.InputContainer, stream: av.V
     missing = _stated_end(container, stream) - end * time_base
     if cut or missing > max(_TRUNCATION_SECONDS, _TRUNCATION_FRACTION * end * time_base):
         raise VideoDecodeError(path, f"truncated: the data ends after {end * time_base:.1f} s of video")
-    codec = stream.codec_context
     return Scan(path, codec.name, codec.width, codec.height, time_base, np.sort(pts), np.sort(keys))
 
 
@@ -124,6 +128,10 @@ def _stated_end(container: av.container.InputContainer, stream: av.VideoStream) 
     if container.duration is not None and len(container.streams) == 1:
         return start + container.duration / av.time_base
     return 0.0
+
+
+def _cause(error: av.FFmpegError | UnicodeDecodeError) -> str:
+    return error.strerror if isinstance(error, av.FFmpegError) else str(error)
 
 
 def _other_streams(container: av.container.InputContainer) -> str:
@@ -150,7 +158,7 @@ def iter_frames(found: Scan, indices: Iterable[int], num_threads: int) -> Iterat
                 for index, frame in _decode_gop(container, found, gop, list(members), num_threads):
                     yield index, to_rgb(frame)
     except av.FFmpegError as error:
-        raise VideoDecodeError(found.path, f"corrupt video data: {error}") from error
+        raise VideoDecodeError(found.path, f"corrupt video data: {_cause(error)}") from error
 
 
 class _RgbConverter:

@@ -73,7 +73,7 @@ def load(folder: str | Path, policy: Policy, mesh: ParallelMesh) -> dict[str, An
     """Restore model, optimizer and random state; returns what `save` was given as `state`, with step and version."""
     with policy.backend.mcore_scope():
         loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(folder))
-        policy.model.load_state_dict(loaded["model"])
+        policy.language_model.load_state_dict(loaded["model"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
     rng = Path(folder) / "rng" / f"rank_{mesh.rank}.safetensors"
     if rng.is_file():  # a larger world has ranks that were not there; nothing they draw is used across a resume
@@ -90,8 +90,8 @@ def load_weights(folder: str | Path, policy: Policy) -> None:
     if not (path / "metadata.json").is_file():
         raise ValueError(f"model.weights_from={folder}: holds no checkpoint; give a step_N folder or a folder of them")
     with policy.backend.mcore_scope():
-        loaded = dist_checkpointing.load({"model": policy.model.sharded_state_dict()}, str(path))
-        policy.model.load_state_dict(loaded["model"])
+        loaded = dist_checkpointing.load({"model": policy.language_model.sharded_state_dict()}, str(path))
+        policy.language_model.load_state_dict(loaded["model"])
     policy.optimizer.reload_model_params()
 
 
@@ -104,7 +104,7 @@ def prune(root: str | Path, keep: int, best: int | None) -> None:
 
 
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
-    model = policy.model.sharded_state_dict()
+    model = policy.language_model.sharded_state_dict()
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
     return {"model": model, "optimizer": optimizer}
 
