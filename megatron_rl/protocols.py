@@ -56,7 +56,8 @@ class RolloutEngine(Protocol):
 class RewardFunction(Protocol):
     """Scores one batch. An unparsable answer scores 0.0; an exception is a bug and propagates."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
         """One dict of named parts per completion; the key "overall" is the reward."""

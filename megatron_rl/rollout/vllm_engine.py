@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megatron_rl.device import Backend
+from megatron_rl.device import Backend, define_torchvision_operators
 from megatron_rl.types import Completion, Prompt, Sampling
 
 EnginePrompt = Callable[[Prompt, Mapping[str, Tensor]], dict[str, Any]]
@@ -62,6 +62,7 @@ class VllmEngine:
         self._version: int | None = None
         if not backend.engine_owns_weights:
             keep_cpu_linear_weights()
+        inspect_models_in_process()
         with _launcher_environment(), torch.random.fork_rng(), encoder_budget(settings.max_model_len):
             self._llm = _build(settings, backend)
         core = self._llm.llm_engine.engine_core.engine_core
@@ -191,6 +192,17 @@ def _launcher_environment() -> Iterator[None]:
     yield
     if before is not None:
         os.environ["LOCAL_WORLD_SIZE"] = before
+
+
+def inspect_models_in_process() -> None:
+    """vLLM 0.32 inspects a model class in a fresh Python process, to keep CUDA out of its own.
+
+    Ours holds the device anyway, and a fresh process would not have the declarations of define_torchvision_operators.
+    """
+    import vllm.model_executor.models.registry as registry
+
+    define_torchvision_operators()
+    registry._run_in_subprocess = lambda function: function()
 
 
 def keep_cpu_linear_weights() -> None:
