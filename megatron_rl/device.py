@@ -32,6 +32,8 @@ class Backend:
     native_codecs: frozenset[str]
     engine_sleeps: bool
     engine_owns_weights: bool
+    chunked_prefill: bool
+    """vLLM takes a seeded request's noise back after each chunk of its prompt, which only CUDA generators can do."""
     mcore_scope: Callable[[], AbstractContextManager[None]]
 
     def local_device(self, local_rank: int) -> torch.device:
@@ -67,6 +69,7 @@ def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
             native_codecs=frozenset(),
             engine_sleeps=True,
             engine_owns_weights=True,
+            chunked_prefill=True,
             mcore_scope=nullcontext,
         )
     return Backend(
@@ -80,6 +83,7 @@ def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
         native_codecs=DALI_CPU_CODECS,
         engine_sleeps=False,
         engine_owns_weights=False,
+        chunked_prefill=False,
         mcore_scope=redirect_cuda_to_cpu,
     )
 

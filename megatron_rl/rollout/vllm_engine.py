@@ -25,6 +25,7 @@ from megatron_rl.types import Completion, Prompt, Sampling
 
 EnginePrompt = Callable[[Prompt, Mapping[str, Tensor]], dict[str, Any]]
 
+CHUNK_TOKENS = 8192  # of a long prompt, prefilled at a time
 FORBIDDEN_BIAS = -100.0  # vLLM clamps logit_bias to [-100, 100]; the trainer adds the same
 
 
@@ -163,6 +164,7 @@ def _prompt_difference(prompt: Prompt, got: Sequence[int]) -> str:
 def _build(settings: EngineSettings, backend: Backend) -> Any:
     from vllm import LLM
 
+    longest = min(settings.max_model_len, CHUNK_TOKENS) if backend.chunked_prefill else settings.max_model_len
     return LLM(
         model=settings.folder,
         tokenizer=settings.folder,
@@ -172,7 +174,8 @@ def _build(settings: EngineSettings, backend: Backend) -> Any:
         distributed_executor_backend="external_launcher",
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=max(settings.max_num_seqs, min(settings.max_model_len, 8192)),
+        max_num_batched_tokens=max(settings.max_num_seqs, longest, 2048),
+        enable_chunked_prefill=backend.chunked_prefill,
         kv_cache_memory_bytes=settings.kv_cache_bytes or None,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         enforce_eager=settings.enforce_eager,

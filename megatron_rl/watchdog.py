@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Notices that a rank is gone and stops the others with one line that names it and the phase it was in.
+
+A thread on every rank writes a heartbeat into the rendezvous store and reads those of the neighbouring ranks. Without
+it, the survivors of a killed rank wait in a collective for half an hour, or fail in one that tells nothing.
+Whoever notices first writes the obituary, and that is the one that all ranks print: no rank blames a mere follower.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from megatron_rl.errors import PeerLost
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with this process, try again
+RESUME_ADVICE = "Run the same command again to resume from the newest checkpoint."
+REACH = 8  # a rank watches that many ranks on either side: a host that dies whole still has a watched border
+SHORT_PATIENCE_S = 6.0
+EXPLAIN_S = 10.0
+OBITUARY, NUM_DONE, ALL_DONE = "obituary", "num_done", "all_done"
+
+
+def stop_process(message: str) -> None:
+    """Say why and end the process, from any thread: the main thread may be blocked in a collective for ever."""
+    os.write(2, f"{message}\n".encode())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_CODE)
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What a rank tells about itself. `started` tells its process from a later one with the same pid."""
+
+    rank: int
+    host: str
+    place: str
+    pid: int
+    started: str
+    step: int
+    phase: str
+    count: int
+
+    @property
+    def who(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+    @property
+    def where(self) -> str:
+        return f"phase '{self.phase}' of step {self.step}"
+
+
+def process_start(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot; None if it has ended, be it as a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, *fields = text.rpartition(")")[2].split()  # the name before it may hold anything
+    return None if state in "ZX" else fields[18]
+
+
+def this_place() -> str:
+    """Ranks of the same place (boot and pid namespace) find each other in /proc; empty where there is no /proc."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}" if boot.exists() else ""
+
+
+class Watchdog:
+    """Watches the other ranks from a thread, as a context manager around everything a rank does. Collective to open.
+
+        with watch_world() as watchdog:
+            watchdog.set_phase(step, "rollout")
+            ...
+
+    While the main thread is inside, a lost peer ends this process through `on_lost`. An exception that leaves the block
+    is told to the peers as this rank's failure, unless a lost peer explains it: then it becomes a PeerLost.
+    A normal exit waits for all ranks, so that whoever hosts the store leaves last. A world of one needs nothing of this.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        store: dist.Store,
+        interval_s: float = 1.0,
+        patience_s: float = 40.0,
+        on_lost: Callable[[str], None] = stop_process,
+    ):
+        self._rank = rank
+        self._world = world
+        self._interval_s = interval_s
+        self._patience_s = patience_s
+        self._on_lost = on_lost
+        self._now = (0, "start")
+        self._count = 0
+        self._message = ""
+        self._main_thread_asks = False
+        self._found = threading.Event()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        peers = sorted({(rank + offset) % world for offset in range(-REACH, REACH + 1)} - {rank})
+        if peers:
+            self._start(peers, store)
+
+    def _start(self, peers: list[int], store: dist.Store) -> None:
+        # A wait in one connection blocks every other request in it, so each thread has its own.
+        self._main_store = store.clone()
+        self._store = store.clone()
+        self._store.set_timeout(datetime.timedelta(seconds=self._patience_s))
+        self._host, self._place = socket.gethostname(), this_place()
+        self._started = process_start(os.getpid()) or ""
+        self._keys = [OBITUARY, *(f"rank{peer}" for peer in peers)]
+        self._main_store.append(OBITUARY, "")
+        self._publish()
+        self._main_store.wait(self._keys)
+        self._seen = {beat.rank: beat for beat in self._read()[1]}
+        self._silent = dict.fromkeys(peers, 0)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def set_phase(self, step: int, phase: str) -> None:
+        """What the main thread does from now on. Costs nothing; goes out with the next heartbeat."""
+        self._now = (step, phase)
+
+    def explain(self, error: BaseException) -> PeerLost | None:
+        """The lost peer behind an error of the main thread, if there is one. Takes up to 10 s when there is none.
+
+        A collective fails within milliseconds of a peer's death, so the watchdog may not know yet. And since something
+        is wrong, a shorter silence counts.
+        """
+        if self._thread is None or isinstance(error, torch.OutOfMemoryError):
+            return None
+        self._main_thread_asks = True
+        self._patience_s = min(self._patience_s, SHORT_PATIENCE_S)
+        return PeerLost(self._message) if self._found.wait(EXPLAIN_S) else None
+
+    def failed(self, error: BaseException) -> None:
+        """Tell the peers that this rank ends with `error`, and stop watching."""
+        if self._thread is None:
+            return
+        step, phase = self._now
+        what = f"{type(error).__name__}: {error}".removesuffix(": ")
+        obituary = f"rank {self._rank} failed in phase '{phase}' of step {step}: {what}"
+        self._end_thread()
+        try:
+            self._main_store.compare_set(OBITUARY, "", obituary)
+        except dist.DistError:
+            return  # the store is gone, and with it the peers; the caller raises `error`
+
+    def close(self) -> None:
+        """Wait until every rank is here, watching on; then stop watching. Collective."""
+        if self._thread is None:
+            return
+        if self._main_store.add(NUM_DONE, 1) == self._world:
+            self._main_store.set(ALL_DONE, "")
+        self._main_store.wait([ALL_DONE], datetime.timedelta(days=1))  # a peer that dies meanwhile ends the process
+        self._end_thread()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        lost = self.explain(error) if isinstance(error, RuntimeError | ConnectionError) else None
+        if lost is None:
+            self.failed(error)
+            return
+        self._end_thread()
+        raise lost from error
+
+    def _end_thread(self) -> None:
+        """Not left to the interpreter's end, which aborts a thread that is then inside the store."""
+        assert self._thread is not None
+        self._stop.set()
+        self._thread.join()
+        self._thread = None
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            try:
+                self._publish()
+                message = self._look()
+            except dist.DistError as error:
+                message = self._store_lost(error)
+            if not message or self._stop.is_set():
+                continue
+            self._message = message
+            self._found.set()
+            if not self._main_thread_asks:
+                self._on_lost(f"rank {self._rank}: {message}")
+            return
+
+    def _publish(self) -> None:
+        self._count += 1
+        step, phase = self._now
+        beat = Heartbeat(self._rank, self._host, self._place, os.getpid(), self._started, step, phase, self._count)
+        self._store.set(f"rank{self._rank}", json.dumps(asdict(beat)))
+
+    def _read(self) -> tuple[str, list[Heartbeat]]:
+        obituary, *beats = self._store.multi_get(self._keys)
+        return obituary.decode(), [Heartbeat(**json.loads(beat)) for beat in beats]
+
+    def _look(self) -> str | None:
+        """The obituary that is already there, else the one that this rank has reason to write."""
+        obituary, beats = self._read()
+        if obituary:
+            # A rank that failed leaves before those it takes along, so that torchrun reports it as the root cause.
+            self._stop.wait(2 * self._interval_s)
+            return obituary
+        for beat in beats:
+            # Counted in looks, not seconds: after a pause of this very process, nobody has been silent yet.
+            self._silent[beat.rank] = 0 if beat.count != self._seen[beat.rank].count else self._silent[beat.rank] + 1
+            self._seen[beat.rank] = beat
+        reason = self._dead_peer() or self._silent_peer()
+        return reason and self._store.compare_set(OBITUARY, "", reason).decode()
+
+    def _dead_peer(self) -> str | None:
+        for beat in self._seen.values():
+            if beat.place and beat.place == self._place and process_start(beat.pid) != beat.started:
+                return f"{beat.who} is gone: last seen in {beat.where}; stopping. {RESUME_ADVICE}"
+        return None
+
+    def _silent_peer(self) -> str | None:
+        for beat in self._seen.values():
+            seconds = self._silent[beat.rank] * self._interval_s
+            if seconds >= self._patience_s:
+                return (
+                    f"{beat.who} has not answered for {seconds:.0f} s: last seen in {beat.where}; stopping. "
+                    f"{RESUME_ADVICE}"
+                )
+        return None
+
+    def _store_lost(self, error: dist.DistError) -> str:
+        """The store's host may be a rank of this host; else all that is known is that the store is gone."""
+        return self._dead_peer() or (
+            f"the rendezvous store is gone ({str(error).splitlines()[0]}): the first node's launcher or rank 0 died, or "
+            f"its host; stopping in phase '{self._now[1]}' of step {self._now[0]}. {RESUME_ADVICE}"
+        )
+
+
+def watch_world() -> Watchdog:
+    """The watchdog of the default process group; a restart by torchrun does not see its predecessor's obituary."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"watchdog{attempt}", _get_default_store())
+    return Watchdog(dist.get_rank(), dist.get_world_size(), store)
