@@ -89,10 +89,12 @@ def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
 
 
 def define_torchvision_operators() -> None:
-    """Let `import torchvision` succeed where its compiled half cannot load (the PyPI wheel beside a CPU build of torch).
+    """Let `import torchvision` succeed where its compiled half cannot load (the PyPI wheel beside a CPU build of
+    torch).
 
     torchvision registers fake kernels for `nms` and `qnms` at import and fails if the operators do not exist. Declaring
-    them first, in this process, is enough for transformers' video processors. Where the compiled half loads, nothing is done.
+    them first, in this process, is enough for transformers' video processors. Where the compiled half loads,
+    nothing is done.
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None or hasattr(torch.ops.torchvision, "nms"):

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every seam of the system on one page. A Protocol is here only if two implementations (one may be a test's fake) exist."""
+"""Every seam of the system on one page. A Protocol is here only if two implementations (one may be a test's fake)
+exist."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from megatron_rl.device import Backend
+    from megatron_rl.parallel import ParallelMesh
     from megatron_rl.types import Completion, LossInputs, LossOutput, Prompt, Sampling, VideoArtifact, VideoInfo
+    from model_providers.transformer import LanguageModel, TransformerShape
+    from model_providers.weight_map import WeightMap
 
 
 class VideoSpec(Protocol):
@@ -34,6 +39,49 @@ class VideoDecoder(Protocol):
 
     def decode(self, path: str, frame_indices: Sequence[int], size_hw: tuple[int, int]) -> Tensor:
         """uint8 RGB [F, 3, H, W]: exactly these frames (any order, repeats allowed), resized bicubic antialiased."""
+
+
+class VideoTower(Protocol):
+    """The frozen vision tower of a family."""
+
+    spec: VideoSpec
+    dtype: torch.dtype
+    device: torch.device
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 [F, 3, height, width], F a multiple of the temporal patch -> embeddings [num_tokens, H]."""
+
+
+class ModelProvider(Protocol):
+    """Everything the system asks of a model family; one per package in model_providers/, opened by its registry."""
+
+    shape: TransformerShape
+    weight_map: WeightMap
+    video_spec: VideoSpec
+    video_token_id: int
+
+    @property
+    def forbidden_tokens(self) -> tuple[int, ...]:
+        """Tokens that a sampled response must not contain."""
+
+    def build_language(
+        self, backend: Backend, mesh: ParallelMesh, temperature: float = 1.0, recompute: str = "none"
+    ) -> LanguageModel:
+        """This rank's pipeline stage, uninitialised."""
+
+    def load_language(self, model: LanguageModel, mesh: ParallelMesh) -> None:
+        """Fill a stage with its part of the Hugging Face weights."""
+
+    def build_vision(self, backend: Backend, device: torch.device) -> VideoTower: ...
+
+    def position_ids(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> Tensor:
+        """int64 [3, len(token_ids)]."""
+
+    def video_starts(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> list[int]:
+        """Index of the first placeholder token of each video."""
+
+    def engine_prompt(self, prompt: Prompt, embeds: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The engine's own input format."""
 
 
 class RolloutEngine(Protocol):
@@ -70,16 +118,3 @@ class AdvantageEstimator(Protocol):
 
 class PolicyLoss(Protocol):
     def __call__(self, inputs: LossInputs) -> LossOutput: ...
-
-
-class EmbedSource(Protocol):
-    """Where video embeddings come from: encoded once a step, fetched by whoever needs them."""
-
-    def fetch(self, videos: Sequence[VideoArtifact]) -> dict[str, Tensor]:
-        """Collective over the world: {artifact.key: [num_tokens, H]} for the videos this rank asks for."""
-
-
-class WeightsSwap(Protocol):
-    """Gives the model other weights for the length of a `with` block (the reference policy)."""
-
-    def swapped_in(self) -> AbstractContextManager[None]: ...

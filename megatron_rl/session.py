@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +22,7 @@ from megatron_rl.config import RunConfig
 from megatron_rl.device import Backend, choose_backend, define_torchvision_operators
 from megatron_rl.metrics import MetricLog, Progress
 from megatron_rl.parallel import ParallelMesh
+from megatron_rl.protocols import ModelProvider
 from megatron_rl.quarantine import Quarantine
 from megatron_rl.rollout.vision_cache import VisionCache
 from megatron_rl.training import checkpoint
@@ -30,6 +31,8 @@ from megatron_rl.types import Row
 from model_providers.registry import open_provider
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from megatron_rl.rollout.resharder import Resharder
     from megatron_rl.rollout.vllm_engine import VllmEngine
 
@@ -41,8 +44,8 @@ class Session:
     cfg: RunConfig
     backend: Backend
     mesh: ParallelMesh
-    provider: Any
-    tokenizer: Any
+    provider: ModelProvider
+    tokenizer: PreTrainedTokenizerBase
     builder: PromptBuilder
     vision: VisionCache
     policy: Policy
@@ -102,7 +105,7 @@ def open_session(cfg: RunConfig) -> Session:
     )
 
 
-def _build_policy(cfg: RunConfig, backend: Backend, mesh: ParallelMesh, provider: Any) -> Policy:
+def _build_policy(cfg: RunConfig, backend: Backend, mesh: ParallelMesh, provider: ModelProvider) -> Policy:
     model = provider.build_language(backend, mesh, cfg.rollout.temperature, cfg.model.recompute)
     provider.load_language(model, mesh)
     optimizer = cfg.train.optimizer
@@ -120,7 +123,7 @@ def _build_policy(cfg: RunConfig, backend: Backend, mesh: ParallelMesh, provider
     return policy
 
 
-def _load_tokenizer(folder: str) -> Any:
+def _load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     define_torchvision_operators()
     from transformers import AutoTokenizer
 

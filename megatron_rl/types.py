@@ -2,7 +2,8 @@
 """The arrows of the data flow: one frozen dataclass per stage, in the order in which a step makes them.
 
 Shape suffixes used in the whole project:
-T packed tokens of one micro-batch, R response tokens in it, F frames, P prompts, N samples a prompt, V vocabulary, H hidden.
+T packed tokens of one micro-batch, R response tokens in it, F frames, P prompts, N samples a prompt, V vocabulary,
+H hidden.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class BadRow:
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
-    """What one demux pass tells about a file. `timestamps[i]` is the presentation time of frame i in seconds, first frame 0."""
+    """What one demux pass tells about a file. `timestamps[i]` is the presentation time of frame i in seconds, first
+    frame 0."""
 
     path: str
     codec: str
@@ -90,7 +92,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled response. `logprobs[i]` is the engine's log-probability of `token_ids[i]` at the sampling temperature."""
+    """One sampled response. `logprobs[i]` is the engine's log-probability of `token_ids[i]` at the sampling
+    temperature."""
 
     prompt_id: int
     sample_index: int
@@ -102,7 +105,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A completion with its reward. `parts` are the named components (accuracy, format ...); `reward` their weighted sum."""
+    """A completion with its reward. `parts` are the named components (accuracy, format ...); `reward` their
+    weighted sum."""
 
     completion: Completion
     reward: float
@@ -119,7 +123,8 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class TrainSample:
-    """One sequence to learn from. `advantages`, `rollout_logprobs` run over the response tokens; `weight` scales its loss."""
+    """One sequence to learn from. `advantages`, `rollout_logprobs` run over the response tokens; `weight` scales
+    its loss."""
 
     prompt: Prompt
     response_ids: tuple[int, ...]
@@ -146,7 +151,8 @@ class LossInputs:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """`loss_sum` is a sum over tokens (the global token count divides it later); metrics are (numerator, denominator)."""
+    """`loss_sum` is a sum over tokens (the global token count divides it later); metrics are (numerator,
+    denominator)."""
 
     loss_sum: Tensor
     metrics: dict[str, tuple[Tensor, Tensor]]

@@ -14,7 +14,6 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +29,7 @@ RESUME_ADVICE = "Run the same command again to resume from the newest checkpoint
 REACH = 8  # a rank watches that many ranks on either side: a host that dies whole still has a watched border
 SHORT_PATIENCE_S = 6.0
 EXPLAIN_S = 10.0
-OBITUARY, NUM_DONE, ALL_DONE = "obituary", "num_done", "all_done"
+OBITUARY, NUM_DONE, ALL_DONE, NUM_LEFT, ALL_LEFT = "obituary", "num_done", "all_done", "num_left", "all_left"
 
 
 def stop_process(message: str) -> None:
@@ -75,8 +74,10 @@ def process_start(pid: int) -> str | None:
 
 def this_place() -> str:
     """Ranks of the same place (boot and pid namespace) find each other in /proc; empty where there is no /proc."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}" if boot.exists() else ""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 class Watchdog:
@@ -86,9 +87,9 @@ class Watchdog:
             watchdog.set_phase(step, "rollout")
             ...
 
-    While the main thread is inside, a lost peer ends this process through `on_lost`. An exception that leaves the block
-    is told to the peers as this rank's failure, unless a lost peer explains it: then it becomes a PeerLost.
-    A normal exit waits for all ranks, so that whoever hosts the store leaves last. A world of one needs nothing of this.
+    While the main thread is inside, a lost peer ends this process with EXIT_CODE. An exception that leaves the block is
+    told to the peers as this rank's failure, unless a lost peer explains it: then it becomes a PeerLost.
+    A normal exit waits for all ranks. In a world of one, all of this does nothing.
     """
 
     def __init__(
@@ -98,13 +99,11 @@ class Watchdog:
         store: dist.Store,
         interval_s: float = 1.0,
         patience_s: float = 40.0,
-        on_lost: Callable[[str], None] = stop_process,
     ):
         self._rank = rank
         self._world = world
         self._interval_s = interval_s
         self._patience_s = patience_s
-        self._on_lost = on_lost
         self._now = (0, "start")
         self._count = 0
         self._message = ""
@@ -140,7 +139,7 @@ class Watchdog:
         """The lost peer behind an error of the main thread, if there is one. Takes up to 10 s when there is none.
 
         A collective fails within milliseconds of a peer's death, so the watchdog may not know yet. And since something
-        is wrong, a shorter silence counts.
+        is wrong, a shorter silence counts. The main thread is taken to be leaving: from now on it has to stop the process.
         """
         if self._thread is None or isinstance(error, torch.OutOfMemoryError):
             return None
@@ -165,10 +164,21 @@ class Watchdog:
         """Wait until every rank is here, watching on; then stop watching. Collective."""
         if self._thread is None:
             return
-        if self._main_store.add(NUM_DONE, 1) == self._world:
-            self._main_store.set(ALL_DONE, "")
-        self._main_store.wait([ALL_DONE], datetime.timedelta(days=1))  # a peer that dies meanwhile ends the process
+        self._arrive(NUM_DONE, ALL_DONE, self._world)
+        self._wait_for(ALL_DONE)
+        if self._rank == 0:
+            self._wait_for(ALL_LEFT)  # the store may live in this process
         self._end_thread()
+        if self._rank != 0:
+            self._arrive(NUM_LEFT, ALL_LEFT, self._world - 1)
+
+    def _arrive(self, counter: str, complete: str, expected: int) -> None:
+        if self._main_store.add(counter, 1) == expected:
+            self._main_store.set(complete, "")
+
+    def _wait_for(self, complete: str) -> None:
+        """As long as it takes: if a rank dies meanwhile, the thread ends this process."""
+        self._main_store.wait([complete], datetime.timedelta(days=1))
 
     def __enter__(self) -> Watchdog:
         return self
@@ -177,8 +187,10 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            self.close()
-            return
+            try:
+                return self.close()
+            except dist.DistError as store_gone:
+                error = store_gone
         lost = self.explain(error) if isinstance(error, RuntimeError | ConnectionError) else None
         if lost is None:
             self.failed(error)
@@ -205,7 +217,7 @@ class Watchdog:
             self._message = message
             self._found.set()
             if not self._main_thread_asks:
-                self._on_lost(f"rank {self._rank}: {message}")
+                stop_process(f"rank {self._rank}: {message}")
             return
 
     def _publish(self) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads Hugging Face checkpoints (one file or many, safetensors only) slice by slice, so that a rank reads its shard only."""
+"""Reads Hugging Face checkpoints (one file or many, safetensors only) slice by slice, so that a rank reads its
+shard only."""
 
 from __future__ import annotations
 

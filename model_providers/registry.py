@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from megatron_rl.protocols import ModelProvider
 from model_providers.qwen2_5_vl.provider import Qwen2_5_VL
 
 PROVIDERS = {Qwen2_5_VL.model_type: Qwen2_5_VL}
 
 
-def open_provider(folder: str | Path, min_pixels: int = 100_352, max_pixels: int = 602_112) -> Qwen2_5_VL:
+def open_provider(folder: str | Path, min_pixels: int = 100_352, max_pixels: int = 602_112) -> ModelProvider:
     """The provider of a Hugging Face checkpoint folder."""
     path = Path(folder) / "config.json"
     if not path.is_file():

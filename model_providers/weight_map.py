@@ -162,7 +162,8 @@ class GatedUp:
 
 @dataclass(frozen=True, slots=True)
 class QKV:
-    """Attention input. Trainer: [q..q k v] per KV group, then cut evenly. Engine: [Q_r | K_r | V_r], KV heads repeated if few."""
+    """Attention input. Trainer: [q..q k v] per KV group, then cut evenly. Engine: [Q_r | K_r | V_r], KV heads
+    repeated if few."""
 
     num_heads: int
     num_groups: int

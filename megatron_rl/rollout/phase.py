@@ -49,7 +49,8 @@ def generate(
     sampling: Sampling,
     mesh: ParallelMesh,
 ) -> list[Group]:
-    """Sample and score: replica d takes prompts d, d + D, ...; all ranks get all groups, in prompt order. Collective."""
+    """Sample and score: replica d takes prompts d, d + D, ...; all ranks get all groups, in prompt order.
+    Collective."""
     mine = list(prompts[mesh.replica :: mesh.num_replicas])
     embeds = vision.fetch([video for prompt in mine for video in prompt.videos])
     completions = engine.generate(mine, embeds, sampling)

@@ -36,7 +36,8 @@ class Layouts:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One rectangle: `source` lies in a trainer parameter of rank `sender`, `target` in an engine parameter of `receiver`."""
+    """One rectangle: `source` lies in a trainer parameter of rank `sender`, `target` in an engine parameter of
+    `receiver`."""
 
     sender: int
     receiver: int
@@ -113,7 +114,8 @@ def _shards(sources: Sequence[Source], layouts: Layouts) -> list[tuple[Entry, li
 
 
 def _cover(engine_name: str, target: Shard, receiver: int, owned: Sequence[Owned], load: list[int]) -> list[Move]:
-    """Moves that fill every rectangle of `target` exactly once: from this rank where it can, else from the least loaded."""
+    """Moves that fill every rectangle of `target` exactly once: from this rank where it can, else from the least
+    loaded."""
     moves = []
     for wanted in target.blocks:
         for pieces in _owners_by_rectangle(wanted, owned).values():

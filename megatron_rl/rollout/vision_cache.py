@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every video is decoded and encoded once a step: its frames split over all ranks, the pieces fetched by who needs them.
+"""Every video is decoded and encoded once a step: its frames split over all ranks, the pieces fetched by who needs
+them.
 
 `encode` leaves each piece on the rank that made it; `fetch` moves pieces to the ranks that ask (the rollout replica
-before generation, the trainer's first stage before the passes). A faulty file fails for all ranks alike and is reported.
+before generation, the trainer's first stage before the passes). A faulty file fails for all ranks alike and is
+reported.
 """
 
 from __future__ import annotations
@@ -15,9 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.errors import VideoDecodeError
-from megatron_rl.protocols import VideoDecoder
+from megatron_rl.protocols import VideoDecoder, VideoTower
 from megatron_rl.types import VideoArtifact
-from model_providers.qwen2_5_vl.vision import VisionTower
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Piece:
 class VisionCache:
     """Embeddings of the current step (protocol EmbedSource)."""
 
-    def __init__(self, tower: VisionTower, decoder: VideoDecoder, hidden_size: int, blank: bool = False):
+    def __init__(self, tower: VideoTower, decoder: VideoDecoder, hidden_size: int, blank: bool = False):
         self._tower, self._decoder, self._hidden = tower, decoder, hidden_size
         self._blank = blank
         self._rank, self._world = dist.get_rank(), dist.get_world_size()

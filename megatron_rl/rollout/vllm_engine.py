@@ -209,7 +209,8 @@ def inspect_models_in_process() -> None:
 
 
 def keep_cpu_linear_weights() -> None:
-    """vLLM 0.32 on a CPU packs every linear weight away after loading and leaves an empty parameter: keep the live ones.
+    """vLLM 0.32 on a CPU packs every linear weight away after loading and leaves an empty parameter: keep the live
+    ones.
 
     Its own fallback, torch's linear on the live weight, sees in-place updates. Must run before the model is built.
     """

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW for the CPU with the state format of the fused GPU optimizers, so that both devices write one kind of checkpoint.
+"""AdamW for the CPU with the state format of the fused GPU optimizers, so that both devices write one kind of
+checkpoint.
 
 torch's AdamW keeps a `step` tensor per parameter. Megatron-core's distributed optimizer, written for FusedAdam, then
 shares one such tensor among all parameters after loading (so that it advances once per parameter) and cannot load it at
@@ -16,7 +17,8 @@ from torch import Tensor
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); the constructor takes what Megatron-core passes to FusedAdam."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); the constructor takes what Megatron-core passes to
+    FusedAdam."""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_rl.parallel import ParallelMesh
-from megatron_rl.protocols import AdvantageEstimator
+from megatron_rl.protocols import AdvantageEstimator, ModelProvider
 from megatron_rl.training.packing import MicroBatch, build_microbatch, plan_packing
 from megatron_rl.types import Group, TrainSample
 
@@ -19,7 +19,8 @@ def make_samples(
     truncated: str,
     loss_average: str,
 ) -> list[list[TrainSample]]:
-    """One list of samples per group. `truncated`="mask" leaves truncated responses out of the loss (not of the baseline)."""
+    """One list of samples per group. `truncated`="mask" leaves truncated responses out of the loss (not of the
+    baseline)."""
     result = []
     for group in groups:
         prompt, scored = group.prompt, group.scored
@@ -44,7 +45,8 @@ def weigh(groups: list[list[TrainSample]], loss_average: str) -> list[list[Train
 
 
 def pack(
-    groups: Sequence[Sequence[TrainSample]], num_updates: int, max_tokens: int, provider: Any, mesh: ParallelMesh
+    groups: Sequence[Sequence[TrainSample]], num_updates: int, max_tokens: int, provider: ModelProvider, mesh:
+    ParallelMesh
 ) -> list[list[MicroBatch]]:
     """This rank's micro-batches, one list per optimizer update; the same number on every data parallel rank."""
     updates = []

@@ -24,7 +24,8 @@ VideoStarts = Callable[[Sequence[int], Sequence[VideoArtifact]], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One packed forward pass. Per-token fields [T]; per-response-token fields [R]; `samples` indexes the step's samples."""
+    """One packed forward pass. Per-token fields [T]; per-response-token fields [R]; `samples` indexes the step's
+    samples."""
 
     token_ids: Tensor
     position_ids: Tensor

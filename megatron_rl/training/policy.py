@@ -80,7 +80,8 @@ class Policy:
     def train(
         self, batches: Sequence[ScoredBatch], embeds: Mapping[str, Tensor], loss: PolicyLoss, step: int
     ) -> dict[str, tuple[float, float]]:
-        """One update. Returns local sums {metric: (numerator, denominator)}; those of the optimizer have denominator 1."""
+        """One update. Returns local sums {metric: (numerator, denominator)}; those of the optimizer have
+        denominator 1."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         lr = self.hyper.lr_at(step)

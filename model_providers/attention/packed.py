@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Core attention over packed sequences: every segment of a micro-batch attends to itself, causally, and to nothing else.
+"""Core attention over packed sequences: every segment of a micro-batch attends to itself, causally, and to nothing
+else.
 
 The layout travels as `packed_seq_params` (never module state: recomputation and 1F1B interleave micro-batches).
 Shapes: T packed tokens, B=1, A heads, K key/value heads, D head dimension.

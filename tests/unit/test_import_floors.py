@@ -26,7 +26,9 @@ FLOORS = {  # the longest prefix wins; a package stands on one floor, and phases
     "megatron_rl.algorithms": 2,
     "megatron_rl.rewards": 2,
     "megatron_rl.metrics": 2,
+    "megatron_rl.watchdog": 2,
     "megatron_rl.parallel": 3,
+    "megatron_rl.signals": 4,
     "megatron_rl.config_checks": 3,
     "megatron_rl.report": 3,
     "data": 4,
@@ -34,10 +36,15 @@ FLOORS = {  # the longest prefix wins; a package stands on one floor, and phases
     "checkpoint_tools": 5,
     "megatron_rl.rollout": 6,
     "megatron_rl.training": 6,
-    "megatron_rl.evaluate": 7,
+    "megatron_rl.quarantine": 2,
+    "megatron_rl.launch": 5,
+    "megatron_rl.step_metrics": 7,
+    "megatron_rl.session": 7,
+    "megatron_rl.job": 8,
     "megatron_rl.loop": 8,
-    "megatron_rl.sft": 8,
-    "megatron_rl.train": 9,
+    "megatron_rl.evaluate": 9,
+    "megatron_rl.sft": 9,
+    "megatron_rl.train": 10,
 }
 
 ONLY_IN = {
