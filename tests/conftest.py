@@ -16,6 +16,8 @@ os.environ.update(
     WANDB_MODE="offline",
 )
 
+from pathlib import Path
+
 import pytest
 
 
@@ -30,3 +32,23 @@ def heavy_imports() -> None:
     from vllm import LLM
 
     assert megatron.core.models.gpt and transformers and LLM
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2.5-VL checkpoint folder with random weights and untied embeddings. Read only."""
+    from scripts.make_tiny_checkpoint import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    write_checkpoint(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quick start's data in small: 8 training and 4 held-out videos, train.jsonl, eval.jsonl, warmup.jsonl. Read only."""
+    from scripts.make_videos import make_dataset
+
+    folder = tmp_path_factory.mktemp("dataset")
+    make_dataset(folder, num_train=8, num_eval=4, seed=0)
+    return folder
