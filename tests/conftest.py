@@ -46,7 +46,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quick start's data in small: 8 training and 4 held-out videos, train.jsonl, eval.jsonl, warmup.jsonl. Read only."""
+    """The quick start's data in small: 8 training, 4 held-out videos, three jsonl files. Read only."""
     from scripts.make_videos import make_dataset
 
     folder = tmp_path_factory.mktemp("dataset")
