@@ -80,6 +80,8 @@ def scan(path: str) -> Scan:
 def _scan(path: str, mtime_ns: int, size: int) -> Scan:
     try:
         with av.open(path) as container:
+            if container.format.name == "tty":  # FFmpeg plays text as a film of a terminal
+                raise VideoDecodeError(path, "a text file")
             if not container.streams.video:
                 raise VideoDecodeError(path, f"no video stream{_other_streams(container)}")
             return _scan_stream(path, container, container.streams.video[0])
