@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.parallel import ParallelMesh
@@ -54,6 +56,7 @@ def save(
         (partial / "rng").mkdir(parents=True)
         _link_hf_files(Path(hf_source), partial / HF_FOLDER, previous=_newest(root))
     dist.barrier()
+    collect_write_results_in_process()
     with policy.backend.mcore_scope():
         dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial))
     save_file({"torch": torch.get_rng_state()}, partial / "rng" / f"rank_{mesh.rank}.safetensors")
@@ -67,6 +70,16 @@ def save(
         partial.rename(final)
     dist.barrier()
     return final
+
+
+def collect_write_results_in_process() -> None:
+    """Give Megatron-core 0.16.1's checkpoint writer a plain queue for its results.
+
+    Its own is made by a manager process: seconds to start, needed by asynchronous saves only, and left behind for ever
+    when a rank is killed.
+    """
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def load(folder: str | Path, policy: Policy, mesh: ParallelMesh) -> dict[str, Any]:

@@ -64,8 +64,8 @@ def plan_packing(lengths: Sequence[int], num_ranks: int, max_tokens: int, hidden
     too_long = [n for n in lengths if n > max_tokens]
     if too_long:
         raise ValueError(
-            f"train.max_tokens_per_microbatch={max_tokens}: {len(too_long)} sequences are longer (up to {max(too_long)} "
-            "tokens); raise it or lower data.max_prompt_tokens / rollout.max_response_tokens"
+            f"train.max_tokens_per_microbatch={max_tokens}: {len(too_long)} sequences are longer (up to "
+            f"{max(too_long)} tokens); raise it or lower data.max_prompt_tokens / rollout.max_response_tokens"
         )
     fewest = max(1, -(-sum(lengths) // (max_tokens * num_ranks)))
     for per_rank in itertools.count(fewest):
