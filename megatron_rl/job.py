@@ -27,6 +27,8 @@ class Journal:
     best: tuple[float, int] | None = None
     pending: dict[str, float] = field(default_factory=dict)
     """Metrics measured between steps; logged with the next one."""
+    stopped: bool = False
+    """Someone asked the job to stop (SIGTERM, SIGUSR1): it has saved and is about to leave."""
 
     def resume(self) -> int:
         """The step to go on from: that of the newest checkpoint of this run, or 0. Collective."""
@@ -43,7 +45,7 @@ class Journal:
         return state["step"]
 
     def end_step(self, step: int, metrics: Mapping[str, float], note: str) -> None:
-        """Log step `step` (from 0), then save if it is time. Collective."""
+        """Log step `step` (from 0) and save if it is time, or if the job was asked to stop. Collective."""
         cfg = self.session.cfg.checkpoint
         values = {**self.pending, **metrics}
         self.pending = {}
@@ -53,10 +55,12 @@ class Journal:
             self.best = (metric, done)
         is_best = self.best is not None and self.best[1] == done
         last = done == self.session.cfg.train.num_steps
+        self.stopped = self.session.stop.agreed() and not last
         due = (cfg.every and done % cfg.every == 0) or (last and cfg.save_at_end)
-        if due or (is_best and cfg.every):
+        if due or (is_best and cfg.every) or self.stopped:
             with self.session.progress.phase(step, "save_checkpoint"):
                 self.save(done)
+        note += "; asked to stop: saved, run the same command again to resume" if self.stopped else ""
         values |= self.session.progress.end_step(step, note)
         self.session.log.log(step, values)
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from megatron_rl.config import RunConfig
 from megatron_rl.config_checks import Job, check
 from megatron_rl.config_io import dump_config, parse_args
+from megatron_rl.errors import PeerLost
 
 EXIT_USAGE = 2
+EXIT_PEER_LOST = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with this process, try again
 
 
 def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Callable[[RunConfig], None]) -> None:
@@ -37,6 +39,9 @@ def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Cal
     except ValueError as error:
         _report(error, rank)
         raise SystemExit(EXIT_USAGE) from None
+    except PeerLost as error:
+        sys.stderr.write(f"rank {rank}: {error}\n")
+        raise SystemExit(EXIT_PEER_LOST) from None
 
 
 def _report(error: ValueError, rank: int) -> None:
@@ -52,5 +57,5 @@ def _check_data_package() -> None:
     found = Path(data.__file__ or "").resolve().parent
     if found != ours:
         raise ValueError(
-            f"PYTHONPATH: the package `data` is {found}, not {ours}; set PYTHONSAFEPATH=1 or start with scripts/launch.sh"
+            f"PYTHONPATH: the package `data` is {found}, not {ours}; set PYTHONSAFEPATH=1 or use scripts/launch.sh"
         )

@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -105,7 +105,7 @@ class Progress:
     """Tells which phase of which step is running and how long the rest will take; measures the phases.
 
     A terminal gets one line that rewrites itself, a log file one line per phase and step. With `enabled=False` it only
-    measures.
+    measures. `on_phase(step, name)` is told of every phase.
 
         progress = Progress(num_steps=20, enabled=rank == 0)
         with progress.phase(step, "rollout"):
@@ -113,8 +113,15 @@ class Progress:
         metrics |= progress.end_step(step, note="reward 0.41")  # {"timing_s/rollout": ..., "timing_s/step": ...}
     """
 
-    def __init__(self, num_steps: int, enabled: bool, stream: TextIO | None = None):
+    def __init__(
+        self,
+        num_steps: int,
+        enabled: bool,
+        stream: TextIO | None = None,
+        on_phase: Callable[[int, str], None] = lambda step, name: None,
+    ):
         self._num_steps = num_steps
+        self._on_phase = on_phase
         self._stream = (stream or sys.stderr) if enabled else None
         self._phases: dict[str, float] = {}
         self._steps: list[float] = []
@@ -123,6 +130,7 @@ class Progress:
     @contextmanager
     def phase(self, step: int, name: str) -> Iterator[None]:
         """Measure one phase; a phase entered twice in a step adds up."""
+        self._on_phase(step, name)
         self._write(f"{self._head(step, self._num_steps - step)} {name} ...")
         start = time.perf_counter()
         try:

@@ -7,6 +7,8 @@ Nothing else reads RunConfig: every part gets the few values it needs.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +27,11 @@ from megatron_rl.parallel import ParallelMesh
 from megatron_rl.protocols import ModelProvider
 from megatron_rl.quarantine import Quarantine
 from megatron_rl.rollout.vision_cache import VisionCache
+from megatron_rl.signals import StopFlag
 from megatron_rl.training import checkpoint
 from megatron_rl.training.policy import Hyperparameters, Policy
 from megatron_rl.types import Row
+from megatron_rl.watchdog import Watchdog, watch_world
 from model_providers.registry import open_provider
 
 if TYPE_CHECKING:
@@ -52,6 +56,7 @@ class Session:
     quarantine: Quarantine
     log: MetricLog
     progress: Progress
+    stop: StopFlag
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -68,12 +73,25 @@ class Session:
         return Path(self.cfg.run_dir) / "checkpoints"
 
 
-def open_session(cfg: RunConfig) -> Session:
-    """Join the world, build the model, fill it with weights. Collective."""
+@contextmanager
+def open_session(cfg: RunConfig) -> Iterator[Session]:
+    """Join the world, build the model, fill it with weights; leave the world at the end of the block. Collective.
+
+    A rank that dies inside the block stops the others with a message that names it and its phase.
+    """
+    stop = StopFlag()
     backend = choose_backend(cfg.device, cfg.model.dtype)
     mesh = parallel.initialize(
         backend, cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.context, cfg.rollout.tensor
     )
+    with watch_world() as watchdog:
+        yield _build_session(cfg, backend, mesh, watchdog, stop)
+    parallel.shut_down()
+
+
+def _build_session(
+    cfg: RunConfig, backend: Backend, mesh: ParallelMesh, watchdog: Watchdog, stop: StopFlag
+) -> Session:
     torch.manual_seed(cfg.seed)
     provider = open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels)
     device = backend.local_device(parallel.local_rank())
@@ -101,7 +119,8 @@ def open_session(cfg: RunConfig) -> Session:
         policy=policy,
         quarantine=Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction),
         log=_open_log(cfg, mesh),
-        progress=Progress(cfg.train.num_steps, enabled=mesh.rank == 0),
+        progress=Progress(cfg.train.num_steps, enabled=mesh.rank == 0, on_phase=watchdog.set_phase),
+        stop=stop,
     )
 
 

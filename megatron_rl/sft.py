@@ -25,24 +25,27 @@ def main(argv: Sequence[str]) -> None:
 
 def run(cfg: RunConfig) -> None:
     """The whole job on this rank."""
-    from megatron_rl.job import Journal, first, last
-    from megatron_rl.parallel import shut_down
-    from megatron_rl.session import open_loader, open_session
+    from megatron_rl.session import open_session
 
-    session = open_session(cfg)
+    with open_session(cfg) as session:
+        run_session(session)
+
+
+def run_session(session: Session) -> None:
+    from megatron_rl.job import Journal, first, last
+    from megatron_rl.session import open_loader
+
+    cfg = session.cfg
     loader = open_loader(session)
     journal = Journal(session, loader)
     for step in range(journal.resume(), cfg.train.num_steps):
         metrics = sft_step(session, loader.next_batch(), step)
         journal.end_step(step, metrics, note=f"nll {metrics['sft/nll']:.3f}")
+        if journal.stopped:
+            return
     hf_export = journal.export_hf()
-    summary = {
-        "start_nll": first(cfg.run_dir, "sft/nll"),
-        "end_nll": last(cfg.run_dir, "sft/nll"),
-        "hf_export": hf_export,
-    }
-    journal.close(summary, [])
-    shut_down()
+    nll = {"start_nll": first(cfg.run_dir, "sft/nll"), "end_nll": last(cfg.run_dir, "sft/nll")}
+    journal.close({**nll, "hf_export": hf_export}, [])
 
 
 def sft_step(session: Session, pairs: Sequence, step: int) -> dict[str, float]:

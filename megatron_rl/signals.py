@@ -18,8 +18,8 @@ class StopFlag:
     """Whether somebody asked this job to stop. One per process, made in its main thread.
 
     The handlers stay until the process ends, and a second signal does nothing more: torchrun passes on a SIGTERM that
-    Slurm has already sent to every process, and sends one to the survivors of a rank that died, who still have to say so.
-    To stop at once, use Ctrl-C or SIGKILL.
+    Slurm has already sent to every process. It also sends one to the survivors of a rank that died, who must live long
+    enough to say so. To stop at once, use Ctrl-C or SIGKILL.
     """
 
     def __init__(self) -> None:

@@ -27,15 +27,21 @@ def main(argv: Sequence[str]) -> None:
 
 def run(cfg: RunConfig) -> None:
     """The whole job on this rank."""
+    from megatron_rl.session import open_session
+
+    with open_session(cfg) as session:
+        run_session(session)
+
+
+def run_session(session: Session) -> None:
     from megatron_rl.evaluate import Evaluation
     from megatron_rl.job import Journal
     from megatron_rl.loop import replay_step, rl_step
-    from megatron_rl.parallel import shut_down
     from megatron_rl.rollout.store import RolloutStore
-    from megatron_rl.session import open_loader, open_session, read_eval_rows
+    from megatron_rl.session import open_loader, read_eval_rows
     from megatron_rl.training.policy import Reference
 
-    session = open_session(cfg)
+    cfg = session.cfg
     loss = build_loss(cfg.algorithm)
     reference = Reference(session.policy) if cfg.algorithm.kl_coef else None  # before a resume: the starting weights
     folder = cfg.rollout.replay_from or cfg.rollout.save_to
@@ -55,10 +61,12 @@ def run(cfg: RunConfig) -> None:
             metrics = rl_step(session, rollout, loader.next_batch, loss, reference, store, step)
         metrics |= evaluation.after_step(step)
         journal.end_step(step, metrics, note=f"reward {metrics['critic/score/mean']:.3f}")
-    finish(journal, evaluation)
+        if journal.stopped:
+            break
+    else:
+        finish(journal, evaluation)
     if rollout is not None:
         rollout.engine.close()
-    shut_down()
 
 
 def build_loss(algorithm: AlgorithmConfig) -> PolicyLoss:

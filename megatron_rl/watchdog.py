@@ -139,7 +139,7 @@ class Watchdog:
         """The lost peer behind an error of the main thread, if there is one. Takes up to 10 s when there is none.
 
         A collective fails within milliseconds of a peer's death, so the watchdog may not know yet. And since something
-        is wrong, a shorter silence counts. The main thread is taken to be leaving: from now on it has to stop the process.
+        is wrong, a shorter silence counts. The main thread is taken to be leaving: the watchdog leaves the end to it.
         """
         if self._thread is None or isinstance(error, torch.OutOfMemoryError):
             return None
@@ -262,9 +262,10 @@ class Watchdog:
 
     def _store_lost(self, error: dist.DistError) -> str:
         """The store's host may be a rank of this host; else all that is known is that the store is gone."""
+        step, phase = self._now
         return self._dead_peer() or (
-            f"the rendezvous store is gone ({str(error).splitlines()[0]}): the first node's launcher or rank 0 died, or "
-            f"its host; stopping in phase '{self._now[1]}' of step {self._now[0]}. {RESUME_ADVICE}"
+            f"the rendezvous store is gone ({str(error).splitlines()[0]}): rank 0 or the first node's launcher or host "
+            f"has died; stopping in phase '{phase}' of step {step}. {RESUME_ADVICE}"
         )
 
 

@@ -42,7 +42,7 @@ class VisionCache:
         self._made: dict[tuple[str, int], Tensor] = {}
 
     def blanked(self) -> VisionCache:
-        """A second cache that sees black frames, under keys of its own: the engine must not mix the two up."""
+        """A second cache over the same tower, which sees black frames."""
         return VisionCache(self._tower, self._decoder, self._hidden, blank=True)
 
     def forget(self) -> None:

@@ -86,7 +86,10 @@ class Qwen2_5_VL:
         return starts
 
     def engine_prompt(self, prompt: Prompt, embeds: Mapping[str, Tensor]) -> dict[str, Any]:
-        """vLLM's input: one placeholder a video (vLLM expands it itself) and the embeddings in its place."""
+        """vLLM's input: one placeholder a video (vLLM expands it itself) and the embeddings in its place.
+
+        Without ids of ours, vLLM's caches go by the content of the embeddings, which cannot be stale.
+        """
         ids = list(prompt.token_ids)
         starts = self.video_starts(ids, prompt.videos)
         for start, video in reversed(list(zip(starts, prompt.videos, strict=True))):
@@ -100,7 +103,6 @@ class Qwen2_5_VL:
                     "second_per_grid_ts": torch.tensor([v.seconds_per_grid for v in prompt.videos]),
                 }
             }
-            request["multi_modal_uuids"] = {"video": [v.key for v in prompt.videos]}
         return request
 
     def _video_spec(self, min_pixels: int, max_pixels: int) -> QwenVideoSpec:
