@@ -29,6 +29,7 @@ RESUME_ADVICE = "Run the same command again to resume from the newest checkpoint
 REACH = 8  # a rank watches that many ranks on either side: a host that dies whole still has a watched border
 SHORT_PATIENCE_S = 6.0
 EXPLAIN_S = 10.0
+FOR_EVER, LEAVING = datetime.timedelta(days=1), datetime.timedelta(minutes=1)
 OBITUARY, NUM_DONE, ALL_DONE, NUM_LEFT, ALL_LEFT = "obituary", "num_done", "all_done", "num_left", "all_left"
 
 
@@ -164,10 +165,14 @@ class Watchdog:
         """Wait until every rank is here, watching on; then stop watching. Collective."""
         if self._thread is None:
             return
-        self._arrive(NUM_DONE, ALL_DONE, self._world)
-        self._wait_for(ALL_DONE)
-        if self._rank == 0:
-            self._wait_for(ALL_LEFT)  # the store may live in this process
+        try:
+            self._arrive(NUM_DONE, ALL_DONE, self._world)
+            self._main_store.wait([ALL_DONE], FOR_EVER)  # if a rank dies meanwhile, the thread ends this process
+            if self._rank == 0:
+                self._main_store.wait([ALL_LEFT], LEAVING)  # the store may live in this process
+        except dist.DistError as error:
+            self._leave_with(error)
+            raise
         self._end_thread()
         if self._rank != 0:
             self._arrive(NUM_LEFT, ALL_LEFT, self._world - 1)
@@ -176,10 +181,6 @@ class Watchdog:
         if self._main_store.add(counter, 1) == expected:
             self._main_store.set(complete, "")
 
-    def _wait_for(self, complete: str) -> None:
-        """As long as it takes: if a rank dies meanwhile, the thread ends this process."""
-        self._main_store.wait([complete], datetime.timedelta(days=1))
-
     def __enter__(self) -> Watchdog:
         return self
 
@@ -187,10 +188,11 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            try:
-                return self.close()
-            except dist.DistError as store_gone:
-                error = store_gone
+            self.close()
+        else:
+            self._leave_with(error)
+
+    def _leave_with(self, error: BaseException) -> None:
         lost = self.explain(error) if isinstance(error, RuntimeError | ConnectionError) else None
         if lost is None:
             self.failed(error)
@@ -242,7 +244,9 @@ class Watchdog:
             self._silent[beat.rank] = 0 if beat.count != self._seen[beat.rank].count else self._silent[beat.rank] + 1
             self._seen[beat.rank] = beat
         reason = self._dead_peer() or self._silent_peer()
-        return reason and self._store.compare_set(OBITUARY, "", reason).decode()
+        if reason is None or self._store.check([ALL_DONE]):  # then ranks may end, and some have before this one
+            return None
+        return self._store.compare_set(OBITUARY, "", reason).decode()
 
     def _dead_peer(self) -> str | None:
         for beat in self._seen.values():

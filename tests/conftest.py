@@ -45,6 +45,20 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_checkpoint`, with one matrix for embedding and output; weights, config and tokenizer only. Read only."""
+    from scripts.make_tiny_checkpoint import make_config, make_model, make_tokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "tied"
+    tokenizer = make_tokenizer()
+    config = make_config(tokenizer)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
+    make_model(config, seed=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quick start's data in small: 8 training, 4 held-out videos, three jsonl files. Read only."""
     from scripts.make_videos import make_dataset
