@@ -11,13 +11,16 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.device import Backend, define_torchvision_operators
@@ -64,7 +67,12 @@ class VllmEngine:
         if not backend.engine_owns_weights:
             keep_cpu_linear_weights()
         inspect_models_in_process()
-        with _launcher_environment(), torch.random.fork_rng(), encoder_budget(settings.max_model_len):
+        with (
+            _launcher_environment(),
+            torch.random.fork_rng(),
+            encoder_budget(settings.max_model_len),
+            private_shared_memory(),
+        ):
             self._llm = _build(settings, backend)
         core = self._llm.llm_engine.engine_core.engine_core
         self._model = core.model_executor.driver_worker.get_model()
@@ -220,6 +228,29 @@ def keep_cpu_linear_weights() -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     layer_utils.dispatch_cpu_unquantized_gemm = read_live_weight
+
+
+@contextmanager
+def private_shared_memory() -> Iterator[None]:
+    """Give the shared memory of this engine's tensor parallel group a name of its own, and unlink it once all are in.
+
+    vLLM 0.32 on a CPU with AVX-512 names it after the port in the launcher's address. `external_launcher` has none, so
+    every job of a machine takes the same name, and what a killed job leaves behind stops all that follow.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    token = [uuid.uuid4().hex]
+    dist.broadcast_object_list(token, src=0)
+    own_name = _CPUSHMDistributed.make_group_name
+
+    def unique_name(communicator: Any) -> str:
+        return f"{token[0]}{own_name(communicator)}".replace("/", "")
+
+    with mock.patch.object(_CPUSHMDistributed, "make_group_name", staticmethod(unique_name)):
+        yield
+    dist.barrier()
+    for path in Path("/dev/shm").glob(f"{token[0]}*"):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
