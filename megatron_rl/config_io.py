@@ -269,8 +269,8 @@ def _docs(module: types.ModuleType) -> dict[tuple[str, str], str]:
     return found
 
 
-def parse_args(argv: Sequence[str], program: str, summary: str) -> RunConfig:
-    """The command line of every job: a recipe, then overrides."""
+def parse_args(argv: Sequence[str], program: str, summary: str) -> tuple[RunConfig, bool]:
+    """The command line of every job: a recipe, then overrides. The second result tells whether only to check them."""
     examples = (
         "examples:\n"
         f"  {program} recipe.yaml\n"
@@ -284,5 +284,6 @@ def parse_args(argv: Sequence[str], program: str, summary: str) -> RunConfig:
     )
     parser.add_argument("recipe", help="YAML file, for example one of scripts/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
+    parser.add_argument("--check", action="store_true", help="only tell whether this could run, and what is wrong")
     args = parser.parse_args(argv)
-    return load_config(args.recipe, args.overrides)
+    return load_config(args.recipe, args.overrides), args.check

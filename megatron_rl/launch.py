@@ -6,8 +6,10 @@ All mistakes of a recipe are reported together, before any process group or devi
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,11 +27,14 @@ def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Cal
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         _check_data_package()
-        cfg = parse_args(argv, program, summary)
+        cfg, only_check = parse_args(argv, program, summary)
         check(cfg, world, job)
     except ValueError as error:
         _report(error, rank)
         raise SystemExit(EXIT_USAGE) from None
+    if only_check:
+        return
+    _quiet_libraries()
     if rank == 0:
         folder = Path(cfg.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +47,18 @@ def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Cal
     except PeerLost as error:
         sys.stderr.write(f"rank {rank}: {error}\n")
         raise SystemExit(EXIT_PEER_LOST) from None
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' notices to each other (deprecations, what is not installed) out of the user's sight.
+
+    `python -W default` or PYTHONWARNINGS brings them back.
+    """
+    if not sys.warnoptions:
+        for module in (r"megatron\.core\.", r"megatron_rl\.mcore_on_cpu", r"torch\.", r"vllm\.", r"transformers\."):
+            warnings.filterwarnings("ignore", module=module)
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+        logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 def _report(error: ValueError, rank: int) -> None:

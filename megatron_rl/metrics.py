@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 METRICS_FILE = "metrics.jsonl"
+LONG_PHASE_S = 10.0
 
 
 class MetricLog:
@@ -104,8 +105,8 @@ def _start_wandb(run_dir: Path, mode: Literal["offline", "online"], project: str
 class Progress:
     """Tells which phase of which step is running and how long the rest will take; measures the phases.
 
-    A terminal gets one line that rewrites itself, a log file one line per phase and step. With `enabled=False` it only
-    measures. `on_phase(step, name)` is told of every phase.
+    A terminal gets one line that rewrites itself, a log file one line per step and one per long phase, when it begins.
+    With `enabled=False` it only measures. `on_phase(step, name)` is told of every phase.
 
         progress = Progress(num_steps=20, enabled=rank == 0)
         with progress.phase(step, "rollout"):
@@ -123,7 +124,9 @@ class Progress:
         self._num_steps = num_steps
         self._on_phase = on_phase
         self._stream = (stream or sys.stderr) if enabled else None
+        self._is_terminal = self._stream is not None and self._stream.isatty()
         self._phases: dict[str, float] = {}
+        self._last: dict[str, float] = {}
         self._steps: list[float] = []
         self._step_start = time.perf_counter()
 
@@ -131,12 +134,14 @@ class Progress:
     def phase(self, step: int, name: str) -> Iterator[None]:
         """Measure one phase; a phase entered twice in a step adds up."""
         self._on_phase(step, name)
-        self._write(f"{self._head(step, self._num_steps - step)} {name} ...")
+        if self._is_terminal or self._last.get(name, LONG_PHASE_S) >= LONG_PHASE_S:
+            self._write(f"{self._head(step, self._num_steps - step)} {name} ...")
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - start
+            self._last[name] = time.perf_counter() - start
+            self._phases[name] = self._phases.get(name, 0.0) + self._last[name]
 
     def end_step(self, step: int, note: str = "") -> dict[str, float]:
         """Seconds by phase since the last end_step, as timing_s/* metrics; `note` is printed behind the step."""
@@ -158,7 +163,7 @@ class Progress:
     def _write(self, text: str, last: bool = False) -> None:
         if self._stream is None:
             return
-        if self._stream.isatty():
+        if self._is_terminal:
             width = shutil.get_terminal_size().columns - 1
             self._stream.write("\r\x1b[2K" + (text if last else text[:width]) + "\n" * last)
         else:

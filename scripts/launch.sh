@@ -65,5 +65,7 @@ else
     [[ "$master" =~ ^[^:]+:[0-9]+$ ]] || fail "--master must be HOST:PORT"
     rendezvous=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "${master%:*}" --master-port "${master##*:}")
 fi
+# A mistake in the recipe ends here, in a fraction of a second and without torchrun's report about its children.
+[[ "$1" != megatron_rl.* ]] || WORLD_SIZE=$((nproc * nnodes)) "$python" -m "$@" --check
 exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$nproc" --shutdown-timeout "$grace" \
     --module "$@"

@@ -138,4 +138,6 @@ def test_help_exits_clean_and_shows_usage(capsys):
 
 
 def test_parse_args_reads_recipe_and_overrides(recipe):
-    assert parse_args([recipe(), "seed=9"], "x", "y").seed == 9
+    cfg, only_check = parse_args([recipe(), "seed=9"], "x", "y")
+    assert cfg.seed == 9 and not only_check
+    assert parse_args([recipe(), "--check"], "x", "y")[1]

@@ -104,20 +104,22 @@ def test_phases_are_measured_and_add_up():
     assert set(progress.end_step(1)) == {"timing_s/step"}
 
 
-def test_a_log_file_gets_plain_lines(monkeypatch):
-    now = iter([0.0, 1.0, 9.0, 10.0, 10.0, 18.0, 20.0])  # start, phase from/to, end_step, phase from/to, end_step
+def test_a_log_file_gets_plain_lines_and_announces_long_phases_only(monkeypatch):
+    # start, then three times: phase from/to, end_step
+    now = iter([0.0, 1.0, 9.0, 10.0, 10.0, 21.0, 22.0, 22.0, 24.0, 25.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     stream = io.StringIO()
     progress = Progress(3, enabled=True, stream=stream)
-    for step in range(2):
+    for step in range(3):
         with progress.phase(step, "rollout"):
             pass
         progress.end_step(step, note="reward 0.5")
     assert stream.getvalue().splitlines() == [
         "step 1/3 rollout ...",
         "step 1/3 [20 s left] reward 0.5; 10.0 s (rollout 8.0)",
-        "step 2/3 [20 s left] rollout ...",
-        "step 2/3 [10 s left] reward 0.5; 10.0 s (rollout 8.0)",
+        "step 2/3 [12 s left] reward 0.5; 12.0 s (rollout 11.0)",
+        "step 3/3 rollout ...",
+        "step 3/3 reward 0.5; 3.0 s (rollout 2.0)",
     ]
 
 
