@@ -48,7 +48,7 @@ FLOORS = {  # the longest prefix wins; a package stands on one floor, and phases
 }
 
 ONLY_IN = {
-    "vllm": ("megatron_rl/rollout/vllm_engine.py",),
+    "vllm": ("megatron_rl/rollout/vllm_engine.py", "checkpoint_tools/vllm_check.py"),
     "nvidia.dali": ("data/dali.py",),
     "wandb": ("megatron_rl/metrics.py",),
     "matplotlib": ("megatron_rl/report.py",),
