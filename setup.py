@@ -25,7 +25,7 @@ GPU = [
     "nvidia-dali-cuda130==2.4.0",
 ]
 
-TEST = ["pytest", "pytest-timeout"]
+TEST = ["pytest", "pytest-timeout", "scikit-video"]
 
 setup(
     name="megatron-rl",

@@ -118,7 +118,7 @@ def test_a_log_file_gets_plain_lines_and_announces_long_phases_only(monkeypatch)
         "step 1/3 rollout ...",
         "step 1/3 [20 s left] reward 0.5; 10.0 s (rollout 8.0)",
         "step 2/3 [12 s left] reward 0.5; 12.0 s (rollout 11.0)",
-        "step 3/3 rollout ...",
+        "step 3/3 [12 s left] rollout ...",
         "step 3/3 reward 0.5; 3.0 s (rollout 2.0)",
     ]
 
