@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of the rollout half share: a small configuration, prompts of every kind, an engine on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from data.dataset import read_jsonl
+from megatron_rl.config import DataConfig, LogConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig, TrainConfig
+from megatron_rl.device import choose_backend
+from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
+from megatron_rl.types import Prompt, Row, VideoArtifact
+from model_providers.hf_checkpoint import canonical_hf_name
+from model_providers.registry import open_provider
+
+KV_CACHE_BYTES = 8 << 20
+
+
+def small_config(
+    checkpoint: Path,
+    run_dir: Path,
+    tensor: int = 1,
+    pipeline: int = 1,
+    rollout_tensor: int = 1,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> RunConfig:
+    """Prompts of at most 512 tokens, 4 responses of 12 tokens each."""
+    return RunConfig(
+        run_dir=str(run_dir),
+        device="cpu",
+        model=ModelConfig(hf=str(checkpoint), dtype=dtype),
+        data=DataConfig(num_frames=4, min_pixels=3136, max_pixels=3136, max_prompt_tokens=512),
+        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
+        rollout=RolloutConfig(
+            tensor=rollout_tensor,
+            num_samples=4,
+            temperature=0.8,
+            max_response_tokens=12,
+            max_num_seqs=32,
+            kv_cache_gib=KV_CACHE_BYTES / 2**30,
+            enforce_eager=True,
+        ),
+        train=TrainConfig(num_steps=2, max_tokens_per_microbatch=1024),
+        log=LogConfig(wandb="off", tensorboard=False),
+    )
+
+
+def mixed_rows(videos: Path) -> list[Row]:
+    """One video, text only, two videos."""
+    rows, bad = read_jsonl(str(videos / "train.jsonl"), "")
+    assert not bad
+    text = Row("text:1", "What is two plus two?", "4")
+    two = Row("two:1", "First <video> then <video> what changed?", "A", rows[1].videos + rows[2].videos)
+    return [rows[0], text, two]
+
+
+def slowed_down(prompt: Prompt, seconds_per_grid: float) -> Prompt:
+    """The same pictures, so far apart that temporal positions outgrow the spatial ones."""
+    videos = tuple(
+        replace(v, key=f"{v.key}:{seconds_per_grid}", seconds_per_grid=seconds_per_grid) for v in prompt.videos
+    )
+    return replace(prompt, prompt_id=prompt.prompt_id + 1000, videos=videos)
+
+
+def text_prompt(prompt_id: int, token_ids: Sequence[int]) -> Prompt:
+    return Prompt(prompt_id, Row(f"text:{prompt_id}", "", ""), tuple(token_ids), ())
+
+
+def video_prompt(
+    prompt_id: int, provider: Any, grid_thw: tuple[int, int, int], key: str = "video", seconds_per_grid: float = 1.0
+) -> Prompt:
+    """A prompt around a video that exists as embeddings only."""
+    num_tokens = grid_thw[0] * grid_thw[1] * grid_thw[2] // provider.video_spec.merge_size**2
+    video = VideoArtifact(key, f"{key}.mp4", (), (), (0, 0), grid_thw, seconds_per_grid, num_tokens)
+    ids = (10, 11, 12, *provider.video_spec.placeholder(num_tokens), 20, 21)
+    return Prompt(prompt_id, Row(f"video:{prompt_id}", "", ""), ids, (video,))
+
+
+def join_world() -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def open_plain_engine(
+    folder: Path,
+    tensor: int = 1,
+    max_model_len: int = 256,
+    engine_prompt: Callable[..., dict[str, Any]] | None = None,
+    eos_token_ids: Sequence[int] = (),
+) -> VllmEngine:
+    """An engine with vLLM's random start weights and no trainer beside it."""
+    join_world()
+    provider = open_provider(folder)
+    settings = EngineSettings(
+        folder=str(folder),
+        tensor=tensor,
+        max_model_len=max_model_len,
+        max_num_seqs=32,
+        kv_cache_bytes=max(KV_CACHE_BYTES, max_model_len * 4096),
+        gpu_memory_utilization=0.1,
+        enforce_eager=True,
+    )
+    return VllmEngine(
+        settings,
+        choose_backend("cpu", "float32"),
+        provider.forbidden_tokens,
+        eos_token_ids,
+        engine_prompt or provider.engine_prompt,
+        lambda ids: " ".join(map(str, ids)),
+    )
+
+
+def language_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """{HF name: tensor} of a checkpoint, vision tower left out."""
+    tensors = {canonical_hf_name(name): t for name, t in load_file(folder / "model.safetensors").items()}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
+
+
+def fill_with_hf_weights(engine: VllmEngine, folder: Path, version: int = 0) -> None:
+    """Weights through vLLM's own loader."""
+    engine.load_hf(iter(language_tensors(folder).items()))
+    engine.weights_changed(version)
