@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight sync against vLLM's own loader, bit for bit, and its traffic against an oracle that knows no plan.
+
+Every element of the checkpoint is given a number of its own (exact in fp32 up to 2**24). What vLLM's loader makes of it
+on each rank says where every element belongs and which elements a rank needs; what Megatron's loader makes of it says
+which it holds. The set difference is the least that has to travel.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_rl import parallel
+from megatron_rl.device import choose_backend
+from megatron_rl.errors import WeightMismatch
+from megatron_rl.parallel import ParallelMesh
+from megatron_rl.rollout.reshard_plan import Layouts, make_plan
+from megatron_rl.rollout.resharder import Resharder, check_fit
+from megatron_rl.session import open_engine, open_session
+from megatron_rl.types import SyncReport
+from model_providers.hf_checkpoint import canonical_hf_name
+from model_providers.qwen2_5_vl.provider import Qwen2_5_VL
+from model_providers.registry import open_provider
+from tests.rollout_parts import fill_with_hf_weights, open_plain_engine, small_config
+from tests.world import run_world
+
+pytestmark = pytest.mark.usefixtures("heavy_imports")
+
+Params = dict[str, Tensor]
+
+
+def write_numbered(source: Path, target: Path, tied: bool) -> Path:
+    """A copy of a checkpoint in which element k of the language model is the number k, from 1."""
+    shutil.copytree(source, target)
+    first, numbered = 1, {}
+    for name, tensor in sorted(load_file(source / "model.safetensors").items()):
+        if canonical_hf_name(name) == "lm_head.weight" and tied:
+            continue
+        if not canonical_hf_name(name).startswith("visual."):
+            tensor = torch.arange(first, first + tensor.numel(), dtype=torch.float32).view(tensor.shape)
+            first += tensor.numel()
+        numbered[name] = tensor
+    assert first < 2**24
+    save_file(numbered, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = tied
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.fixture(scope="module")
+def numbered(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """{tied: checkpoint folder}."""
+    root = tmp_path_factory.mktemp("numbered")
+    return {tied: write_numbered(tiny_checkpoint, root / str(tied), tied) for tied in (False, True)}
+
+
+def _vllm_params(rank: int, folder: Path, tensor: int) -> tuple[Params, Params]:
+    """(start weights, what vLLM's loader makes of the checkpoint) of this rank."""
+    engine = open_plain_engine(folder, tensor)
+    start = {name: p.clone() for name, p in engine.parameters().items()}
+    fill_with_hf_weights(engine, folder)
+    return start, {name: p.clone() for name, p in engine.parameters().items()}
+
+
+@pytest.fixture(scope="module")
+def oracle(numbered: dict[bool, Path]) -> dict[tuple[bool, int], list[Params]]:
+    """{(tied, engine tp): parameters of each engine rank}, from vLLM alone."""
+    loaded = {}
+    for tied, tensor in ((False, 1), (False, 2), (False, 4), (True, 2)):
+        pairs = run_world(tensor, _vllm_params, numbered[tied], tensor, timeout=180)
+        for start, final in pairs:
+            assert not any(torch.equal(start[name], final[name]) for name in final if "norm" not in name)
+        loaded[tied, tensor] = [final for _, final in pairs]
+    return loaded
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What a rank had before and has after a sync, and what was counted on its wire."""
+
+    trainer: Params
+    engine: Params
+    report: SyncReport
+    received: int
+    sent: int
+
+
+def build_trainer(provider: Qwen2_5_VL, tensor: int, pipeline: int, rollout_tensor: int) -> tuple[ParallelMesh, Params]:
+    backend = choose_backend("cpu", "float32")
+    mesh = parallel.initialize(backend, tensor, pipeline, 1, rollout_tensor)
+    model = provider.build_language(backend, mesh)
+    provider.load_language(model, mesh)
+    return mesh, {name: p.data for name, p in model.named_weights().items()}
+
+
+def _sync_into_noise(
+    rank: int, folder: Path, tensor: int, pipeline: int, expected: list[Params], buffer_bytes: tuple[int, ...]
+) -> list[Synced]:
+    """One sync per buffer size, into random tensors of the engine's shapes."""
+    provider = open_provider(folder)
+    mesh, source = build_trainer(provider, tensor, pipeline, len(expected))
+    shapes = {name: p.shape for name, p in expected[mesh.rollout_tp_rank].items()}
+    layouts = Layouts(mesh.world, tensor, pipeline, 1, len(expected))
+    plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
+    results = []
+    for size in buffer_bytes:
+        target = {name: torch.randn(shape) for name, shape in shapes.items()}
+        check_fit(provider.weight_map, mesh.here.tp, tensor, mesh.rollout_tp_rank, len(expected), source, target)
+        resharder = Resharder(plan, rank, source, target, size)
+        with mock.patch.object(dist, "P2POp", side_effect=dist.P2POp) as operation:
+            report = resharder.sync(version=3)
+        wire = [(call.args[0], call.args[1].nbytes) for call in operation.call_args_list]
+        received = sum(count for kind, count in wire if kind is dist.irecv)
+        sent = sum(count for kind, count in wire if kind is dist.isend)
+        results.append(Synced({k: v.clone() for k, v in source.items()}, target, report, received, sent))
+    return results
+
+
+def bytes_missing(engine: Params, trainer: Params) -> int:
+    """Bytes of the elements that the engine rank needs and the trainer rank does not hold. Padding is number 0."""
+    needed = {int(n) for p in engine.values() for n in p.flatten()} - {0}
+    held = {int(n) for p in trainer.values() for n in p.flatten()}
+    return 4 * len(needed - held)
+
+
+def assert_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert [name for name in got if not torch.equal(got[name], expected[name])] == []
+
+
+LAYOUTS = [  # (world, trainer tp, trainer pp, engine tp, tied embeddings)
+    (1, 1, 1, 1, False),
+    (2, 1, 1, 2, False),
+    (2, 1, 2, 1, False),
+    (2, 1, 2, 2, False),
+    (2, 2, 1, 1, False),
+    (2, 2, 1, 2, False),
+    (4, 1, 1, 2, False),
+    (4, 1, 2, 4, False),
+    (4, 2, 1, 4, False),
+    (4, 2, 2, 2, False),
+    (4, 2, 2, 4, False),
+    (4, 4, 1, 1, False),
+    (4, 4, 1, 2, False),
+    (4, 4, 1, 4, False),
+    (2, 2, 1, 2, True),
+    (2, 1, 2, 2, True),
+    (4, 2, 2, 2, True),
+    (4, 4, 1, 2, True),
+]
+
+
+@pytest.mark.parametrize(("world", "tensor", "pipeline", "rollout_tensor", "tied"), LAYOUTS)
+def test_sync_gives_what_vllm_loads_and_moves_the_least(
+    world: int, tensor: int, pipeline: int, rollout_tensor: int, tied: bool, numbered, oracle
+) -> None:
+    expected = oracle[tied, rollout_tensor]
+    sizes = (1 << 30, 64 << 10, 4)  # one round; several; one piece at a time
+    ranks = run_world(world, _sync_into_noise, numbered[tied], tensor, pipeline, expected, sizes, timeout=120)
+    for rank, results in enumerate(ranks):
+        wanted = expected[rank % rollout_tensor]
+        minimum = bytes_missing(wanted, results[0].trainer)
+        for synced in results:
+            assert_same(synced.engine, wanted)
+            assert synced.received == synced.report.received == synced.report.minimum == minimum
+            assert synced.sent == synced.report.sent
+            assert synced.report.version == 3
+    for results in zip(*ranks, strict=True):
+        assert sum(r.sent for r in results) == sum(r.received for r in results)
+
+
+def _sync_into_engine(rank: int, folder: Path, run_dir: Path) -> tuple[Params, dict[str, bool]]:
+    with open_session(small_config(folder, run_dir, tensor=2, rollout_tensor=2)) as session:
+        engine, resharder = open_engine(session)
+        before = {name: p.data_ptr() for name, p in engine.parameters().items()}
+        resharder.sync(0)
+        after = engine.parameters()
+        return {n: p.clone() for n, p in after.items()}, {n: p.data_ptr() == before[n] for n, p in after.items()}
+
+
+def test_sync_reaches_a_live_engine_in_place(numbered, oracle, tmp_path: Path) -> None:
+    ranks = run_world(2, _sync_into_engine, numbered[False], tmp_path, timeout=120)
+    for (params, in_place), expected in zip(ranks, oracle[False, 2], strict=True):
+        assert_same(params, expected)
+        assert all(in_place.values())
+
+
+def _bad_fit(rank: int, folder: Path) -> str:
+    provider = open_provider(folder)
+    _, source = build_trainer(provider, 1, 1, 1)
+    target = {
+        entry.engine: torch.zeros(entry.layout.engine(entry.hf, 0, 1).shape)
+        for entry in provider.weight_map.engine_entries().values()
+    }
+    check_fit(provider.weight_map, 0, 1, 0, 1, source, target)
+    head, norm = "language_model.lm_head.weight", "language_model.model.norm.weight"
+    target[head] = target[head][:-1]
+    target["language_model.surprise"] = target.pop(norm)
+    source["decoder.layers.0.mlp.linear_fc2.weight"] = torch.zeros(3, 4)
+    with pytest.raises(WeightMismatch) as caught:
+        check_fit(provider.weight_map, 0, 1, 0, 1, source, target)
+    return str(caught.value)
+
+
+def test_every_misfit_is_listed_at_once(tiny_checkpoint: Path) -> None:
+    [message] = run_world(1, _bad_fit, tiny_checkpoint)
+    assert "language_model.lm_head.weight: the engine has shape [319, 128], expected [320, 128]" in message
+    assert "language_model.model.norm.weight: not in the engine" in message
+    assert "language_model.surprise: not in the weight table" in message
+    assert "decoder.layers.0.mlp.linear_fc2.weight: the trainer has shape [3, 4], expected [128, 256]" in message
+    assert len(message.splitlines()) == 5
+
+
+def _sync_bfloat16(rank: int) -> tuple[Params, SyncReport]:
+    """An fp32 trainer over a bf16 engine: the sender converts."""
+    dist.init_process_group("gloo")
+    from megatron_rl.rollout.reshard_plan import Move, ReshardPlan
+    from model_providers.weight_map import Block
+
+    whole = Block("w", (0, 4), (0, 3), (0, 0))
+    plan = ReshardPlan((Move(0, 0, "m", "e", whole, whole), Move(0, 1, "m", "e", whole, whole)), (12, 12))
+    source = {"m": torch.linspace(0, 1, 12).view(4, 3)} if rank == 0 else {}
+    target = {"e": torch.ones(4, 3, dtype=torch.bfloat16)}
+    return target, Resharder(plan, rank, source, target, 1 << 20).sync(0)
+
+
+def test_weights_travel_in_the_engines_type() -> None:
+    expected = torch.linspace(0, 1, 12).view(4, 3).bfloat16()
+    results = run_world(2, _sync_bfloat16)
+    assert all(torch.equal(target["e"], expected) for target, _ in results)
+    assert [report.received for _, report in results] == [0, 24]
