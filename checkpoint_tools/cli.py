@@ -29,7 +29,7 @@ look      python -m checkpoint_tools inspect exported
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     with warnings.catch_warnings():
-        # What the libraries say about each other, and about the lack of a GPU, is no news to someone who converts files.
+        # What the libraries say about each other and about the lack of a GPU is no news to who converts files.
         warnings.filterwarnings("ignore", module=r"torch\.|megatron\.core\.")
         warnings.filterwarnings("ignore", category=FutureWarning)
         try:

@@ -15,7 +15,7 @@ from checkpoint_tools.console import follow
 from checkpoint_tools.folders import folder_bytes, new_folder
 from checkpoint_tools.frozen import copy_frozen_parts
 from checkpoint_tools.mcore_file import Param, Place, place_of, write_mcore
-from checkpoint_tools.weights import HEAD, full_shard, fuse, hf_dtype, same_bits, stored_entries
+from checkpoint_tools.weights import HEAD, different_bits, full_shard, fuse, hf_dtype, stored_entries
 from megatron_rl.errors import WeightMismatch, raise_all
 from model_providers.hf_checkpoint import HfCheckpoint
 from model_providers.registry import open_provider
@@ -84,7 +84,10 @@ def _dtypes(entries: list[Entry], checkpoint: HfCheckpoint) -> dict[str, torch.d
 
 
 def _check_tied_copy(checkpoint: HfCheckpoint, embedding: str) -> None:
-    if HEAD in checkpoint.names() and not same_bits(checkpoint.tensor(HEAD), checkpoint.tensor(embedding)):
+    if HEAD not in checkpoint.names():
+        return
+    head, table = checkpoint.tensor(HEAD), checkpoint.tensor(embedding)
+    if head.shape != table.shape or head.dtype != table.dtype or different_bits(head, table).any():
         raise WeightMismatch(
             f"{checkpoint.folder}: config.json ties the embeddings, but {HEAD} differs from {embedding}; "
             f"set tie_word_embeddings to false, or delete {HEAD}"

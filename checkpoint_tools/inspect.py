@@ -17,11 +17,11 @@ from rich.table import Column, Table
 
 from checkpoint_tools.console import size_text
 from checkpoint_tools.folders import HF_MARK, find_mcore, folder_bytes
-from checkpoint_tools.mcore_file import PREFIX
 from checkpoint_tools.mcore_to_hf import dtype_name
 from checkpoint_tools.weights import McoreWeights, hf_dtype
 from model_providers.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HfCheckpoint
 
+OPTIMIZER = "optimizer."  # its tensors stand in a Megatron file beside the weights
 WIDTH = 140  # of the table where no terminal says otherwise
 
 
@@ -99,7 +99,7 @@ def _inspect_mcore(folder: Path) -> Summary:
 
 
 def _is_weight(key: str) -> bool:
-    return key.startswith(PREFIX)
+    return not key.startswith(OPTIMIZER)
 
 
 def _model_type(folder: Path) -> str:

@@ -2,7 +2,7 @@
 """Megatron-core's torch_dist files, read and written tensor by tensor, without a model or a process group.
 
 Megatron-core stacks the layers of a homogeneous model: `decoder.layers.3.mlp.linear_fc2.weight` is row 3 of the tensor
-`module.decoder.layers.mlp.linear_fc2.weight`. Both directions go through torch's distributed checkpoint planners,
+`decoder.layers.mlp.linear_fc2.weight`. Both directions go through torch's distributed checkpoint planners,
 which ask for one piece at a time; so memory holds one parameter of one layer, whatever the size of the model.
 """
 
@@ -36,7 +36,6 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-PREFIX = "module."  # Megatron-core's DDP wraps the model that training saves
 FORMAT = CheckpointingConfig("torch_dist", 1, "torch", 1)
 
 
@@ -54,8 +53,8 @@ class Place:
 def place_of(name: str) -> Place:
     """Place of a parameter by its name in the weight table."""
     if match := re.match(r"decoder\.layers\.(\d+)\.(.+)", name):
-        return Place(f"{PREFIX}decoder.layers.{match[2]}", int(match[1]))
-    return Place(PREFIX + name)
+        return Place(f"decoder.layers.{match[2]}", int(match[1]))
+    return Place(name)
 
 
 class McoreFile:

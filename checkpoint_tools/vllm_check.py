@@ -33,5 +33,8 @@ def generate_greedily(folder: Path, prompt_ids: Sequence[int], num_tokens: int, 
     sampling = SamplingParams(
         temperature=0.0, max_tokens=num_tokens, ignore_eos=True, logit_bias=bias, detokenize=False
     )
-    output = engine.generate([{"prompt_token_ids": list(prompt_ids)}], sampling, use_tqdm=False)
+    try:
+        output = engine.generate([{"prompt_token_ids": list(prompt_ids)}], sampling, use_tqdm=False)
+    finally:
+        engine.llm_engine.engine_core.shutdown()  # and with it the process group that vLLM made
     return list(output[0].outputs[0].token_ids)

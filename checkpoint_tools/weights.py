@@ -139,12 +139,10 @@ def _fits(entry: Entry, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool
     return shape == wanted
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal to the last bit, NaN and signed zero included."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(_as_bytes(a), _as_bytes(b))
+def different_bits(a: Tensor, b: Tensor) -> Tensor:
+    """bool [numel]: which elements of two tensors of one shape and dtype differ; judged by their bits."""
+    return (_as_bytes(a) != _as_bytes(b)).any(1)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+    return tensor.reshape(-1, 1).view(torch.uint8)

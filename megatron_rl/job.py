@@ -79,12 +79,12 @@ class Journal:
         cfg = self.session.cfg
         if not cfg.checkpoint.export_hf:
             return ""
-        from checkpoint_tools.mcore_to_hf import export
+        from checkpoint_tools.mcore_to_hf import mcore_to_hf
 
         target = Path(cfg.run_dir) / "hf"
         if self.session.mesh.rank == 0:
             steps = checkpoint.list_steps(self.session.checkpoints)
-            export(checkpoint.step_folder(self.session.checkpoints, steps[-1]), target, force=True)
+            mcore_to_hf(checkpoint.step_folder(self.session.checkpoints, steps[-1]), target, force=True)
         dist.barrier()
         return str(target)
 

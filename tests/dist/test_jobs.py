@@ -12,21 +12,32 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config import AlgorithmConfig, CheckpointConfig, EvalConfig, RewardConfig, RunConfig
+from megatron_rl.config import AlgorithmConfig, CheckpointConfig, EvalConfig, OptimizerConfig, RewardConfig, RunConfig
 from tests.rollout_parts import small_config
 from tests.world import WorldFailed, run_world
 
 pytestmark = pytest.mark.usefixtures("heavy_imports")
 
 
+REWARD = """
+def variety(prompts, completions):
+    return [{"overall": len(set(c.token_ids)) / 12, "length": float(len(c.token_ids))} for c in completions]
+"""
+
+
 def rl_config(checkpoint: Path, videos: Path, run_dir: Path) -> RunConfig:
-    """Two steps of two prompts, evaluated on the held-out file, checkpoint after each step."""
+    """Two steps of two prompts, evaluated on the held-out file, checkpoint after each step.
+
+    The reward is a user's own, which even a random model earns in part, so that there is something to learn.
+    """
+    reward = run_dir.parent / "reward.py"
+    reward.write_text(REWARD)
     cfg = small_config(checkpoint, run_dir, tensor=2, rollout_tensor=2)
     return replace(
         cfg,
         data=replace(cfg.data, train=str(videos / "train.jsonl"), eval=str(videos / "eval.jsonl")),
-        train=replace(cfg.train, prompts_per_step=2),
-        reward=RewardConfig(name="exact"),
+        train=replace(cfg.train, prompts_per_step=2, optimizer=OptimizerConfig(lr=1e-3)),
+        reward=RewardConfig(name=f"{reward}:variety"),
         eval=EvalConfig(at_start=True, blind=True, batch_size=2),
         checkpoint=CheckpointConfig(every=1, keep=1),
     )
