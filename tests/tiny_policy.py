@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples, policies and whole gradients for tests of the trainer; imports Megatron-core, so import it inside tests.
+"""Samples, policies and whole gradients for tests of the trainer.
 
 Nothing here knows the layout of a parameter: full tensors are put together through the weight table.
 """
@@ -124,9 +124,14 @@ def off_policy(batches: Sequence[MicroBatch]) -> list[ScoredBatch]:
     return [ScoredBatch(b, b.rollout_logprobs, b.rollout_logprobs - 0.3) for b in batches]
 
 
-def weights(trainer: Trainer) -> list[Piece]:
-    """This rank's parameters, as pieces of Hugging Face tensors."""
-    return _pieces(trainer, {n: p.detach() for n, p in trainer.policy.language_model.named_weights().items()})
+def snapshot(policy: Policy) -> dict[str, Tensor]:
+    """Copies of this rank's weights and of its part of the optimizer state."""
+    tensors = {name: p.detach().clone() for name, p in policy.language_model.named_weights().items()}
+    for group in policy.optimizer.param_groups:
+        for index, param in enumerate(group["params"]):
+            state = policy.optimizer.optimizer.state[param]
+            tensors |= {f"{group['wd_mult']}.{index}.{key}": value.clone() for key, value in state.items()}
+    return tensors
 
 
 def gradients(trainer: Trainer) -> list[Piece]:

@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_rl.algorithms.losses import NllLoss
+from model_providers.hf_checkpoint import canonical_hf_name
+from tests import tiny_policy as tp
 from tests.world import run_world
 
 TOLERANCE = 1e-4
@@ -62,8 +65,6 @@ def _reference_logprobs(model: Any, provider: Any, samples: Sequence[Any], tempe
 
 def _our_logprobs(folder: Path, tensor: int, pipeline: int, embeds: dict[str, Tensor]) -> Any:
     """{(temperature, token budget): log-probabilities by sample} on the last stage."""
-    from tests import tiny_policy as tp
-
     mesh = tp.join(tensor, pipeline)
     results = {}
     for temperature in TEMPERATURES:
@@ -82,8 +83,6 @@ def _our_logprobs(folder: Path, tensor: int, pipeline: int, embeds: dict[str, Te
 
 
 def _check_parity(folder: Path, tensor: int, pipeline: int) -> None:
-    from tests import tiny_policy as tp
-
     provider = tp.open_provider(folder)
     samples = tp.mixed_samples(provider)
     tower = provider.build_vision(tp.BACKEND, torch.device("cpu"))
@@ -111,9 +110,6 @@ def test_tied_embeddings(tied_checkpoint: Path, tensor: int, pipeline: int) -> N
 
 
 def _our_gradients(folder: Path) -> Any:
-    from megatron_rl.algorithms.losses import NllLoss
-    from tests import tiny_policy as tp
-
     trainer = tp.open_trainer(folder, tp.join(), tp.MEASURE)
     samples = tp.mixed_samples(trainer.provider)
     trainer.policy.train(tp.unscored(trainer.pack(samples)), tp.random_embeds(samples), NllLoss(), step=0)
@@ -122,9 +118,6 @@ def _our_gradients(folder: Path) -> Any:
 
 def _reference_gradients(folder: Path, provider: Any) -> dict[str, Tensor]:
     """Autograd through transformers' language model, one sample at a time; the loss is the mean over all tokens."""
-    from model_providers.hf_checkpoint import canonical_hf_name
-    from tests import tiny_policy as tp
-
     model = _open_reference(folder)
     samples = tp.mixed_samples(provider)
     embeds = tp.random_embeds(samples)
@@ -150,8 +143,6 @@ def _reference_gradients(folder: Path, provider: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "tied_checkpoint"])
 def test_gradients_are_those_of_transformers(request: pytest.FixtureRequest, checkpoint: str) -> None:
-    from tests import tiny_policy as tp
-
     folder = request.getfixturevalue(checkpoint)
     provider = tp.open_provider(folder)
     assert provider.shape.tied_embeddings == (checkpoint == "tied_checkpoint")
