@@ -6,10 +6,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_rl.loop import Rollout, rollout_phase, usable_prompts
 from megatron_rl.report import SampleRollout
 from megatron_rl.rollout.phase import generate
+from megatron_rl.rollout.store import RolloutStore
 from megatron_rl.session import Session
 from megatron_rl.types import Group, Row, Sampling
 
@@ -47,10 +49,11 @@ def sample_rollouts(groups: Sequence[Group], count: int) -> list[SampleRollout]:
 
 
 class Evaluation:
-    """Runs the held-out set when it is due and remembers the last result."""
+    """Runs the held-out set when it is due, writes the answers to `<run_dir>/eval/`, remembers the last result."""
 
     def __init__(self, session: Session, rollout: Rollout | None, rows: Sequence[Row]):
         self._session, self._rollout, self._rows = session, rollout, rows
+        self._answers = RolloutStore(Path(session.cfg.run_dir) / "eval", writes=session.mesh.rank == 0)
         self.groups: list[Group] = []
         self.results: dict[str, float] = {}
 
@@ -68,6 +71,7 @@ class Evaluation:
         if not due or not self._possible:
             return {}
         self.groups = self._run(step, blind=False)
+        self._answers.save(done, self.groups)
         self.results = {"eval/accuracy": accuracy(self.groups), "eval/num_prompts": float(len(self.groups))}
         if cfg.eval.blind and last:
             self.results["eval/blind_accuracy"] = accuracy(self._run(step, blind=True))

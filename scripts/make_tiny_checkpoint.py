@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from megatron_rl.device import define_torchvision_operators
+from model_providers.qwen2_5_vl.tiny import tiny
 
 define_torchvision_operators()
 
@@ -43,9 +44,6 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 VOCAB_SIZE = 272  # 256 bytes + 8 specials, padded to a multiple of 16
-HEAD_DIM = 32  # the smallest that vLLM's CPU attention takes
-NUM_HEADS, NUM_KV_HEADS = 4, 2
-MROPE_SECTION = (4, 6, 6)  # frequencies given to time, height, width; they sum to HEAD_DIM / 2
 PATCH = {"patch_size": 14, "temporal_patch_size": 2}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -76,45 +74,18 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     ids = tokenizer.get_vocab()
-    text = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": HEAD_DIM * NUM_HEADS,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": NUM_HEADS,
-        "num_key_value_heads": NUM_KV_HEADS,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "initializer_range": 0.1,
-        "tie_word_embeddings": False,
+    settings = tiny(VOCAB_SIZE)
+    settings["text_config"] |= {
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": list(MROPE_SECTION)},
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 4,
-        "out_hidden_size": HEAD_DIM * NUM_HEADS,
-        "initializer_range": 0.2,
-        "in_channels": 3,
-        "spatial_merge_size": 2,
-        "window_size": 56,
-        "fullatt_block_indexes": [1],
-        "tokens_per_second": 2,
-        "hidden_act": "silu",
-        **PATCH,
     }
     return Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
+        **settings,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=False,
     )
 
 

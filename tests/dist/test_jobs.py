@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_rl.config import AlgorithmConfig, CheckpointConfig, EvalConfig, OptimizerConfig, RewardConfig, RunConfig
 from tests.rollout_parts import small_config
@@ -89,7 +90,37 @@ def test_rl_resumes_replays_and_reports(tiny_checkpoint: Path, tiny_videos: Path
     assert summary["num_heldout"] == 4 and summary["sync_bytes_over_minimum"] == 1.0
     assert (tmp_path / "whole/curves.png").stat().st_size > 10_000
     assert sorted(p.name for p in (tmp_path / "whole/checkpoints").iterdir())[-1] == "step_2"
-    assert (Path(summary["hf_export"]) / "model.safetensors").is_file()
+    (pairs,) = run_world(1, transformers_answer, Path(summary["hf_export"]), tmp_path / "whole/eval/step_2.jsonl")
+    assert len(pairs) == 4 and all(vllm == transformers for vllm, transformers in pairs), pairs
+
+
+def transformers_answer(rank: int, hf: Path, eval_file: Path) -> list[tuple[list[int], list[int]]]:
+    """(vLLM's tokens, transformers' greedy tokens) of every evaluated prompt, from the exported folder."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from data.dali import DaliVideoDecoder
+    from megatron_rl.rollout.store import RolloutStore
+    from model_providers.registry import open_provider
+
+    provider, decoder = open_provider(hf, 3136, 3136), DaliVideoDecoder("cpu", 1, frozenset({"vp9"}))
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).eval()
+    pairs = []
+    for group in RolloutStore(eval_file.parent, writes=False).load(int(eval_file.stem.removeprefix("step_"))):
+        (video,), ids = group.prompt.videos, torch.tensor([group.prompt.token_ids])
+        patches, grid = provider.video_spec.patchify(decoder.decode(video.path, video.frame_indices, video.size_hw))
+        vllm_tokens = list(group.scored[0].completion.token_ids)
+        output = model.generate(
+            input_ids=ids,
+            pixel_values_videos=patches,
+            video_grid_thw=torch.tensor([grid]),
+            second_per_grid_ts=torch.tensor([video.seconds_per_grid]),
+            mm_token_type_ids=(ids == provider.video_token_id).int() * 2,
+            do_sample=False,
+            max_new_tokens=len(vllm_tokens),
+            suppress_tokens=list(provider.forbidden_tokens),
+        )
+        pairs.append((vllm_tokens, output[0, ids.shape[1] :].tolist()))
+    return pairs
 
 
 def test_bad_rows_are_set_aside_and_counted(tiny_checkpoint: Path, tiny_videos: Path, tmp_path: Path):
