@@ -63,7 +63,9 @@ class Policy:
         self.version = 0
         if backend.optimizer == "adamw":
             install_group_step_adamw()
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=True
+        )
         with backend.mcore_scope():
             self.model = DistributedDataParallel(model.config, ddp, model)
             self.optimizer = get_megatron_optimizer(_optimizer_config(hyper, backend), [self.model])
