@@ -235,9 +235,10 @@ def private_shared_memory() -> Iterator[None]:
     """Give the shared memory of this engine's tensor parallel group a name of its own, and unlink it once all are in.
 
     vLLM 0.32 on a CPU with AVX-512 names it after the port in the launcher's address. `external_launcher` has none, so
-    every job of a machine takes the same name, and what a killed job leaves behind stops all that follow.
+    every job of a machine takes the same name, and what a killed job leaves behind stops all that follow. The ranks
+    wait by spinning, so where they outnumber the cores they talk through torch.distributed instead.
     """
-    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator, _CPUSHMDistributed
 
     token = [uuid.uuid4().hex]
     dist.broadcast_object_list(token, src=0)
@@ -246,7 +247,15 @@ def private_shared_memory() -> Iterator[None]:
     def unique_name(communicator: Any) -> str:
         return f"{token[0]}{own_name(communicator)}".replace("/", "")
 
-    with mock.patch.object(_CPUSHMDistributed, "make_group_name", staticmethod(unique_name)):
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    agrees = CpuCommunicator._all_group_ranks_share_shm_group_name
+    enough_cores = len(os.sched_getaffinity(0)) >= num_local
+    with (
+        mock.patch.object(_CPUSHMDistributed, "make_group_name", staticmethod(unique_name)),
+        mock.patch.object(
+            CpuCommunicator, "_all_group_ranks_share_shm_group_name", lambda self: agrees(self) and enough_cores
+        ),
+    ):
         yield
     dist.barrier()
     for path in Path("/dev/shm").glob(f"{token[0]}*"):
