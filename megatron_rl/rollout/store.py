@@ -32,7 +32,8 @@ class RolloutStore:
         path = self._path(step)
         if not path.is_file():
             raise ValueError(f"rollout.replay_from={self.folder}: has no {path.name}; lower train.num_steps")
-        return [_group(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        with path.open(encoding="utf-8") as file:  # not splitlines(): a text may hold U+2028
+            return [_group(json.loads(line)) for line in file]
 
     def check_unchanged(self, groups: Sequence[Group], prompts: Sequence[Prompt]) -> None:
         """Raise when today's data makes other prompts than those the responses were sampled from."""
