@@ -40,6 +40,7 @@ class VisionCache:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._pieces: dict[str, list[Piece]] = {}
         self._made: dict[tuple[str, int], Tensor] = {}
+        self._failed: dict[str, str] = {}
 
     def blanked(self) -> VisionCache:
         """A second cache over the same tower, which sees black frames."""
@@ -47,10 +48,10 @@ class VisionCache:
 
     def forget(self) -> None:
         """Drop all embeddings: the step they were made for is over."""
-        self._pieces, self._made = {}, {}
+        self._pieces, self._made, self._failed = {}, {}, {}
 
     def encode(self, videos: Sequence[VideoArtifact]) -> dict[str, str]:
-        """Encode what is not there yet (equal keys once). Returns {key: reason} of the videos that failed.
+        """Encode what is not there yet (equal keys once). Returns {key: reason} of those videos that cannot be used.
 
         Collective; `videos` is the same on every rank.
         """
@@ -64,7 +65,8 @@ class VisionCache:
                         self._made[piece.key, piece.start] = self._encode_piece(video, piece)
                     except VideoDecodeError as error:
                         failed[video.key] = error.reason
-        return self._agree_on_failures(failed)
+        self._failed |= self._agree_on_failures(failed)
+        return {v.key: self._failed[v.key] for v in videos if v.key in self._failed}
 
     def fetch(self, videos: Sequence[VideoArtifact]) -> dict[str, Tensor]:
         """{key: [num_tokens, H]} of the videos this rank asks for. Collective; every rank may ask for other videos."""

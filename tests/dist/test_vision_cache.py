@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Videos encoded in pieces on many ranks: exact, balanced, and a faulty file fails for all alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.dali import DaliVideoDecoder
+from megatron_rl.device import DALI_CPU_CODECS, choose_backend
+from megatron_rl.rollout.vision_cache import Piece, VisionCache, split_over_ranks
+from megatron_rl.types import VideoArtifact
+from model_providers.registry import open_provider
+from tests.world import run_world
+
+
+def artifact(key: str, grid_t: int, tokens_per_patch: int = 4, path: str = "", size: int = 56) -> VideoArtifact:
+    """A video of 2 * grid_t frames; of a 12-frame file, frames 0, 1, 2 ... round and round."""
+    frames = tuple(i % 12 for i in range(2 * grid_t))
+    side = size // 14
+    grid = (grid_t, side, side) if path else (grid_t, 2, 2 * tokens_per_patch)
+    num_tokens = grid[0] * grid[1] * grid[2] // 4
+    return VideoArtifact(key, path, frames, (0.0,) * len(frames), (size, size), grid, 1.0, num_tokens)
+
+
+BATCHES = {
+    "none": [],
+    "one short": [artifact("a", 1)],
+    "fewer patches than ranks": [artifact("a", 2), artifact("b", 1)],
+    "equal": [artifact(str(i), 4) for i in range(6)],
+    "one long": [artifact("a", 97)],
+    "different lengths": [artifact("a", 1), artifact("b", 30), artifact("c", 2), artifact("d", 13)],
+    "different sizes": [artifact("a", 9, 1), artifact("b", 5, 30), artifact("c", 11, 7)],
+}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_pieces_cover_every_patch_once_in_order(batch: str, world: int) -> None:
+    videos = BATCHES[batch]
+    pieces = split_over_ranks(videos, world)
+    assert list(pieces) == [v.key for v in videos]
+    for video in videos:
+        mine = pieces[video.key]
+        assert mine[0].start == 0 and mine[-1].stop == video.grid_thw[0]
+        assert all(a.stop == b.start and a.owner < b.owner for a, b in pairwise(mine))
+        assert all(p.start < p.stop and 0 <= p.owner < world and p.key == video.key for p in mine)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_no_rank_has_more_than_its_share_and_one_patch(batch: str, world: int) -> None:
+    videos = BATCHES[batch]
+    per_patch = {v.key: v.num_tokens // v.grid_thw[0] for v in videos}
+    load = [0] * world
+    for piece in (p for pieces in split_over_ranks(videos, world).values() for p in pieces):
+        load[piece.owner] += (piece.stop - piece.start) * per_patch[piece.key]
+    share = sum(v.num_tokens for v in videos) / world
+    assert max(load) <= share + max(per_patch.values(), default=0)
+
+
+def make_cache(folder: Path) -> VisionCache:
+    dist.init_process_group("gloo")
+    backend, provider = choose_backend("cpu", "float32"), open_provider(folder, 3136, 3136)
+    tower = provider.build_vision(backend, torch.device("cpu"))
+    return VisionCache(tower, DaliVideoDecoder("cpu", 1, DALI_CPU_CODECS), provider.shape.hidden_size)
+
+
+def _encode_and_fetch(rank: int, folder: Path, videos: list[VideoArtifact]) -> list[dict[str, Tensor]]:
+    """What each of three fetches gives: all; one other video per rank; none except on rank 0."""
+    cache = make_cache(folder)
+    assert cache.encode(videos) == {}
+    everything = cache.fetch(videos)
+    one = cache.fetch([videos[rank % len(videos)]])
+    few = cache.fetch(videos[::-1] if rank == 0 else [])
+    return [everything, one, few]
+
+
+@pytest.fixture(scope="module")
+def videos(tiny_videos: Path) -> list[VideoArtifact]:
+    """Two H.264 and one VP9 file; 9, 1 and 4 temporal patches, two sizes."""
+    files = sorted((tiny_videos / "videos").glob("train_*.mp4"))
+    sizes = ((9, 56), (1, 84), (4, 56))
+    return [artifact(f"k{i}", t, path=str(files[i * 2]), size=size) for i, (t, size) in enumerate(sizes)]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_checkpoint: Path, videos: list[VideoArtifact], heavy_imports: None) -> dict[str, Tensor]:
+    """Every video encoded whole, in one piece each, by one rank."""
+    [[everything, _, _]] = run_world(1, _encode_and_fetch, tiny_checkpoint, videos, timeout=120)
+    return everything
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_encode_what_one_rank_does(
+    world: int, tiny_checkpoint: Path, videos: list[VideoArtifact], alone: dict[str, Tensor]
+) -> None:
+    assert len(split_over_ranks(videos, world)["k0"]) > 1, "no video is cut, so nothing is tested"
+    ranks = run_world(world, _encode_and_fetch, tiny_checkpoint, videos, timeout=120)
+    for rank, (everything, one, few) in enumerate(ranks):
+        assert everything.keys() == alone.keys()
+        for key, whole in alone.items():
+            torch.testing.assert_close(everything[key], whole, rtol=1e-5, atol=1e-5)
+        own = videos[rank % len(videos)].key
+        assert list(one) == [own] and torch.equal(one[own], everything[own])
+        assert list(few) == ([v.key for v in videos[::-1]] if rank == 0 else [])
+    for rank in range(world):
+        assert all(torch.equal(ranks[rank][0][key], ranks[0][0][key]) for key in alone), "ranks see other embeddings"
+
+
+def _transformers_embeddings(folder: Path, video: VideoArtifact) -> tuple[Tensor, Tensor]:
+    """transformers' own processor and tower: (on frames that DALI resized, on full-size frames it resizes itself)."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = Qwen2VLVideoProcessor.from_pretrained(folder)
+    decoder = DaliVideoDecoder("cpu", 1, DALI_CPU_CODECS)
+    results = []
+    for size_hw in (video.size_hw, (64, 64)):
+        frames = decoder.decode(video.path, video.frame_indices, size_hw)
+        inputs = processor(
+            videos=[frames],
+            do_sample_frames=False,
+            size={"shortest_edge": 3136, "longest_edge": 3136},
+            return_tensors="pt",
+        )
+        assert inputs["video_grid_thw"].tolist() == [list(video.grid_thw)]
+        with torch.inference_mode():
+            output = model.model.visual(inputs["pixel_values_videos"], grid_thw=inputs["video_grid_thw"])
+        results.append(output.pooler_output.clone())
+    return results[0], results[1]
+
+
+def test_embeddings_are_those_of_transformers(
+    tiny_checkpoint: Path, videos: list[VideoArtifact], alone: dict[str, Tensor]
+) -> None:
+    def compare(rank: int) -> tuple[Tensor, Tensor]:
+        return _transformers_embeddings(tiny_checkpoint, videos[0])
+
+    [(same_frames, own_resize)] = run_world(1, compare, timeout=120)
+    ours = alone["k0"]
+    torch.testing.assert_close(ours, same_frames, rtol=0, atol=1e-4)
+    # DALI and torchvision round bicubic pixels differently, by one or two of 255 levels.
+    assert float((ours - own_resize).norm() / own_resize.norm()) < 0.02
+
+
+def _encode_with_a_bad_file(rank: int, folder: Path, good: list[VideoArtifact], bad: list[VideoArtifact]):
+    cache = make_cache(folder)
+    first = cache.encode([good[0], *bad, good[1]])
+    again = cache.encode([*bad, good[2]])  # the same rows may come again within a step
+    fetched = cache.fetch(good)
+    cache.forget()
+    third = cache.encode([good[0]])
+    return first, again, {key: tuple(t.shape) for key, t in fetched.items()}, third, list(cache.fetch([good[0]]))
+
+
+def test_a_faulty_file_fails_on_all_ranks_and_the_others_go_on(
+    tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path, heavy_imports: None
+) -> None:
+    broken = tmp_path / "broken.mp4"
+    content = Path(videos[0].path).read_bytes()
+    broken.write_bytes(content[: len(content) // 2])
+    bad = [
+        replace(videos[0], key="broken", path=str(broken)),
+        replace(videos[0], key="absent", path=str(tmp_path / "absent.mp4")),
+        replace(videos[0], key="short", frame_indices=(0, 1) * 8 + (0, 99)),
+    ]
+    ranks = run_world(2, _encode_with_a_bad_file, tiny_checkpoint, videos, bad, timeout=120)
+    for first, again, shapes, third, last in ranks:
+        assert first == again == ranks[0][0]
+        assert set(first) == {"broken", "absent", "short"} and all(first.values())
+        assert shapes == {v.key: (v.num_tokens, 128) for v in videos}
+        assert third == {} and last == ["k0"]
+
+
+def _encode_blank(rank: int, folder: Path, video: VideoArtifact) -> tuple[Tensor, Tensor, Tensor]:
+    seeing = make_cache(folder)
+    blind = seeing.blanked()
+    other = replace(video, path=video.path.replace("train_0000", "train_0001"))
+    assert seeing.encode([video]) == blind.encode([video]) == {}
+    key = video.key
+    shown, black = seeing.fetch([video])[key], blind.fetch([video])[key]
+    blind.forget()
+    blind.encode([other])
+    return shown, black, blind.fetch([other])[key]
+
+
+def test_blanked_frames_tell_nothing_about_the_video(
+    tiny_checkpoint: Path, videos: list[VideoArtifact], alone: dict[str, Tensor]
+) -> None:
+    [(shown, black, other_black)] = run_world(1, _encode_blank, tiny_checkpoint, videos[0], timeout=120)
+    assert torch.equal(shown, alone["k0"])
+    assert black.shape == shown.shape and not torch.allclose(black, shown, atol=0.1)
+    assert torch.equal(black, other_black)
+
+
+def test_pieces_are_plain_values() -> None:
+    assert split_over_ranks([artifact("a", 3)], 1) == {"a": [Piece("a", 0, 3, 0)]}
