@@ -8,9 +8,10 @@ which it holds. The set difference is the least that has to travel.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -75,22 +76,23 @@ def _vllm_params(rank: int, folder: Path, tensor: int) -> tuple[Params, Params]:
 
 
 @pytest.fixture(scope="module")
-def oracle(numbered: dict[bool, Path]) -> dict[tuple[bool, int], list[Params]]:
-    """{(tied, engine tp): parameters of each engine rank}, from vLLM alone."""
-    loaded = {}
-    for tied, tensor in ((False, 1), (False, 2), (False, 4), (True, 2)):
+def oracle(numbered: dict[bool, Path]) -> Callable[[bool, int], list[Params]]:
+    """(tied, engine tp) -> parameters of each engine rank, from vLLM alone."""
+
+    @functools.cache
+    def load(tied: bool, tensor: int) -> list[Params]:
         pairs = run_world(tensor, _vllm_params, numbered[tied], tensor, timeout=180)
         for start, final in pairs:
             assert not any(torch.equal(start[name], final[name]) for name in final if "norm" not in name)
-        loaded[tied, tensor] = [final for _, final in pairs]
-    return loaded
+        return [final for _, final in pairs]
+
+    return load
 
 
 @dataclass(frozen=True)
 class Synced:
-    """What a rank had before and has after a sync, and what was counted on its wire."""
+    """What an engine rank has after a sync, and what was counted on its wire."""
 
-    trainer: Params
     engine: Params
     report: SyncReport
     received: int
@@ -107,8 +109,8 @@ def build_trainer(provider: Qwen2_5_VL, tensor: int, pipeline: int, rollout_tens
 
 def _sync_into_noise(
     rank: int, folder: Path, tensor: int, pipeline: int, expected: list[Params], buffer_bytes: tuple[int, ...]
-) -> list[Synced]:
-    """One sync per buffer size, into random tensors of the engine's shapes."""
+) -> tuple[Params, list[Synced]]:
+    """(trainer weights, one sync per buffer size into random tensors of the engine's shapes)."""
     provider = open_provider(folder)
     mesh, source = build_trainer(provider, tensor, pipeline, len(expected))
     shapes = {name: p.shape for name, p in expected[mesh.rollout_tp_rank].items()}
@@ -124,15 +126,14 @@ def _sync_into_noise(
         wire = [(call.args[0], call.args[1].nbytes) for call in operation.call_args_list]
         received = sum(count for kind, count in wire if kind is dist.irecv)
         sent = sum(count for kind, count in wire if kind is dist.isend)
-        results.append(Synced({k: v.clone() for k, v in source.items()}, target, report, received, sent))
-    return results
+        results.append(Synced(target, report, received, sent))
+    return {name: p.clone() for name, p in source.items()}, results
 
 
 def bytes_missing(engine: Params, trainer: Params) -> int:
     """Bytes of the elements that the engine rank needs and the trainer rank does not hold. Padding is number 0."""
-    needed = {int(n) for p in engine.values() for n in p.flatten()} - {0}
-    held = {int(n) for p in trainer.values() for n in p.flatten()}
-    return 4 * len(needed - held)
+    needed = set(torch.cat([p.flatten() for p in engine.values()]).tolist()) - {0.0}
+    return 4 * len(needed.difference(torch.cat([p.flatten() for p in trainer.values()]).tolist()))
 
 
 def assert_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -148,37 +149,48 @@ LAYOUTS = [  # (world, trainer tp, trainer pp, engine tp, tied embeddings)
     (2, 2, 1, 1, False),
     (2, 2, 1, 2, False),
     (4, 1, 1, 2, False),
-    (4, 1, 2, 4, False),
-    (4, 2, 1, 4, False),
     (4, 2, 2, 2, False),
-    (4, 2, 2, 4, False),
     (4, 4, 1, 1, False),
     (4, 4, 1, 2, False),
-    (4, 4, 1, 4, False),
     (2, 2, 1, 2, True),
     (2, 1, 2, 2, True),
     (4, 2, 2, 2, True),
     (4, 4, 1, 2, True),
 ]
+FOUR_ENGINE_RANKS = [  # more ranks than KV heads: those are repeated
+    (4, 1, 2, 4, False),
+    (4, 2, 1, 4, False),
+    (4, 2, 2, 4, False),
+    (4, 4, 1, 4, False),
+]
 
 
-@pytest.mark.parametrize(("world", "tensor", "pipeline", "rollout_tensor", "tied"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("world", "tensor", "pipeline", "rollout_tensor", "tied"),
+    LAYOUTS + [pytest.param(*layout, marks=pytest.mark.full) for layout in FOUR_ENGINE_RANKS],
+)
 def test_sync_gives_what_vllm_loads_and_moves_the_least(
     world: int, tensor: int, pipeline: int, rollout_tensor: int, tied: bool, numbered, oracle
 ) -> None:
-    expected = oracle[tied, rollout_tensor]
-    sizes = (1 << 30, 64 << 10, 4)  # one round; several; one piece at a time
+    expected = oracle(tied, rollout_tensor)
+    sizes = (1 << 30, 128 << 10)  # one round; several
     ranks = run_world(world, _sync_into_noise, numbered[tied], tensor, pipeline, expected, sizes, timeout=120)
-    for rank, results in enumerate(ranks):
+    for rank, (trainer, results) in enumerate(ranks):
         wanted = expected[rank % rollout_tensor]
-        minimum = bytes_missing(wanted, results[0].trainer)
+        minimum = bytes_missing(wanted, trainer)
         for synced in results:
             assert_same(synced.engine, wanted)
             assert synced.received == synced.report.received == synced.report.minimum == minimum
             assert synced.sent == synced.report.sent
             assert synced.report.version == 3
-    for results in zip(*ranks, strict=True):
+    for results in zip(*(results for _, results in ranks), strict=True):
         assert sum(r.sent for r in results) == sum(r.received for r in results)
+
+
+def test_one_piece_at_a_time_gives_the_same(numbered, oracle) -> None:
+    ranks = run_world(2, _sync_into_noise, numbered[False], 2, 1, oracle(False, 1), (4,), timeout=120)
+    for _, [synced] in ranks:
+        assert_same(synced.engine, oracle(False, 1)[0])
 
 
 def _sync_into_engine(rank: int, folder: Path, run_dir: Path) -> tuple[Params, dict[str, bool]]:
@@ -192,7 +204,7 @@ def _sync_into_engine(rank: int, folder: Path, run_dir: Path) -> tuple[Params, d
 
 def test_sync_reaches_a_live_engine_in_place(numbered, oracle, tmp_path: Path) -> None:
     ranks = run_world(2, _sync_into_engine, numbered[False], tmp_path, timeout=120)
-    for (params, in_place), expected in zip(ranks, oracle[False, 2], strict=True):
+    for (params, in_place), expected in zip(ranks, oracle(False, 2), strict=True):
         assert_same(params, expected)
         assert all(in_place.values())
 
