@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from megatron_rl.device import Backend
     from megatron_rl.parallel import ParallelMesh
     from megatron_rl.types import Completion, LossInputs, LossOutput, Prompt, Sampling, VideoArtifact, VideoInfo
-    from model_providers.transformer import LanguageModel, TransformerShape
+    from model_providers.shape import TransformerShape
+    from model_providers.transformer import LanguageModel
     from model_providers.weight_map import WeightMap
 
 

@@ -173,8 +173,9 @@ def read_eval_rows(session: Session) -> list[Row]:
 
 def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
     """A vLLM replica over this rank's rollout group, and the plan that fills it. Collective."""
+    from megatron_rl.rollout.fit import check_fit
     from megatron_rl.rollout.reshard_plan import Layouts, make_plan
-    from megatron_rl.rollout.resharder import Resharder, check_fit
+    from megatron_rl.rollout.resharder import Resharder
     from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
 
     cfg, mesh, provider = session.cfg, session.mesh, session.provider

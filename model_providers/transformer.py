@@ -31,28 +31,10 @@ from torch.utils.checkpoint import checkpoint
 from megatron_rl.device import Backend
 from megatron_rl.parallel import ParallelMesh
 from model_providers.attention.packed import BatchLayout, PackedAttention
+from model_providers.shape import TransformerShape
 from model_providers.weight_map import canonical_name, padded_vocab
 
 LOGIT_CHUNK = 1024  # response tokens whose logits exist at a time
-
-
-@dataclass(frozen=True, slots=True)
-class TransformerShape:
-    """The numbers of a decoder-only transformer that Megatron-core needs, whatever the family."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_heads: int
-    num_groups: int
-    head_dim: int
-    vocab_size: int
-    rms_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, int, int]
-    qkv_bias: bool
-    tied_embeddings: bool
-    max_positions: int
 
 
 @dataclass(frozen=True, slots=True)

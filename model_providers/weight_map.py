@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 Interval = tuple[int, int]
 
@@ -84,7 +84,12 @@ class Shard:
 
 
 class Layout(Protocol):
-    """How one fused or plain parameter is cut by the trainer (`trainer`) and by vLLM (`engine`)."""
+    """How one fused or plain parameter is cut by the trainer (`trainer`) and by vLLM (`engine`). Hashable.
+
+    `is_expert` parameters are cut over the trainer's expert grid instead of its tensor parallel ranks.
+    """
+
+    is_expert: ClassVar[bool]
 
     def trainer(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard: ...
 
@@ -115,6 +120,8 @@ def _stacked_shard(pieces: Iterable[tuple[HfTensor, Interval]], like: HfTensor) 
 class Replicated:
     """Every rank holds all of it (norms)."""
 
+    is_expert: ClassVar[bool] = False
+
     def trainer(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
         return _stacked_shard([(hf[0], (0, hf[0].rows))], hf[0])
 
@@ -124,6 +131,8 @@ class Replicated:
 @dataclass(frozen=True, slots=True)
 class SplitCols:
     """Row parallel linear: the input dimension is cut."""
+
+    is_expert: ClassVar[bool] = False
 
     def trainer(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
         start, stop = even_split(hf[0].cols, rank, world, hf[0].name)
@@ -136,6 +145,8 @@ class SplitCols:
 @dataclass(frozen=True, slots=True)
 class Vocab:
     """Embedding and output rows, padded to different sizes on the two sides; pad rows belong to nobody."""
+
+    is_expert: ClassVar[bool] = False
 
     def trainer(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
         return self._cut(hf[0], padded_vocab(hf[0].rows, world), rank, world)
@@ -154,6 +165,8 @@ class Vocab:
 class GatedUp:
     """Gate and up projection, [gate_r ; up_r] on each rank of either side."""
 
+    is_expert: ClassVar[bool] = False
+
     def trainer(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
         return _stacked_shard([(t, even_split(t.rows, rank, world, t.name)) for t in hf], hf[0])
 
@@ -165,6 +178,7 @@ class QKV:
     """Attention input. Trainer: [q..q k v] per KV group, then cut evenly. Engine: [Q_r | K_r | V_r], KV heads
     repeated if few."""
 
+    is_expert: ClassVar[bool] = False
     num_heads: int
     num_groups: int
     head_dim: int

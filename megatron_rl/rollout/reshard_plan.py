@@ -1,140 +1,258 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who sends which rectangle of which weight to whom: pure arithmetic on layouts, no weights and no communication.
 
-Both sides describe their shards as rectangles of HF tensors (model_providers/weight_map.py). What an engine rank needs
-and does not hold itself is the intersection of its rectangles with the owners'; each piece is sent once, by the owner
-with the least to send so far. Pad rows belong to nobody, tied tensors are one engine parameter.
+Both sides describe their shards as rectangles of HF tensors (model_providers/weight_map.py). What an engine shard needs
+is cut where the trainer's shards are cut; each piece goes to every engine rank that needs and does not hold it, from
+the owner with the least to send so far. Pad rows belong to nobody; tied tensors are one engine parameter.
+Geometry depends on shapes, not on layers, and ranks are numpy arrays: 4,096 ranks take seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from model_providers.weight_map import Block, Entry, Shard, WeightMap, intersect
+import numpy as np
+from numpy.typing import NDArray
+
+from model_providers.weight_map import Block, Entry, HfTensor, Layout, Shard, WeightMap, intersect
+
+Ranks = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layouts:
-    """Both grids of one world. Ranks as in megatron_rl.parallel: trainer pp-dp-cp-tp, engine replica-tp."""
+    """Both grids of one world, ranks as in megatron_rl.parallel: trainer pp-dp-cp-tp, engine replica-tp.
+
+    Experts have a grid of their own (pp-edp-ep-etp). `virtual` is the number of model chunks a stage holds.
+    `engine_position[r]` is the place of rank r in the engine's grid, r itself unless placed otherwise.
+    """
 
     world: int
-    tensor: int
-    pipeline: int
-    context: int
-    rollout_tensor: int
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    rollout_tensor: int = 1
+    virtual: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    engine_position: tuple[int, ...] = ()
 
-    def trainer_tp(self, rank: int) -> int:
-        return rank % self.tensor
-
-    def trainer_pp(self, rank: int) -> int:
-        return rank // (self.world // self.pipeline)
+    @cached_property
+    def _position(self) -> Ranks:
+        return np.asarray(self.engine_position) if self.engine_position else np.arange(self.world)
 
     def engine_tp(self, rank: int) -> int:
-        return rank % self.rollout_tensor
+        return int(self._position[rank]) % self.rollout_tensor
+
+    def engine_ranks(self, tp: int) -> Ranks:
+        """Ranks whose engine shard is number `tp`, ascending."""
+        return np.flatnonzero(self._position % self.rollout_tensor == tp)
+
+    def num_slots(self, expert: bool) -> int:
+        """Into how many shards the trainer cuts a parameter of one stage."""
+        return self.expert * self.expert_tensor if expert else self.tensor
+
+    def trainer_ranks(self, stage: int, slot: int, expert: bool) -> Ranks:
+        """Ranks that hold shard `slot` of a parameter of `stage`: the replicas over data (and context) parallel."""
+        per_stage = self.world // self.pipeline
+        first = stage * per_stage
+        return np.arange(first + slot, first + per_stage, self.num_slots(expert))
+
+    def stage_of_layer(self, layer: int, num_layers: int) -> int:
+        """Chunks of layers go round the stages `virtual` times."""
+        per_chunk = num_layers // (self.pipeline * self.virtual)
+        return layer // per_chunk % self.pipeline
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """One rectangle: `source` lies in a trainer parameter of rank `sender`, `target` in an engine parameter of
-    `receiver`."""
+class Holder:
+    """A trainer shard that contains a piece: rank r of `ranks` has it at `block` in its parameter `mcore`."""
 
-    sender: int
-    receiver: int
     mcore: str
-    engine: str
-    source: Block
-    target: Block
+    block: Block
+    ranks: Ranks
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """One rectangle of one engine shard. `senders[i]` sends it to `receivers[i]`; ranks in `local` copy their own."""
+
+    engine: str
+    target: Block
+    holders: tuple[Holder, ...]
+    local: Ranks
+    receivers: Ranks
+    senders: Ranks
+
+    @property
+    def numel(self) -> int:
+        return self.target.numel
+
+    def source_on(self, rank: int) -> tuple[str, Block]:
+        """Name and rectangle of the trainer parameter from which `rank` reads this piece."""
+        for holder in self.holders:
+            if rank in holder.ranks:
+                return holder.mcore, holder.block
+        raise KeyError(f"rank {rank} does not hold {self.engine} {self.target}")
+
+    def split(self, max_numel: int) -> Iterator[Piece]:
+        """The piece in stretches of rows, none larger than `max_numel` (or one row)."""
+        num_rows, num_cols = self.target.shape
+        step = max(1, max_numel // num_cols)
+        for start in range(0, num_rows, step):
+            rows = (start, min(num_rows, start + step))
+            holders = tuple(replace(h, block=_rows_of(h.block, rows)) for h in self.holders)
+            yield replace(self, target=_rows_of(self.target, rows), holders=holders)
+
+
+def _rows_of(block: Block, rows: tuple[int, int]) -> Block:
+    first = block.rows[0]
+    at = (block.at[0] + rows[0], block.at[1])
+    return Block(block.hf, (first + rows[0], first + rows[1]), block.cols, at)
+
+
+@dataclass(frozen=True)
 class ReshardPlan:
-    """All moves of one sync. Moves with sender == receiver are local copies and cost no message."""
+    """All pieces of one sync, and what they amount to in elements per rank."""
 
-    moves: tuple[Move, ...]
-    needed: tuple[int, ...]
-    """Elements each engine rank needs, pad rows excluded."""
+    layouts: Layouts
+    pieces: tuple[Piece, ...]
+    needed: NDArray[np.int64] = field(repr=False)
+    """Elements of each rank's engine shard, pad rows excluded."""
 
-    def received(self, rank: int) -> int:
-        return sum(m.target.numel for m in self.moves if m.receiver == rank != m.sender)
+    def without(self, engine_names: frozenset[str]) -> ReshardPlan:
+        """The plan for the other parameters (frozen ones need no second sync)."""
+        kept = tuple(p for p in self.pieces if p.engine not in engine_names)
+        return ReshardPlan(self.layouts, kept, _count(kept, self.layouts.world, local=True, received=True))
 
-    def sent(self, rank: int) -> int:
-        return sum(m.source.numel for m in self.moves if m.sender == rank != m.receiver)
+    @cached_property
+    def local(self) -> NDArray[np.int64]:
+        return _count(self.pieces, self.layouts.world, local=True)
 
-    def local(self, rank: int) -> int:
-        return sum(m.target.numel for m in self.moves if m.receiver == rank == m.sender)
+    @cached_property
+    def received(self) -> NDArray[np.int64]:
+        return _count(self.pieces, self.layouts.world, received=True)
+
+    @cached_property
+    def sent(self) -> NDArray[np.int64]:
+        total = np.zeros(self.layouts.world, np.int64)
+        for piece in self.pieces:
+            np.add.at(total, piece.senders, piece.numel)
+        return total
 
 
-def stage_of(mcore_name: str, num_layers: int, pipeline: int) -> int:
-    """The pipeline stage that holds a parameter; the tied copy of the embedding on the last stage has its own name."""
-    if mcore_name.startswith("decoder.layers."):
-        return int(mcore_name.split(".")[2]) // (num_layers // pipeline)
-    return 0 if mcore_name.startswith("embedding.") else pipeline - 1
+def _count(pieces: Sequence[Piece], world: int, local: bool = False, received: bool = False) -> NDArray[np.int64]:
+    total = np.zeros(world, np.int64)
+    for piece in pieces:
+        if local:
+            total[piece.local] += piece.numel
+        if received:
+            total[piece.receivers] += piece.numel
+    return total
 
 
 def make_plan(weights: WeightMap, num_layers: int, layouts: Layouts) -> ReshardPlan:
     """The plan of one world; the same on every rank."""
-    moves: list[Move] = []
-    needed = [0] * layouts.world
-    load = [0] * layouts.world
-    for engine_name, sources in _sources_by_engine_name(weights, num_layers, layouts).items():
-        entry = sources[0][0]
-        targets = {
-            tp: entry.layout.engine(entry.hf, tp, layouts.rollout_tensor) for tp in range(layouts.rollout_tensor)
-        }
-        owned = [(e, rank, shard) for e, ranks, shard in _shards(sources, layouts) for rank in ranks]
-        for receiver in range(layouts.world):
-            target = targets[layouts.engine_tp(receiver)]
-            needed[receiver] += sum(b.numel for b in target.blocks)
-            moves += _cover(engine_name, target, receiver, owned, load)
-    return ReshardPlan(tuple(moves), tuple(needed))
+    geometry = _Geometry(layouts)
+    load = np.zeros(layouts.world, np.int64)
+    needed = np.zeros(layouts.world, np.int64)
+    pieces: list[Piece] = []
+    for engine_name, sources in sources_by_engine_name(weights, num_layers, layouts).items():
+        for tp in range(layouts.rollout_tensor):
+            wanting = layouts.engine_ranks(tp)
+            for cut in geometry.cuts(sources[0][0], tp):
+                holders = tuple(_holders(sources, cut, layouts))
+                pieces.append(_assign(engine_name, cut.target, holders, wanting, load))
+                needed[wanting] += cut.target.numel
+    return ReshardPlan(layouts, tuple(pieces), needed)
 
 
 Source = tuple[Entry, int]
-Owned = tuple[Entry, int, Shard]
 
 
-def _sources_by_engine_name(weights: WeightMap, num_layers: int, layouts: Layouts) -> dict[str, list[Source]]:
+def sources_by_engine_name(weights: WeightMap, num_layers: int, layouts: Layouts) -> dict[str, list[Source]]:
     """Engine parameter -> the trainer parameters that hold it, with their stage (two for a tied embedding under PP)."""
     sources: dict[str, list[Source]] = {}
     for name, entry in weights.entries.items():
-        if layouts.pipeline == 1 and entry.engine in sources:
+        if layouts.pipeline == 1 and name == "output_layer.weight" and entry.engine in sources:
             continue  # a tied output layer has no parameter of its own on a single stage
-        sources.setdefault(entry.engine, []).append((entry, stage_of(name, num_layers, layouts.pipeline)))
+        sources.setdefault(entry.engine, []).append((entry, stage_of(name, num_layers, layouts)))
     return sources
 
 
-def _shards(sources: Sequence[Source], layouts: Layouts) -> list[tuple[Entry, list[int], Shard]]:
-    shards = []
+def stage_of(mcore_name: str, num_layers: int, layouts: Layouts) -> int:
+    """The pipeline stage that holds a parameter."""
+    if mcore_name.startswith("decoder.layers."):
+        return layouts.stage_of_layer(int(mcore_name.split(".")[2]), num_layers)
+    return 0 if mcore_name.startswith("embedding.") else layouts.pipeline - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A rectangle of an engine shard that no trainer shard cuts further, and the trainer shards that contain it."""
+
+    target: Block
+    slots: tuple[tuple[int, Block], ...]
+
+
+class _Geometry:
+    """Cuts by shape: layers of one size share them, under the names of the first one seen."""
+
+    def __init__(self, layouts: Layouts):
+        self._layouts = layouts
+        self._cuts: dict[tuple[Layout, tuple[tuple[int, int, bool], ...], int], list[Cut]] = {}
+
+    def cuts(self, entry: Entry, engine_tp: int) -> list[Cut]:
+        key = (entry.layout, tuple((t.rows, t.cols, t.is_vector) for t in entry.hf), engine_tp)
+        if key not in self._cuts:
+            self._cuts[key] = list(self._cut(entry, engine_tp))
+        names = dict(zip((c.name for c in _numbered(entry.hf)), (t.name for t in entry.hf), strict=True))
+        return [
+            Cut(_rename(cut.target, names), tuple((slot, _rename(b, names)) for slot, b in cut.slots))
+            for cut in self._cuts[key]
+        ]
+
+    def _cut(self, entry: Entry, engine_tp: int) -> Iterator[Cut]:
+        hf, num_slots = _numbered(entry.hf), self._layouts.num_slots(entry.layout.is_expert)
+        shards = [entry.layout.trainer(hf, slot, num_slots) for slot in range(num_slots)]
+        for wanted in entry.layout.engine(hf, engine_tp, self._layouts.rollout_tensor).blocks:
+            found: dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[int, Block, Block]]] = {}
+            for slot, shard in enumerate(shards):
+                for source, target in _overlaps(shard, wanted):
+                    found.setdefault((target.rows, target.cols), []).append((slot, source, target))
+            for pieces in found.values():
+                yield Cut(pieces[0][2], tuple((slot, source) for slot, source, _ in pieces))
+
+
+def _overlaps(shard: Shard, wanted: Block) -> Iterator[tuple[Block, Block]]:
+    for held in shard.blocks:
+        if common := intersect(held, wanted):
+            yield common
+
+
+def _numbered(hf: Sequence[HfTensor]) -> list[HfTensor]:
+    return [replace(tensor, name=str(index)) for index, tensor in enumerate(hf)]
+
+
+def _rename(block: Block, names: Mapping[str, str]) -> Block:
+    return replace(block, hf=names[block.hf])
+
+
+def _holders(sources: Sequence[Source], cut: Cut, layouts: Layouts) -> Iterator[Holder]:
     for entry, stage in sources:
-        for tp in range(layouts.tensor):
-            ranks = [r for r in range(layouts.world) if layouts.trainer_pp(r) == stage and layouts.trainer_tp(r) == tp]
-            shards.append((entry, ranks, entry.layout.trainer(entry.hf, tp, layouts.tensor)))
-    return shards
+        for slot, block in cut.slots:
+            yield Holder(entry.mcore, block, layouts.trainer_ranks(stage, slot, entry.layout.is_expert))
 
 
-def _cover(engine_name: str, target: Shard, receiver: int, owned: Sequence[Owned], load: list[int]) -> list[Move]:
-    """Moves that fill every rectangle of `target` exactly once: from this rank where it can, else from the least
-    loaded."""
-    moves = []
-    for wanted in target.blocks:
-        for pieces in _owners_by_rectangle(wanted, owned).values():
-            local = [p for p in pieces if p[1] == receiver]
-            entry, sender, source, goal = local[0] if local else min(pieces, key=lambda p: (load[p[1]], p[1]))
-            if sender != receiver:
-                load[sender] += goal.numel
-            moves.append(Move(sender, receiver, entry.mcore, engine_name, source, goal))
-    return moves
-
-
-def _owners_by_rectangle(
-    wanted: Block, owned: Sequence[Owned]
-) -> dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[Entry, int, Block, Block]]]:
-    """The rectangles into which the owners' shards cut `wanted`, each with everyone who holds it."""
-    pieces: dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[Entry, int, Block, Block]]] = {}
-    for entry, rank, shard in owned:
-        for held in shard.blocks:
-            if common := intersect(held, wanted):
-                source, goal = common
-                pieces.setdefault((goal.rows, goal.cols), []).append((entry, rank, source, goal))
-    return pieces
+def _assign(engine: str, target: Block, holders: tuple[Holder, ...], wanting: Ranks, load: Ranks) -> Piece:
+    """Share the ranks that lack a piece evenly among its owners; what does not divide goes to the least loaded."""
+    owners = np.unique(np.concatenate([h.ranks for h in holders]))
+    is_local = np.isin(wanting, owners, assume_unique=True)
+    receivers = wanting[~is_local]
+    rounds = -(-len(receivers) // len(owners))
+    by_load = owners[np.argsort(load[owners], kind="stable")]
+    senders = np.tile(by_load, rounds)[: len(receivers)]
+    np.add.at(load, senders, target.numel)
+    return Piece(engine, target, holders, wanting[is_local], receivers, senders)

@@ -18,8 +18,8 @@ from megatron_rl.types import Prompt, VideoArtifact
 from model_providers.hf_checkpoint import HfCheckpoint, load_shard
 from model_providers.qwen2_5_vl.positions import rope_positions
 from model_providers.qwen2_5_vl.vision import QwenVideoSpec, VisionTower, build_tower
-from model_providers.qwen2_5_vl.weights import weight_map
-from model_providers.transformer import LanguageModel, TokenPolicy, TransformerShape, build_language_model
+from model_providers.qwen2_5_vl.weights import shape_of, weight_map
+from model_providers.transformer import LanguageModel, TokenPolicy, build_language_model
 
 # Fallbacks of transformers' Qwen2VLVideoProcessor, for checkpoints without preprocessor files.
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -38,7 +38,7 @@ class Qwen2_5_VL:
         self._vision: dict[str, Any] = config["vision_config"]
         self.image_token_id: int = config["image_token_id"]
         self.video_token_id: int = config["video_token_id"]
-        self.shape = _transformer_shape(self._text, config)
+        self.shape = shape_of(config)
         self.weight_map = weight_map(self.shape)
         self.video_spec = self._video_spec(min_pixels, max_pixels)
 
@@ -121,23 +121,3 @@ class Qwen2_5_VL:
             mean=tuple(processor.get("image_mean", OPENAI_CLIP_MEAN)),
             std=tuple(processor.get("image_std", OPENAI_CLIP_STD)),
         )
-
-
-def _transformer_shape(text: Mapping[str, Any], config: Mapping[str, Any]) -> TransformerShape:
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    heads = text["num_attention_heads"]
-    return TransformerShape(
-        num_layers=text["num_hidden_layers"],
-        hidden_size=text["hidden_size"],
-        ffn_hidden_size=text["intermediate_size"],
-        num_heads=heads,
-        num_groups=text["num_key_value_heads"],
-        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
-        vocab_size=text["vocab_size"],
-        rms_eps=text["rms_norm_eps"],
-        rope_theta=rope.get("rope_theta") or text["rope_theta"],
-        mrope_section=tuple(rope["mrope_section"]),
-        qkv_bias=True,
-        tied_embeddings=config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
-        max_positions=text["max_position_embeddings"],
-    )

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weight table of Qwen2.5-VL's language model. The vision tower keeps its HF names and is not in it."""
+"""Shape and weight table of Qwen2.5-VL's language model. The vision tower keeps its HF names and has no entries."""
 
 from __future__ import annotations
 
-from model_providers.transformer import TransformerShape
+from collections.abc import Mapping
+from typing import Any
+
+from model_providers.shape import TransformerShape
 from model_providers.weight_map import QKV, Entry, GatedUp, HfTensor, Replicated, SplitCols, Vocab, WeightMap
 
 
@@ -70,3 +73,25 @@ def weight_map(shape: TransformerShape) -> WeightMap:
         ),
     ]
     return WeightMap(entries, shape.num_layers)
+
+
+def shape_of(config: Mapping[str, Any]) -> TransformerShape:
+    """The language model's shape from a checkpoint's config.json, flat (as on the hub) or with a `text_config`."""
+    text = config.get("text_config") or config
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    heads = text["num_attention_heads"]
+    return TransformerShape(
+        num_layers=text["num_hidden_layers"],
+        hidden_size=text["hidden_size"],
+        ffn_hidden_size=text["intermediate_size"],
+        num_heads=heads,
+        num_groups=text["num_key_value_heads"],
+        head_dim=text.get("head_dim") or text["hidden_size"] // heads,
+        vocab_size=text["vocab_size"],
+        rms_eps=text["rms_norm_eps"],
+        rope_theta=rope.get("rope_theta") or text["rope_theta"],
+        mrope_section=tuple(rope["mrope_section"]),
+        qkv_bias=True,
+        tied_embeddings=config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)),
+        max_positions=text["max_position_embeddings"],
+    )

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of a decoder-only transformer that Megatron-core needs, whatever the family. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TransformerShape:
+    """The numbers of a decoder-only transformer that Megatron-core needs, whatever the family."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    vocab_size: int
+    rms_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    qkv_bias: bool
+    tied_embeddings: bool
+    max_positions: int
