@@ -19,6 +19,8 @@ class ModelConfig:
     """Megatron checkpoint folder (a `step_N` or a run's `checkpoints`) to start from; empty = the weights in `hf`."""
     freeze_vision: bool = True
     """Keep the vision tower fixed: it is never trained, synced or moved."""
+    freeze: tuple[str, ...] = ()
+    """Language-model parameters that are not trained, by Megatron name with wildcards: "embedding.*"."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Parameter and compute type; auto = bfloat16 on a GPU, float32 on a CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -89,6 +91,8 @@ class RolloutConfig:
     """No compilation, no CUDA graphs: slower generation, faster start."""
     sync_buffer_mib: int = 256
     """Bound on the extra memory of one weight sync."""
+    verify_sync: bool = False
+    """Compare checksums of every piece of every weight after each sync."""
     save_to: str = ""
     """Write every rollout batch to this folder."""
     replay_from: str = ""

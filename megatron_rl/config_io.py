@@ -154,6 +154,8 @@ def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     """The value as the field's type; int is accepted for float, a bool is never a number."""
     if get_origin(kind) is tuple:
         parts = get_args(kind)
+        if isinstance(value, (list, tuple)) and parts[-1] is Ellipsis:
+            parts = parts[:1] * len(value)
         if isinstance(value, (list, tuple)) and len(value) == len(parts):
             pairs = enumerate(zip(parts, value, strict=True))
             return tuple(_value(part, item, f"{path}[{i}]", problems) for i, (part, item) in pairs)
@@ -204,7 +206,7 @@ def _type_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " | ".join(get_args(kind))
     if get_origin(kind) is tuple:
-        return f"[{', '.join(_type_name(part) for part in get_args(kind))}]"
+        return f"[{', '.join('...' if part is Ellipsis else _type_name(part) for part in get_args(kind))}]"
     return {str: "text", int: "integer", float: "number", bool: "true | false"}[kind]
 
 

@@ -19,7 +19,15 @@ from megatron_rl.types import Group, Row, Sampling
 def evaluate(session: Session, rollout: Rollout, rows: Sequence[Row], step: int, blind: bool = False) -> list[Group]:
     """One greedy response per row, scored. Collective; every rank gets all groups."""
     cfg = session.cfg
-    sampling = Sampling(1, 1.0, cfg.rollout.max_response_tokens, cfg.seed, step, greedy=True)
+    sampling = Sampling(
+        num_samples=1,
+        temperature=1.0,
+        max_response_tokens=cfg.rollout.max_response_tokens,
+        seed=cfg.seed,
+        step=step,
+        greedy=True,
+        weights_version=session.policy.version,
+    )
     seeing = replace(session, vision=session.vision.blanked()) if blind else session
     name = "eval_blind" if blind else "eval"
     groups: list[Group] = []

@@ -76,11 +76,21 @@ def rollout_phase(session: Session, rollout: Rollout, step: int) -> Iterator[Syn
     with session.policy.parked():
         with session.progress.phase(step, "sync"):
             rollout.engine.wake("weights")
-            report = rollout.resharder.sync(session.policy.version)
-            rollout.engine.weights_changed(session.policy.version)
+            report = sync_weights(session, rollout)
             rollout.engine.wake("kv_cache")
         yield report
         rollout.engine.sleep()
+
+
+def sync_weights(session: Session, rollout: Rollout) -> SyncReport:
+    """Bring the engine to the policy's version; an engine that is there already receives nothing."""
+    version, engine = session.policy.version, rollout.engine
+    if engine.version == version:
+        return SyncReport(version, received=0, sent=0, minimum=0, copied_locally=0, seconds=0.0)
+    engine.begin_update()
+    report = rollout.resharder.sync(version, verify=session.cfg.rollout.verify_sync)
+    engine.weights_changed(version)
+    return report
 
 
 def usable_prompts(session: Session, pairs: Sequence[tuple[int, Row]], where: str) -> list[Prompt]:
@@ -94,7 +104,14 @@ def usable_prompts(session: Session, pairs: Sequence[tuple[int, Row]], where: st
 def collect_groups(session: Session, rollout: Rollout, next_rows: NextRows, step: int) -> tuple[list[Group], int]:
     """(groups, how many were dropped): one round of sampling, or with `filter_groups` as many as it takes."""
     cfg, algorithm = session.cfg.rollout, session.cfg.algorithm
-    sampling = Sampling(cfg.num_samples, cfg.temperature, cfg.max_response_tokens, session.cfg.seed, step)
+    sampling = Sampling(
+        num_samples=cfg.num_samples,
+        temperature=cfg.temperature,
+        max_response_tokens=cfg.max_response_tokens,
+        seed=session.cfg.seed,
+        step=step,
+        weights_version=session.policy.version,
+    )
     wanted = session.cfg.train.prompts_per_step
     kept: list[Group] = []
     num_dropped = 0

@@ -90,7 +90,15 @@ class RolloutEngine(Protocol):
 
     def parameters(self) -> Mapping[str, Tensor]: ...
 
-    def weights_changed(self, version: int) -> None: ...
+    @property
+    def version(self) -> int | None:
+        """Of the weights it holds; None while there are none, or half of them."""
+
+    def begin_update(self) -> None:
+        """Its parameters are about to be written; until `weights_changed` it refuses to generate."""
+
+    def weights_changed(self, version: int) -> None:
+        """The parameters now hold the weights of `version`; what its caches computed with others is dropped."""
 
     def generate(
         self, prompts: Sequence[Prompt], embeds: Mapping[str, Tensor], sampling: Sampling

@@ -7,9 +7,10 @@ Nothing else reads RunConfig: every part gets the few values it needs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from data.prompts import PromptBuilder
 from megatron_rl import parallel
 from megatron_rl.config import RunConfig
 from megatron_rl.device import Backend, choose_backend, define_torchvision_operators
+from megatron_rl.errors import raise_all
 from megatron_rl.metrics import MetricLog, Progress
 from megatron_rl.parallel import ParallelMesh
 from megatron_rl.protocols import ModelProvider
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
     from megatron_rl.rollout.resharder import Resharder
     from megatron_rl.rollout.vllm_engine import VllmEngine
+    from model_providers.transformer import LanguageModel
+    from model_providers.weight_map import WeightMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +93,7 @@ def open_session(cfg: RunConfig) -> Iterator[Session]:
     parallel.shut_down()
 
 
-def _build_session(
-    cfg: RunConfig, backend: Backend, mesh: ParallelMesh, watchdog: Watchdog, stop: StopFlag
-) -> Session:
+def _build_session(cfg: RunConfig, backend: Backend, mesh: ParallelMesh, watchdog: Watchdog, stop: StopFlag) -> Session:
     torch.manual_seed(cfg.seed)
     provider = open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels)
     device = backend.local_device(parallel.local_rank())
@@ -127,6 +129,8 @@ def _build_session(
 def _build_policy(cfg: RunConfig, backend: Backend, mesh: ParallelMesh, provider: ModelProvider) -> Policy:
     model = provider.build_language(backend, mesh, cfg.rollout.temperature, cfg.model.recompute)
     provider.load_language(model, mesh)
+    check_freeze(provider.weight_map, cfg.model.freeze)
+    freeze(model, cfg.model.freeze)
     optimizer = cfg.train.optimizer
     hyper = Hyperparameters(
         lr=optimizer.lr,
@@ -140,6 +144,31 @@ def _build_policy(cfg: RunConfig, backend: Backend, mesh: ParallelMesh, provider
     if cfg.model.weights_from:
         checkpoint.load_weights(cfg.model.weights_from, policy)
     return policy
+
+
+def check_freeze(weights: WeightMap, patterns: Sequence[str]) -> None:
+    """Every pattern must mean something, and something must be left to train."""
+    problems = [
+        f"model.freeze={pattern}: matches no parameter; names look like {next(iter(weights.entries))}"
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in weights.entries)
+    ]
+    if all(any(fnmatchcase(name, p) for p in patterns) for name in weights.entries):
+        problems.append(f"model.freeze={list(patterns)}: nothing is left to train; freeze less")
+    raise_all(problems, "frozen parameters")
+
+
+def freeze(model: LanguageModel, patterns: Sequence[str]) -> None:
+    """Take the parameters whose table name matches a pattern out of training."""
+    for name, param in model.named_weights().items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            param.requires_grad_(False)
+
+
+def frozen_in_engine(weights: WeightMap, patterns: Sequence[str]) -> frozenset[str]:
+    """Engine parameters all of whose trainer parameters are frozen: the same on every rank."""
+    trained = {e.engine for name, e in weights.entries.items() if not any(fnmatchcase(name, p) for p in patterns)}
+    return frozenset(e.engine for e in weights.entries.values()) - trained
 
 
 def _load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -201,4 +230,5 @@ def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
     source = {name: param.data for name, param in session.policy.language_model.named_weights().items()}
     target = engine.parameters()
     check_fit(provider.weight_map, mesh.here.tp, mesh.tensor, mesh.rollout_tp_rank, mesh.rollout_tensor, source, target)
-    return engine, Resharder(plan, mesh.rank, source, target, cfg.rollout.sync_buffer_mib * 2**20)
+    frozen = frozen_in_engine(provider.weight_map, cfg.model.freeze)
+    return engine, Resharder(plan, mesh.rank, source, target, cfg.rollout.sync_buffer_mib * 2**20, frozen)

@@ -88,6 +88,8 @@ class Sampling:
     seed: int
     step: int = 0
     greedy: bool = False
+    weights_version: int | None = None
+    """Weights that the engine must hold; it refuses to sample with others. None = whichever it holds."""
 
 
 @dataclass(frozen=True, slots=True)

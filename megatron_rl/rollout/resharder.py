@@ -101,8 +101,9 @@ class Resharder:
         """
         start = time.perf_counter()
         script = self._trained if self._frozen_sent else self._whole
-        for name in self._padded:
-            self._target[name].zero_()  # vLLM's loader leaves zeros in the vocabulary padding
+        if not self._frozen_sent:
+            for name in self._padded:
+                self._target[name].zero_()  # vLLM's loader leaves zeros in the vocabulary padding
         for source, target in script.copies:
             _view(self._target, target).copy_(_view(self._source, source))
         for round_ in script.rounds:

@@ -64,6 +64,7 @@ class VllmEngine:
         self._bias = dict.fromkeys(forbidden_tokens, FORBIDDEN_BIAS)
         self._eos = list(eos_token_ids)
         self._version: int | None = None
+        self._cached_version: int | None = None
         if not backend.engine_owns_weights:
             keep_cpu_linear_weights()
         inspect_models_in_process()
@@ -86,17 +87,29 @@ class VllmEngine:
         """vLLM's own loader: the oracle of the resharder's tests."""
         self._model.load_weights(tensors)
 
+    @property
+    def version(self) -> int | None:
+        return self._version
+
+    def begin_update(self) -> None:
+        """Call before writing `parameters()`: a half-written engine does not generate."""
+        self._version = None
+
     def weights_changed(self, version: int) -> None:
         """Call after writing `parameters()`: what the caches hold was computed with other weights."""
-        if version != self._version:
+        if version != self._cached_version:
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM refused to drop its prefix cache: requests are still running")
-            self._version = version
+            self._cached_version = version
+        self._version = version
 
     def generate(self, prompts: Sequence[Prompt], embeds: Mapping[str, Tensor], sampling: Sampling) -> list[Completion]:
         """`sampling.num_samples` completions per prompt, in order of (prompt, sample)."""
         if self._version is None:
-            raise RuntimeError("the engine holds no weights yet; sync before generating")
+            raise RuntimeError("the engine holds no weights, or half of a sync; sync before generating")
+        if sampling.weights_version not in (None, self._version):
+            wanted = sampling.weights_version
+            raise RuntimeError(f"the engine holds weights {self._version}, not {wanted}; sync before generating")
         requests = [self._engine_prompt(prompt, embeds) for prompt in prompts]
         params = [self._sampling_params(sampling, prompt.prompt_id) for prompt in prompts]
         outputs = self._llm.generate(requests, params, use_tqdm=False)

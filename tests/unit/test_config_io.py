@@ -54,7 +54,8 @@ def test_off_is_a_word_not_false(recipe):
 
 
 def test_int_for_float_and_list_for_pair(recipe):
-    cfg = load_config(recipe(), ["rollout.temperature=1", "train.optimizer.betas=[0.9, 1]"])
+    cfg = load_config(recipe(), ["rollout.temperature=1", "train.optimizer.betas=[0.9, 1]", "model.freeze=[a.*, b]"])
+    assert cfg.model.freeze == ("a.*", "b")
     assert isinstance(cfg.rollout.temperature, float)
     assert cfg.train.optimizer.betas == (0.9, 1.0)
 
@@ -79,6 +80,8 @@ def test_empty_section_is_all_defaults(recipe):
         ("rollout.temperature=nan", "rollout.temperature=nan: text; expected number"),
         ("log.wandb=never", "log.wandb=never: not a choice; expected off | offline | online"),
         ("train.optimizer.betas=[0.9]", "train.optimizer.betas=[0.9]: a list; expected [number, number]"),
+        ("model.freeze=[1]", "model.freeze[0]=1: an integer; expected text"),
+        ("model.freeze=x", "model.freeze=x: text; expected [text, ...]"),
         ("train.optimizer.betas=[0.9, x]", "train.optimizer.betas[1]=x: text; expected number"),
         ("data=x", "data=x: is a section"),
         ("data={fps: 1}", "write data.<key>=value"),
