@@ -74,7 +74,8 @@ def _our_logprobs(folder: Path, ids: Sequence[int], targets: Tensor) -> Tensor:
     with _world_of_one(backend) as mesh:
         model = provider.build_language(backend, mesh)
         with backend.mcore_scope():
-            model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), str(folder)))
+            loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder))
+            model.load_state_dict(loaded["model"])
         rows = torch.arange(len(targets)).repeat_interleave(targets.shape[1])
         output = model(
             input_ids=torch.tensor([ids]),

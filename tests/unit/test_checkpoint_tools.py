@@ -14,12 +14,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint_tools.cli import main
+from tests.world import run_world
 
 SOURCES = ("plain", "tied", "tied_twice", "sharded", "other_names", "bfloat16")
 
 
 def _run(*args: object) -> int:
     return main([str(arg) for arg in args])
+
+
+def _verify_apart(folder: Path, *options: str) -> dict[str, Any]:
+    """The report on folder/hf and folder/mcore, which must be the same.
+
+    In a process of its own: worlds are forked from this one, and a process group would leave threads behind.
+    """
+    command = ("verify", "--hf", folder / "hf", "--mcore", folder / "mcore", "--json", folder / "report.json", *options)
+    assert run_world(1, lambda _: _run(*command)) == [0]
+    return json.loads((folder / "report.json").read_text())
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
@@ -95,9 +106,7 @@ def test_round_trip_keeps_every_key_and_bit(
     small = {p.name for p in source.iterdir()} - {p.name for p in source.glob("*.safetensors*")}
     for name in small:
         assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes(), name
-    figures = tmp_path / "figures.json"
-    assert _run("verify", "--hf", tmp_path / "hf", "--mcore", tmp_path / "mcore", "--logits", "--json", figures) == 0
-    report = json.loads(figures.read_text())
+    report = _verify_apart(tmp_path, "--logits")
     assert report["same"] and report["num_tensors"] == len(expected) and report["opened_in"] == ["transformers"]
     assert 0 <= report["logprob_gap"] <= 1e-4
 
@@ -320,8 +329,20 @@ def test_inspect_counts_what_is_there(
 
 @pytest.mark.full
 def test_vllm_generates_from_an_exported_folder_what_transformers_does(
-    heavy_imports: None, mcore: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    heavy_imports: None, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    assert _run("mcore-to-hf", "--mcore", mcore, "--out", tmp_path / "hf") == 0
-    assert _run("verify", "--hf", tmp_path / "hf", "--mcore", mcore, "--open-in", "transformers,vllm") == 0
-    assert "opens in vllm" in capsys.readouterr().out
+    assert _run("hf-to-mcore", "--hf", tiny_checkpoint, "--out", tmp_path / "mcore") == 0
+    assert _run("mcore-to-hf", "--mcore", tmp_path / "mcore", "--out", tmp_path / "hf") == 0
+    report = _verify_apart(tmp_path, "--open-in", "transformers,vllm")
+    assert report["opened_in"] == ["transformers", "vllm"]
+
+
+@pytest.mark.full
+def test_vllm_is_heard_when_it_disagrees(heavy_imports: None, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The check compares with transformers' tokens, so weights that only vLLM misreads would be found."""
+    from checkpoint_tools import readers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("checkpoint_tools.vllm_check.generate_greedily", lambda *_: [1] * readers.NUM_GENERATED)
+        (problem,) = readers.problems_in_vllm(tiny_checkpoint, "hello")
+    assert problem.startswith("vLLM generates [1, 1,")
