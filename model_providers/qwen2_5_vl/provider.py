@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -103,6 +104,8 @@ class Qwen2_5_VL:
                     "second_per_grid_ts": torch.tensor([v.seconds_per_grid for v in prompt.videos]),
                 }
             }
+            pairs = ((embeds[v.key], v) for v in prompt.videos)
+            request["multi_modal_uuids"] = {"video": [_identity(tensor, video) for tensor, video in pairs]}
         return request
 
     def _video_spec(self, min_pixels: int, max_pixels: int) -> QwenVideoSpec:
@@ -121,3 +124,13 @@ class Qwen2_5_VL:
             mean=tuple(processor.get("image_mean", OPENAI_CLIP_MEAN)),
             std=tuple(processor.get("image_std", OPENAI_CLIP_STD)),
         )
+
+
+def _identity(embeds: Tensor, video: VideoArtifact) -> str:
+    """By which the engine knows a video in its caches: the embeddings and where in time they stand.
+
+    vLLM 0.32's own hash leaves out the time, and would reuse a prefix that was computed at other positions.
+    """
+    digest = hashlib.sha256(repr((video.grid_thw, video.seconds_per_grid)).encode())
+    digest.update(embeds.contiguous().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
