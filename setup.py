@@ -50,6 +50,7 @@ setup(
         "av",
         "math-verify",
         "psutil",
+        "rich",
         "matplotlib",
         "tensorboard",
         "wandb",
