@@ -155,18 +155,33 @@ def _count(pieces: Sequence[Piece], world: int, local: bool = False, received: b
 
 def make_plan(weights: WeightMap, num_layers: int, layouts: Layouts) -> ReshardPlan:
     """The plan of one world; the same on every rank."""
-    geometry = _Geometry(layouts)
     load = np.zeros(layouts.world, np.int64)
     needed = np.zeros(layouts.world, np.int64)
     pieces: list[Piece] = []
+    for wanted in wanted_pieces(weights, num_layers, layouts):
+        wanting = layouts.engine_ranks(wanted.engine_tp)
+        pieces.append(_assign(wanted, wanting, load))
+        needed[wanting] += wanted.target.numel
+    return ReshardPlan(layouts, tuple(pieces), needed)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A rectangle of engine shard number `engine_tp` that no trainer shard cuts further, and who holds it."""
+
+    engine: str
+    engine_tp: int
+    target: Block
+    holders: tuple[Holder, ...]
+
+
+def wanted_pieces(weights: WeightMap, num_layers: int, layouts: Layouts) -> Iterator[Wanted]:
+    """All pieces of all engine shards; depends on the grids, not on which rank has which place in the engine's."""
+    geometry = _Geometry(layouts)
     for engine_name, sources in sources_by_engine_name(weights, num_layers, layouts).items():
         for tp in range(layouts.rollout_tensor):
-            wanting = layouts.engine_ranks(tp)
             for cut in geometry.cuts(sources[0][0], tp):
-                holders = tuple(_holders(sources, cut, layouts))
-                pieces.append(_assign(engine_name, cut.target, holders, wanting, load))
-                needed[wanting] += cut.target.numel
-    return ReshardPlan(layouts, tuple(pieces), needed)
+                yield Wanted(engine_name, tp, cut.target, tuple(_holders(sources, cut, layouts)))
 
 
 Source = tuple[Entry, int]
@@ -246,13 +261,13 @@ def _holders(sources: Sequence[Source], cut: Cut, layouts: Layouts) -> Iterator[
             yield Holder(entry.mcore, block, layouts.trainer_ranks(stage, slot, entry.layout.is_expert))
 
 
-def _assign(engine: str, target: Block, holders: tuple[Holder, ...], wanting: Ranks, load: Ranks) -> Piece:
+def _assign(wanted: Wanted, wanting: Ranks, load: Ranks) -> Piece:
     """Share the ranks that lack a piece evenly among its owners; what does not divide goes to the least loaded."""
-    owners = np.unique(np.concatenate([h.ranks for h in holders]))
+    owners = np.unique(np.concatenate([h.ranks for h in wanted.holders]))
     is_local = np.isin(wanting, owners, assume_unique=True)
     receivers = wanting[~is_local]
     rounds = -(-len(receivers) // len(owners))
     by_load = owners[np.argsort(load[owners], kind="stable")]
     senders = np.tile(by_load, rounds)[: len(receivers)]
-    np.add.at(load, senders, target.numel)
-    return Piece(engine, target, holders, wanting[is_local], receivers, senders)
+    np.add.at(load, senders, wanted.target.numel)
+    return Piece(wanted.engine, wanted.target, wanted.holders, wanting[is_local], receivers, senders)
