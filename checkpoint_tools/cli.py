@@ -61,10 +61,10 @@ def _mcore_to_hf(args: argparse.Namespace) -> tuple[int, dict[str, object]]:
 
 
 def _verify(args: argparse.Namespace) -> tuple[int, dict[str, object]]:
-    from checkpoint_tools.verify import verify
+    from checkpoint_tools.verify import PROMPT, verify
 
     open_in = [] if args.open_in == "none" else args.open_in.split(",")
-    report = verify(args.hf, find_mcore(args.mcore, "--mcore"), open_in, args.logits, args.prompt)
+    report = verify(args.hf, find_mcore(args.mcore, "--mcore"), open_in, args.logits, args.prompt or PROMPT)
     if report.differences:
         say(f"{report.hf} and {report.mcore} differ:")
         for difference in report.differences:
@@ -159,11 +159,10 @@ def _add_verify(commands: Any) -> None:
     )
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="folder with config.json and safetensors")
     parser.add_argument("--mcore", type=Path, required=True, metavar="DIR", help="a step_N folder, or a folder of them")
-    what = "comma-separated: transformers, vllm; or none (default: transformers)"
-    parser.add_argument("--open-in", default="transformers", metavar="READERS", help=f"also open the folder in {what}")
+    readers = "open the folder in these too: transformers, vllm or both with a comma; or none (default: transformers)"
+    parser.add_argument("--open-in", default="transformers", metavar="READERS", help=readers)
     parser.add_argument("--logits", action="store_true", help="also compare our model's log-probabilities, in fp32")
-    text = "The quick brown fox jumps over the lazy dog."
-    parser.add_argument("--prompt", default=text, metavar="TEXT", help="text for --logits and vllm")
+    parser.add_argument("--prompt", metavar="TEXT", help="text for --logits and vllm (default: a short sentence)")
 
 
 def _add_inspect(commands: Any) -> None:
