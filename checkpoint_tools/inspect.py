@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint folder holds, read from its headers: no tensor is loaded."""
+"""What a checkpoint folder holds: names, shapes and dtypes; the trained weights themselves are not read."""
 
 from __future__ import annotations
 
