@@ -7,14 +7,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from megatron_rl.errors import WeightMismatch
-from model_providers.weight_map import Block
+from model_providers.weight_map import Block, WeightMap
+
+if TYPE_CHECKING:
+    from megatron_rl.parallel import ParallelMesh
+    from model_providers.transformer import LanguageModel
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -92,3 +96,13 @@ def load_shard(target: Tensor, blocks: Iterable[Block], checkpoint: HfCheckpoint
     local = target.zero_().unsqueeze(1) if target.ndim == 1 else target.zero_()
     for block in blocks:
         local[block.local_slices].copy_(checkpoint.part(block.hf, *block.hf_slices))
+
+
+def load_stage(model: LanguageModel, weights: WeightMap, checkpoint: HfCheckpoint, mesh: ParallelMesh) -> None:
+    """Fill a pipeline stage with its part of the HF weights, reading only that part."""
+    checkpoint.check({t.name: t.shape for t in weights.hf_tensors().values()})
+    for name, param in model.named_weights().items():
+        entry = weights[name]
+        shard = entry.layout.trainer(entry.hf, mesh.here.tp, mesh.tensor)
+        assert shard.shape == tuple(param.shape), f"{name}: built {tuple(param.shape)}, table says {shard.shape}"
+        load_shard(param, shard.blocks, checkpoint)

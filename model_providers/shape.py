@@ -23,3 +23,4 @@ class TransformerShape:
     qkv_bias: bool
     tied_embeddings: bool
     max_positions: int
+    qk_norm: bool = False

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rl.device import Backend
 from megatron_rl.parallel import ParallelMesh
 from megatron_rl.types import Prompt, VideoArtifact
-from model_providers.hf_checkpoint import HfCheckpoint, load_shard
+from model_providers.hf_checkpoint import HfCheckpoint, load_stage
 from model_providers.qwen2_5_vl.positions import rope_positions
 from model_providers.qwen2_5_vl.vision import QwenVideoSpec, VisionTower, build_tower
 from model_providers.qwen2_5_vl.weights import shape_of, weight_map
@@ -61,12 +61,7 @@ class Qwen2_5_VL:
 
     def load_language(self, model: LanguageModel, mesh: ParallelMesh) -> None:
         """Fill this stage with its part of the HF weights, reading only that part."""
-        self.checkpoint.check({t.name: t.shape for t in self.weight_map.hf_tensors().values()})
-        for name, param in model.named_weights().items():
-            entry = self.weight_map[name]
-            shard = entry.layout.trainer(entry.hf, mesh.here.tp, mesh.tensor)
-            assert shard.shape == tuple(param.shape), f"{name}: built {tuple(param.shape)}, table says {shard.shape}"
-            load_shard(param, shard.blocks, self.checkpoint)
+        load_stage(model, self.weight_map, self.checkpoint, mesh)
 
     def build_vision(self, backend: Backend, device: torch.device) -> VisionTower:
         return build_tower(self._vision, self.checkpoint, self.video_spec, backend, device)
