@@ -33,17 +33,17 @@ class PromptBuilder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        spec: VideoSpec,
+        spec: VideoSpec | None,
         decoder: VideoDecoder,
         *,
-        video_placeholder_id: int,
+        video_placeholder_id: int | None,
         format_prompt: str = "",
         num_frames: int,
         fps: float,
         max_frames: int,
         max_prompt_tokens: int,
     ):
-        problems = frame_setting_problems(num_frames, fps, max_frames, spec.temporal_patch_size)
+        problems = frame_setting_problems(num_frames, fps, max_frames, spec.temporal_patch_size) if spec else []
         if not tokenizer.chat_template:
             problems.append("model.hf: the tokenizer has no chat template; use an instruction-tuned checkpoint")
         if format_prompt:
@@ -62,6 +62,8 @@ class PromptBuilder:
 
     def build(self, prompt_id: int, row: Row) -> Prompt:
         """The prompt of one row. Raises BadSample; the reason names the video if it is one's fault."""
+        if row.videos and self._spec is None:
+            raise BadSample(row.source, f"{row.videos[0]}: this model takes no video; use a model that does")
         ids = self._tokenize(row)
         videos = tuple(self._artifact(row, path) for path in row.videos)
         ids = self._expand(ids, videos)

@@ -58,8 +58,9 @@ class ModelProvider(Protocol):
 
     shape: TransformerShape
     weight_map: WeightMap
-    video_spec: VideoSpec
-    video_token_id: int
+    video_spec: VideoSpec | None
+    """None, like the two below, for a family that takes no video: rows with one are refused."""
+    video_token_id: int | None
 
     @property
     def forbidden_tokens(self) -> tuple[int, ...]:
@@ -73,7 +74,7 @@ class ModelProvider(Protocol):
     def load_language(self, model: LanguageModel, mesh: ParallelMesh) -> None:
         """Fill a stage with its part of the Hugging Face weights."""
 
-    def build_vision(self, backend: Backend, device: torch.device) -> VideoTower: ...
+    def build_vision(self, backend: Backend, device: torch.device) -> VideoTower | None: ...
 
     def position_ids(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> Tensor:
         """int64 [3, len(token_ids)]."""

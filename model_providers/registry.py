@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megatron_rl.protocols import ModelProvider
 from model_providers.qwen2_5_vl.provider import Qwen2_5_VL
+from model_providers.qwen3.provider import QwenText
 
-PROVIDERS = {Qwen2_5_VL.model_type: Qwen2_5_VL}
+PROVIDERS = {Qwen2_5_VL.model_type: Qwen2_5_VL, **dict.fromkeys(QwenText.model_types, QwenText)}
 
 
 def open_provider(folder: str | Path, min_pixels: int = 100_352, max_pixels: int = 602_112) -> ModelProvider:

@@ -98,6 +98,7 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=backend.fused_kernels,
@@ -117,13 +118,16 @@ def _block_spec(config: TransformerConfig, backend: Backend) -> TransformerBlock
     if backend.layer_spec == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec()
+        layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         norm: type = TENorm
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         norm = RMSNorm
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
 

@@ -32,9 +32,9 @@ class Piece:
 
 
 class VisionCache:
-    """Embeddings of the current step (protocol EmbedSource)."""
+    """Embeddings of the current step (protocol EmbedSource). Without a tower, it refuses every video."""
 
-    def __init__(self, tower: VideoTower, decoder: VideoDecoder, hidden_size: int, blank: bool = False):
+    def __init__(self, tower: VideoTower | None, decoder: VideoDecoder, hidden_size: int, blank: bool = False):
         self._tower, self._decoder, self._hidden = tower, decoder, hidden_size
         self._blank = blank
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
@@ -55,6 +55,8 @@ class VisionCache:
 
         Collective; `videos` is the same on every rank.
         """
+        if videos and self._tower is None:
+            raise ValueError(f"{videos[0].path}: this model takes no video; use a model that does")
         unique = list({v.key: v for v in videos if v.key not in self._pieces}.values())
         self._pieces |= split_over_ranks(unique, self._world)
         failed: dict[str, str] = {}

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense text models: Qwen3 (q/k norms, a head size of its own) and Qwen2 (QKV bias), from weights to the RL loop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from checkpoint_tools.hf_to_mcore import hf_to_mcore
+from checkpoint_tools.mcore_to_hf import mcore_to_hf
+from megatron_rl.algorithms.losses import NllLoss
+from megatron_rl.config import CheckpointConfig, EvalConfig, OptimizerConfig, RewardConfig, RunConfig
+from megatron_rl.session import open_engine, open_session
+from model_providers.qwen3.weights import shape_of
+from model_providers.registry import open_provider
+from tests import tiny_policy as tp
+from tests.rollout_parts import language_tensors, small_config
+from tests.world import run_world
+
+pytestmark = pytest.mark.usefixtures("heavy_imports")
+
+KINDS = ("qwen3", "qwen3_tied", "qwen2")
+TOLERANCE = 1e-4
+SAME = 1e-5
+
+
+def write_text_checkpoint(folder: Path, kind: str) -> Path:
+    """Random weights as transformers writes them; no vector is left at its start value. Heads of Qwen3 are wider than
+    hidden_size / num_heads."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    from model_providers.qwen3.tiny import HEAD_DIM, tiny
+    from scripts.make_tiny_checkpoint import VOCAB_SIZE, make_tokenizer
+
+    tokenizer = make_tokenizer()
+    settings = tiny(VOCAB_SIZE) | {"eos_token_id": tokenizer.eos_token_id, "tie_word_embeddings": "tied" in kind}
+    torch.manual_seed(5)
+    if kind == "qwen2":
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**settings))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**settings | {"hidden_size": 96, "head_dim": HEAD_DIM}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(("norm" in name) + 0.1 * torch.randn(parameter.shape))
+    model.float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{kind: checkpoint folder}. Read only."""
+    root = tmp_path_factory.mktemp("text")
+    return {kind: write_text_checkpoint(root / kind, kind) for kind in KINDS}
+
+
+def text_samples(provider: Any) -> list[Any]:
+    lengths = [(9, 4), (5, 7), (17, 5), (1, 1)]
+    return [tp.sample(provider, seed, text, response) for seed, (text, response) in enumerate(lengths)]
+
+
+def _measure(folder: Path, tensor: int, pipeline: int, recompute: str) -> Any:
+    """(log-probabilities by sample on the last stage, gradient pieces) of this rank."""
+    mesh = tp.join(tensor, pipeline)
+    trainer = tp.open_trainer(folder, mesh, tp.MEASURE, recompute=recompute)
+    samples = text_samples(trainer.provider)
+    batches = trainer.pack(samples)
+    by_sample: dict[int, Tensor] = {}
+    for batch, values in zip(batches, trainer.policy.logprobs(batches, {}), strict=True):
+        if values is not None:
+            lengths = [len(samples[i].response_ids) for i in batch.samples]
+            by_sample |= dict(zip(batch.samples, values.split(lengths), strict=True))
+    trainer.policy.train(tp.unscored(batches), {}, NllLoss(), step=0)
+    return by_sample, tp.gradients(trainer)
+
+
+def _reference(folder: Path) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """(log-probabilities by sample, gradients by name) of transformers, one sample at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    samples = text_samples(open_provider(folder))
+    num_tokens = sum(len(s.response_ids) for s in samples)
+    logprobs = []
+    for sample in samples:
+        ids = torch.tensor([[*sample.prompt.token_ids, *sample.response_ids]])
+        logits = model(input_ids=ids).logits[0, len(sample.prompt.token_ids) - 1 : -1]
+        chosen = logits.log_softmax(-1).gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+        (-chosen.sum() * sample.weight / num_tokens).backward()
+        logprobs.append(chosen.detach())
+    grads = {name: p.grad if p.grad.ndim == 2 else p.grad[:, None] for name, p in model.named_parameters()}
+    return logprobs, grads
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logprobs_and_gradients_are_those_of_transformers(checkpoints: dict[str, Path], kind: str) -> None:
+    """Also of a q norm, which every tensor parallel rank holds whole and uses on its own heads only."""
+    folder = checkpoints[kind]
+    logprobs, truth = _reference(folder)
+    assert any("q_norm" in name for name in truth) == (kind != "qwen2")
+    gradients = {}
+    for tensor, pipeline, recompute in [(1, 1, "none"), (2, 1, "none"), (1, 2, "full"), (2, 2, "selective")]:
+        ranks = run_world(tensor * pipeline, lambda _, *args: _measure(folder, *args), tensor, pipeline, recompute)
+        for by_sample, _ in ranks[-tensor:]:  # the last stage
+            assert sorted(by_sample) == list(range(len(logprobs)))
+            gap = max(float((by_sample[i] - expected).abs().max()) for i, expected in enumerate(logprobs))
+            assert gap <= TOLERANCE, (tensor, pipeline, gap)
+        gradients[tensor, pipeline] = tp.assemble(open_provider(folder), [pieces for _, pieces in ranks])
+    errors = tp.relative_errors(gradients[1, 1], truth)
+    assert max(errors.values()) <= TOLERANCE, errors
+    for layout, found in gradients.items():
+        errors = tp.relative_errors(found, gradients[1, 1])
+        assert max(errors.values()) <= SAME, (layout, errors)
+
+
+def _sync(rank: int, folder: Path, run_dir: Path, tensor: int, pipeline: int, rollout: int) -> list[str]:
+    """Names of parameters in which a sync and vLLM's own loader differ, both from random weights."""
+    with open_session(small_config(folder, run_dir, tensor, pipeline, rollout)) as session:
+        engine, resharder = open_engine(session)
+        params = engine.parameters()
+        for parameter in params.values():
+            parameter.normal_()
+        resharder.sync(0)
+        synced = {name: p.clone() for name, p in params.items()}
+        for parameter in params.values():
+            parameter.normal_()
+        engine.load_hf(iter(language_tensors(folder).items()))
+        differing = [name for name, p in engine.parameters().items() if not torch.equal(p, synced[name])]
+        assert synced.keys() == params.keys() and len(synced) >= 12
+        engine.close()
+        return differing
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor", "pipeline", "rollout"),
+    [("qwen3", 1, 1, 1), ("qwen3", 2, 1, 1), ("qwen3", 1, 2, 2), ("qwen3_tied", 1, 2, 2), ("qwen2", 2, 1, 2)],
+)
+def test_sync_gives_what_vllm_loads(
+    checkpoints: dict[str, Path], tmp_path: Path, kind: str, tensor: int, pipeline: int, rollout: int
+) -> None:
+    world = max(tensor * pipeline, rollout)
+    ranks = run_world(world, _sync, checkpoints[kind], tmp_path, tensor, pipeline, rollout, timeout=180)
+    assert ranks == [[]] * world
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip_keeps_every_key_and_bit(checkpoints: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    hf_to_mcore(checkpoints[kind], tmp_path / "mcore", 2, 2)
+    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoints[kind], tmp_path / "hf"))
+    assert after.keys() == before.keys()
+    assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type=yarn"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_type=linear"),
+        ({"use_sliding_window": True}, "use_sliding_window=true"),
+        ({"attention_bias": True}, "attention_bias=true"),
+    ],
+)
+def test_what_the_trainer_would_compute_otherwise_is_refused(
+    checkpoints: dict[str, Path], setting: dict[str, Any], why: str
+) -> None:
+    config = json.loads((checkpoints["qwen3"] / "config.json").read_text())
+    with pytest.raises(ValueError, match=f"model.hf: {why}"):
+        shape_of(config | ({"rope_parameters": None} if "rope_scaling" in setting else {}) | setting)
+
+
+REWARD = """
+def variety(prompts, completions):
+    return [{"overall": len(set(c.token_ids)) / 12} for c in completions]
+"""
+
+
+def text_config(folder: Path, root: Path, rows: Sequence[dict[str, Any]]) -> RunConfig:
+    (root / "reward.py").write_text(REWARD)
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = small_config(folder, root / "run", tensor=2, rollout_tensor=2)
+    return replace(
+        cfg,
+        data=replace(cfg.data, train=str(root / "train.jsonl"), shuffle=False, max_bad_fraction=0.5),
+        train=replace(cfg.train, num_steps=1, prompts_per_step=len(rows), optimizer=OptimizerConfig(lr=1e-3)),
+        reward=RewardConfig(name=f"{root / 'reward.py'}:variety"),
+        eval=EvalConfig(at_start=False, at_end=False),
+        checkpoint=CheckpointConfig(export_hf=True),
+    )
+
+
+def _run_job(rank: int, cfg: RunConfig, job: str) -> None:
+    from megatron_rl import sft, train
+
+    {"rl": train.run, "sft": sft.run}[job](cfg)
+
+
+@pytest.mark.parametrize(("kind", "job"), [("qwen3", "rl"), ("qwen2", "rl"), ("qwen3_tied", "sft")])
+def test_text_rows_are_learned_and_a_video_is_refused(
+    checkpoints: dict[str, Path], tmp_path: Path, kind: str, job: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    questions = [{"problem": f"What is {n} plus {n}?", "answer": str(2 * n)} for n in (2, 3)]
+    video = {"problem": "What happens?", "answer": "B", "videos": ["film.mp4"]}
+    cfg = text_config(checkpoints[kind], tmp_path, [questions[0], video, questions[1]])
+    run_world(2, _run_job, cfg, job)
+    (bad,) = [json.loads(line) for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
+    assert "film.mp4: this model takes no video" in bad["reason"]
+    (metrics,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    if job == "rl":
+        assert metrics["rollout/num_groups"] == 2.0 and metrics["rollout/logprob_gap_max"] < TOLERANCE
+    exported = Path(json.loads((tmp_path / "run/summary.json").read_text())["hf_export"])
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (checkpoints[kind], exported)
+    )
+    moved = {name for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True) if (p != q).any()}
+    assert moved == {name for name, _ in before.named_parameters()}
