@@ -57,7 +57,8 @@ class Journal:
         last = done == self.session.cfg.train.num_steps
         self.stopped = self.session.stop.agreed() and not last
         due = (cfg.every and done % cfg.every == 0) or (last and cfg.save_at_end)
-        if due or (is_best and cfg.every) or self.stopped:
+        learned = self.session.policy.version > 0  # rollouts alone change nothing that could be saved
+        if learned and (due or (is_best and cfg.every) or self.stopped):
             with self.session.progress.phase(step, "save_checkpoint"):
                 self.save(done)
         note += "; asked to stop: saved, run the same command again to resume" if self.stopped else ""
