@@ -134,6 +134,12 @@ def snapshot(policy: Policy) -> dict[str, Tensor]:
     return tensors
 
 
+def weights(trainer: Trainer) -> list[Piece]:
+    """This rank's parameters, as pieces of Hugging Face tensors."""
+    named = trainer.policy.language_model.named_weights()
+    return _pieces(trainer, {name: param.detach() for name, param in named.items()})
+
+
 def gradients(trainer: Trainer) -> list[Piece]:
     """This rank's gradients after Policy.train, as pieces of Hugging Face tensors. Collective.
 
