@@ -131,6 +131,13 @@ def parse_sizes(option: str, text: str, names: Mapping[str, str]) -> dict[str, i
     return sizes
 
 
+def layouts_of(world: int, sizes: Mapping[str, int]) -> Layouts:
+    layouts = Layouts(world)
+    for name, size in sizes.items():
+        layouts = replace(layouts, **{name: size})  # type: ignore[arg-type]  # engine_position is no size
+    return layouts
+
+
 def smallest_world(sizes: Mapping[str, int]) -> int:
     """The fewest GPUs, a usual node of 8 or more, that both grids divide."""
     of = {name: max(1, sizes.get(name, 1)) for name in (*TRAIN_SIZES.values(), *ROLLOUT_SIZES.values())}
@@ -191,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = parse_sizes("--train", args.train, TRAIN_SIZES) | parse_sizes("--rollout", args.rollout, ROLLOUT_SIZES)
         world = smallest_world(sizes) if args.gpus is None else args.gpus
         model = load_model(args.model)
-        plan = plan_sync(model, Layouts(world, **sizes), BYTES[args.dtype], _links(args))
+        plan = plan_sync(model, layouts_of(world, sizes), BYTES[args.dtype], _links(args))
         explained = explanation(plan.usual, model.weights, args.explain) if args.explain else ()
     except ValueError as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)

@@ -58,9 +58,9 @@ def _ranks_table(cost: SyncCost) -> Table:
     table.add_column("ranks")
     for name in ("number", "need", "local", "received", "sent"):
         table.add_column(name, justify="right")
-    for numbers, ranks in rows.items():
+    for shown, ranks in rows.items():
         sent = sorted({f"{value / GB:.2f}" for value in (cost.sent[ranks].min(), cost.sent[ranks].max())}, key=float)
-        table.add_row(rank_list(ranks), str(len(ranks)), *numbers, " to ".join(sent))
+        table.add_row(rank_list(ranks), str(len(ranks)), *shown, " to ".join(sent))
     return table
 
 
@@ -109,6 +109,6 @@ def _shard_table(engine: str, tp: int, pieces: Iterable[Piece]) -> Table:
 
 def _unknown(weights: WeightMap, name: str) -> str:
     names = {n for e in weights.entries.values() for n in (e.mcore, e.engine, *(t.name for t in e.hf))}
-    close = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.5)
+    close = [n for n in sorted(names) if name in n][:3] or difflib.get_close_matches(name, sorted(names), n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "give the name of an HF, Megatron or vLLM parameter"
     return f"--explain={name}: no such parameter; {hint}"

@@ -52,9 +52,10 @@ def traffic(plan: ReshardPlan, ranks_per_node: int) -> tuple[Counts, Counts]:
     """[sent or received, rank] in elements, first within nodes, then across."""
     totals = np.zeros((2, 2, plan.layouts.world), np.int64)
     for piece in plan.pieces:
-        is_across = (piece.senders // ranks_per_node != piece.receivers // ranks_per_node).astype(np.int64)
-        np.add.at(totals, (is_across, 0, piece.senders), piece.numel)
-        np.add.at(totals, (is_across, 1, piece.receivers), piece.numel)
+        is_across = piece.senders // ranks_per_node != piece.receivers // ranks_per_node
+        for total, chosen in zip(totals, (~is_across, is_across), strict=True):
+            np.add.at(total[0], piece.senders[chosen], piece.numel)
+            np.add.at(total[1], piece.receivers[chosen], piece.numel)
     return totals[0], totals[1]
 
 
