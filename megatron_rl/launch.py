@@ -19,7 +19,6 @@ from megatron_rl.config_io import dump_config, parse_args
 from megatron_rl.errors import PeerLost
 
 EXIT_USAGE = 2
-EXIT_PEER_LOST = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with this process, try again
 
 
 def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Callable[[RunConfig], None]) -> None:
@@ -45,8 +44,9 @@ def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Cal
         _report(error, rank)
         raise SystemExit(EXIT_USAGE) from None
     except PeerLost as error:
-        sys.stderr.write(f"rank {rank}: {error}\n")
-        raise SystemExit(EXIT_PEER_LOST) from None
+        from megatron_rl.watchdog import stop_process
+
+        stop_process(f"rank {rank}: {error}")  # at once: an orderly exit could wait for the dead in a collective
 
 
 def _quiet_libraries() -> None:

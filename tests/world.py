@@ -9,6 +9,7 @@ ever guessed. A world never outlives its call: on failure, time-out or interrupt
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
@@ -45,16 +46,20 @@ def run_world(
     context = multiprocessing.get_context("fork")
     processes: list[Any] = []
     readers: list[Connection] = []
+    all_forked = context.Event()
     try:
         for rank in range(world_size):
             reader, writer = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(rank, world_size, store.port, writer, fn, args), name=f"rank{rank}"
+                target=_rank_main,
+                args=(rank, world_size, store.port, all_forked, writer, fn, args),
+                name=f"rank{rank}",
             )
             process.start()
             writer.close()  # the rank's own copy is then the last one: its death reads as end-of-file
             processes.append(process)
             readers.append(reader)
+        all_forked.set()
         return _collect(processes, readers, time.monotonic() + timeout, timeout, grace)
     finally:
         for process in processes:
@@ -66,9 +71,18 @@ def run_world(
 
 
 def _rank_main(
-    rank: int, world_size: int, port: int, writer: Connection, fn: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    port: int,
+    all_forked: Any,
+    writer: Connection,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
+    gc.freeze()  # a store of an earlier world, dead in a cycle, would join a thread that the fork did not copy
     _die_with_parent()
+    # A connection makes the store's thread resolve names; a rank forked meanwhile would inherit glibc's lock for ever.
+    all_forked.wait()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
