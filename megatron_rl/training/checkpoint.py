@@ -58,6 +58,9 @@ def save(
     dist.barrier()
     collect_write_results_in_process()
     with policy.backend.mcore_scope():
+        for part in policy.optimizer.chained_optimizers:
+            # Moments exist from the first update on (none is made with rollout.only), but are always written.
+            part.init_state_fn(part.optimizer, part.config)
         dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial))
     save_file({"torch": torch.get_rng_state()}, partial / "rng" / f"rank_{mesh.rank}.safetensors")
     dist.barrier()

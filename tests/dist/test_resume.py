@@ -118,6 +118,33 @@ def test_tied_embeddings_at_another_layout(tied_checkpoint: Path, tmp_path: Path
     assert _losses(resumed) == pytest.approx(_losses(straight)[N:], rel=1e-5)
 
 
+def _save_at_once(folder: Path, root: Path) -> None:
+    mesh = tp.join(tensor=2)
+    checkpoint.save(root, 1, tp.open_trainer(folder, mesh).policy, mesh, {}, hf_source=str(folder))
+
+
+def _two_updates(folder: Path, root: Path, load: bool) -> dict[str, Tensor]:
+    mesh = tp.join(tensor=2)
+    trainer = tp.open_trainer(folder, mesh)
+    if load:
+        assert checkpoint.load(checkpoint.step_folder(root, 1), trainer.policy, mesh)["version"] == 0
+    samples = tp.mixed_samples(trainer.provider)
+    for step in range(2):
+        trainer.policy.train(tp.unscored(trainer.pack(samples)), tp.random_embeds(samples), NllLoss(), step)
+    assert {group["step"] for group in trainer.policy.optimizer.param_groups} == {2}
+    return tp.snapshot(trainer.policy)
+
+
+def test_a_checkpoint_from_before_the_first_update(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """What a run that only generates saves at its end."""
+    run_world(2, lambda _: _save_at_once(tiny_checkpoint, tmp_path))
+    resumed, straight = (
+        run_world(2, lambda _, load=load: _two_updates(tiny_checkpoint, tmp_path, load)) for load in (True, False)
+    )
+    for ours, expected in zip(resumed, straight, strict=True):
+        _assert_bit_equal(ours, expected)
+
+
 def _die_while_saving(folder: Path, root: Path, moment: str) -> None:
     def die(*args: Any) -> None:
         if moment == "half of the tensors written":
