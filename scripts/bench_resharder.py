@@ -9,6 +9,7 @@ medians; bytes and memory are counted in a pass of its own, so that counting cos
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -26,11 +27,12 @@ from typing import Any
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-warnings.filterwarnings("ignore", category=FutureWarning)  # of torch, in vLLM and at every all-gather
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the scripts beside this one, also under PYTHONSAFEPATH
 
 import torch
 import torch.distributed as dist
+from bench_baselines import BUCKET_BYTES, CoreResharding, FullGather, LiveBytes, ReceivedBytes, as_matrix
+from make_tiny_checkpoint import make_config, make_processor, make_tokenizer
 from torch import Tensor
 
 from megatron_rl import parallel
@@ -42,10 +44,9 @@ from megatron_rl.rollout.resharder import Resharder
 from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
 from model_providers.registry import open_provider
 from model_providers.weight_map import HfTensor
-from scripts.bench_baselines import BUCKET_BYTES, CoreResharding, FullGather, LiveBytes, ReceivedBytes, as_matrix
-from scripts.make_tiny_checkpoint import make_config, make_processor, make_tokenizer
 
 HEAD_DIM, NUM_KV_HEADS, VOCAB_SIZE = 64, 4, 8192
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 OURS, LIMIT = "ours", "memcpy"
 LABELS = {
     OURS: "shard to shard (ours)",
@@ -75,7 +76,7 @@ class Bench:
     backend: Backend
     target: dict[str, Tensor]
     expected: dict[str, Tensor]
-    variants: dict[str, Callable[[], object]]
+    variants: Mapping[str, Callable[[], object]]
     resident: dict[str, int]
     """Bytes a variant keeps between syncs beside trainer and engine."""
 
@@ -93,13 +94,14 @@ def write_model_folder(folder: Path, hidden: int, num_layers: int) -> None:
     tokenizer = make_tokenizer()
     config = make_config(tokenizer)
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]  # else vLLM takes it for an embedding model
-    text = config.text_config
+    text: Any = config.text_config
     text.vocab_size, text.hidden_size, text.intermediate_size = VOCAB_SIZE, hidden, 4 * hidden
     text.num_hidden_layers, text.num_attention_heads = num_layers, hidden // HEAD_DIM
     text.num_key_value_heads = NUM_KV_HEADS
     text.layer_types = ["full_attention"] * num_layers
     text.rope_parameters["mrope_section"] = [8, 12, 12]
-    config.vision_config.out_hidden_size = hidden
+    vision: Any = config.vision_config
+    vision.out_hidden_size = hidden
     config.save_pretrained(folder)
     processor = make_processor(tokenizer)
     processor.save_pretrained(folder)
@@ -249,6 +251,7 @@ def summarize(setting: Setting, replica_bytes: int, ranks: Sequence[dict[str, di
             "bytes_ratio": totals[name] / totals[OURS] if totals[OURS] else None,
             "messages_received": max(f["num_messages"] for f in figures),
             "seconds_ratio": medians[name] / medians[OURS],
+            "seconds_ratio_range": spread(ranks[0][name]["seconds"], ranks[0][OURS]["seconds"]),
             "over_limit": medians[name] / medians[LIMIT],
             "peak_extra_bytes": max(f["peak_extra_bytes"] for f in figures),
             "resident_extra_bytes": max(f["resident_extra_bytes"] for f in figures),
@@ -261,6 +264,12 @@ def summarize(setting: Setting, replica_bytes: int, ranks: Sequence[dict[str, di
         "buffer_bound_respected": variants[OURS]["peak_extra_bytes"] <= setting.buffer_bytes,
         "variants": variants,
     }
+
+
+def spread(seconds: Sequence[float], ours: Sequence[float]) -> tuple[float, float]:
+    """Least and largest ratio within one round of the interleaved repeats."""
+    ratios = [mine / base for mine, base in zip(seconds, ours, strict=True)]
+    return min(ratios), max(ratios)
 
 
 def render(record: dict[str, Any]) -> str:
@@ -305,6 +314,8 @@ def run_rank(local_rank: int, setting: Setting, folder: str, port: int, json_pat
         record = summarize(setting, sum(replica), ranks)
         Path(json_path).write_text(json.dumps(record, indent=2) + "\n")
         print(render(record), flush=True)
+        if wrong := [name for name, figures in record["variants"].items() if not figures["bit_equal"]]:
+            raise SystemExit(f"not what vLLM's loader gives: {', '.join(wrong)}")
     dist.barrier()
 
 
@@ -348,8 +359,21 @@ def parse_arguments() -> tuple[Setting, Path]:
     return setting, args.json
 
 
+def keep_freed_memory() -> None:
+    """Let glibc reuse large blocks, as CUDA's caching allocator does.
+
+    By default it maps each of them anew; the page faults would weigh most on the full gathers, which allocate most.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def main() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, at every all-gather and in vLLM
     setting, json_path = parse_arguments()
+    keep_freed_memory()
     num_layers = 2 * setting.pipeline
     itemsize = choose_backend(setting.device).dtype.itemsize
     with tempfile.TemporaryDirectory() as folder:
