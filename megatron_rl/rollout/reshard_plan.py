@@ -3,7 +3,7 @@
 
 Both sides describe their shards as rectangles of HF tensors (model_providers/weight_map.py). What an engine shard needs
 is cut where the trainer's shards are cut; each piece goes to every engine rank that needs and does not hold it, from
-the owner with the least to send so far. Pad rows belong to nobody; tied tensors are one engine parameter.
+the owner with the least to send. Pad rows belong to nobody; tied tensors are one engine parameter.
 Geometry depends on shapes, not on layers, and ranks are numpy arrays: 4,096 ranks take seconds.
 """
 
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from model_providers.weight_map import Block, Entry, HfTensor, Layout, Shard, WeightMap, intersect
 
 Ranks = NDArray[np.int64]
+
+NOBODY: Ranks = np.empty(0, np.int64)
+NUM_SHARES = 20  # a piece larger than this part of what a rank sends on average is divided among its owners
 
 
 @dataclass(frozen=True)
@@ -154,15 +157,24 @@ def _count(pieces: Sequence[Piece], world: int, local: bool = False, received: b
 
 
 def make_plan(weights: WeightMap, num_layers: int, layouts: Layouts) -> ReshardPlan:
-    """The plan of one world; the same on every rank."""
-    load = np.zeros(layouts.world, np.int64)
+    """The plan of one world; the same on every rank.
+
+    Senders are chosen for pieces with few owners first, and among those for large ones: the flexible and the small
+    fill what gaps are left, so that no rank sends much more than it must.
+    """
     needed = np.zeros(layouts.world, np.int64)
-    pieces: list[Piece] = []
+    unsent: list[Piece] = []
     for wanted in wanted_pieces(weights, num_layers, layouts):
         wanting = layouts.engine_ranks(wanted.engine_tp)
-        pieces.append(_assign(wanted, wanting, load))
         needed[wanting] += wanted.target.numel
-    return ReshardPlan(layouts, tuple(pieces), needed)
+        unsent.append(_unsent_piece(wanted, wanting))
+    mean_sent = sum(piece.numel * len(piece.receivers) for piece in unsent) // layouts.world
+    parts = [part for piece in unsent for part in _divided(piece, max(1, mean_sent // NUM_SHARES))]
+    load = np.zeros(layouts.world, np.int64)
+    owners = [np.sort(np.concatenate([h.ranks for h in part.holders])) for part in parts]
+    for i in sorted(range(len(parts)), key=lambda i: (len(owners[i]), -parts[i].numel)):
+        parts[i] = replace(parts[i], senders=_least_loaded(owners[i], parts[i], load))
+    return ReshardPlan(layouts, tuple(parts), needed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,13 +273,28 @@ def _holders(sources: Sequence[Source], cut: Cut, layouts: Layouts) -> Iterator[
             yield Holder(entry.mcore, block, layouts.trainer_ranks(stage, slot, entry.layout.is_expert))
 
 
-def _assign(wanted: Wanted, wanting: Ranks, load: Ranks) -> Piece:
-    """Share the ranks that lack a piece evenly among its owners; what does not divide goes to the least loaded."""
-    owners = np.unique(np.concatenate([h.ranks for h in wanted.holders]))
-    is_local = np.isin(wanting, owners, assume_unique=True)
-    receivers = wanting[~is_local]
-    rounds = -(-len(receivers) // len(owners))
-    by_load = owners[np.argsort(load[owners], kind="stable")]
-    senders = np.tile(by_load, rounds)[: len(receivers)]
-    np.add.at(load, senders, wanted.target.numel)
-    return Piece(wanted.engine, wanted.target, wanted.holders, wanting[is_local], receivers, senders)
+def _unsent_piece(wanted: Wanted, wanting: Ranks) -> Piece:
+    is_local = np.zeros(len(wanting), bool)
+    for holder in wanted.holders:
+        is_local |= np.isin(wanting, holder.ranks, assume_unique=True)
+    return Piece(wanted.engine, wanted.target, wanted.holders, wanting[is_local], wanting[~is_local], NOBODY)
+
+
+def _divided(piece: Piece, max_numel: int) -> Iterator[Piece]:
+    """In parts if that lets several owners share the sending of a piece that is much for one of them."""
+    num_owners = sum(len(h.ranks) for h in piece.holders)
+    if num_owners == 1 or len(piece.receivers) % num_owners == 0:
+        yield piece
+    else:
+        yield from piece.split(max_numel)
+
+
+def _least_loaded(owners: Ranks, piece: Piece, load: Ranks) -> Ranks:
+    """A sender for each receiver: who would have sent least with it. An owner takes at most two even shares."""
+    num_receivers = len(piece.receivers)
+    most = min(num_receivers, 2 * -(-num_receivers // len(owners)))
+    load_with = load[owners, None] + piece.numel * np.arange(1, most + 1)
+    chosen = np.argsort(load_with, axis=None, kind="stable")[:num_receivers]
+    senders = np.sort(owners[chosen // max(1, most)])  # both in order of rank: near to each other rather than far
+    np.add.at(load, senders, piece.numel)
+    return senders
