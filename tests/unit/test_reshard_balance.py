@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No rank sends much more than it must: against the best split of the sending over the owners, found by max-flow."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import replace
+
+import pytest
+
+from megatron_rl.rollout.reshard_plan import Layouts, ReshardPlan, make_plan
+from model_providers.qwen2_5_vl.weights import weight_map
+from model_providers.shape import TransformerShape
+
+SMALL = TransformerShape(
+    num_layers=4,
+    hidden_size=12,
+    ffn_hidden_size=24,
+    num_heads=6,
+    num_groups=3,
+    head_dim=2,
+    vocab_size=384,
+    rms_eps=1e-6,
+    rope_theta=1e4,
+    mrope_section=(1, 0, 0),
+    qkv_bias=True,
+    tied_embeddings=False,
+    max_positions=64,
+)
+TWO_KV = replace(SMALL, hidden_size=16, num_heads=8, num_groups=2, vocab_size=320)
+TIED = replace(TWO_KV, tied_embeddings=True)
+QWEN_3B = replace(
+    SMALL, num_layers=36, hidden_size=2048, ffn_hidden_size=11008, num_heads=16, num_groups=2, head_dim=128,
+    vocab_size=151936, tied_embeddings=True,
+)  # fmt: skip
+QWEN_7B = replace(
+    SMALL, num_layers=28, hidden_size=3584, ffn_hidden_size=18944, num_heads=28, num_groups=4, head_dim=128,
+    vocab_size=152064,
+)  # fmt: skip
+
+CASES = [
+    (SMALL, Layouts(6, tensor=3, pipeline=2, rollout_tensor=2)),
+    (SMALL, Layouts(12, tensor=3, pipeline=2, rollout_tensor=2)),
+    (SMALL, Layouts(6, tensor=2, rollout_tensor=3)),
+    (SMALL, Layouts(12, tensor=3, pipeline=2, context=2, rollout_tensor=6)),
+    (SMALL, Layouts(8, pipeline=4, rollout_tensor=2)),
+    (SMALL, Layouts(8, pipeline=2, virtual=2, rollout_tensor=2)),
+    (TWO_KV, Layouts(4, tensor=4)),
+    (TWO_KV, Layouts(8, tensor=4, rollout_tensor=4)),
+    (TWO_KV, Layouts(8, pipeline=2, context=2, rollout_tensor=4)),
+    (TWO_KV, Layouts(8, tensor=2, pipeline=2, rollout_tensor=1)),
+    (TWO_KV, Layouts(16, tensor=2, pipeline=2, rollout_tensor=8)),
+    (TIED, Layouts(4, tensor=2, pipeline=2, rollout_tensor=4)),
+    (TIED, Layouts(8, pipeline=2, rollout_tensor=2)),
+    (TIED, Layouts(8, pipeline=4, rollout_tensor=2)),
+    (TIED, Layouts(16, tensor=2, pipeline=4, rollout_tensor=1)),
+    (QWEN_3B, Layouts(8, tensor=2, pipeline=2, rollout_tensor=1)),
+    (QWEN_3B, Layouts(8, pipeline=4, rollout_tensor=4)),
+    (QWEN_3B, Layouts(12, tensor=2, pipeline=3, rollout_tensor=2)),
+    (QWEN_7B, Layouts(8, tensor=4, pipeline=2, rollout_tensor=2)),
+    (QWEN_7B, Layouts(16, tensor=2, pipeline=2, context=2, rollout_tensor=4)),
+    (QWEN_7B, Layouts(16, pipeline=2, rollout_tensor=4)),
+    (QWEN_7B, Layouts(28, pipeline=7, rollout_tensor=4)),
+]
+
+
+def name_of(case: tuple[TransformerShape, Layouts]) -> str:
+    shape, layouts = case
+    sizes = (layouts.world, layouts.tensor, layouts.pipeline, layouts.context, layouts.rollout_tensor)
+    return f"{shape.hidden_size}-" + "-".join(map(str, sizes)) + "-tied" * shape.tied_embeddings
+
+
+def demands_of(plan: ReshardPlan) -> dict[tuple[int, ...], int]:
+    """Elements to send by the set of ranks that own them; any of them may send any part."""
+    demands: dict[tuple[int, ...], int] = defaultdict(int)
+    for piece in plan.pieces:
+        owners = tuple(sorted({int(rank) for holder in piece.holders for rank in holder.ranks}))
+        demands[owners] += piece.numel * len(piece.receivers)
+    return demands
+
+
+def max_flow(capacity: dict[object, dict[object, int]], source: object, sink: object) -> int:
+    """Edmonds-Karp; changes `capacity` into what is left."""
+    total = 0
+    while True:
+        parent: dict[object, object] = {source: source}
+        queue = deque([source])
+        while queue and sink not in parent:
+            node = queue.popleft()
+            for neighbour, left in capacity[node].items():
+                if left > 0 and neighbour not in parent:
+                    parent[neighbour] = node
+                    queue.append(neighbour)
+        if sink not in parent:
+            return total
+        path = [sink]
+        while path[-1] != source:
+            path.append(parent[path[-1]])
+        edges = list(zip(path[1:], path, strict=False))
+        pushed = min(capacity[a][b] for a, b in edges)
+        for a, b in edges:
+            capacity[a][b] -= pushed
+            capacity[b][a] = capacity[b].get(a, 0) + pushed
+        total += pushed
+
+
+def least_possible_maximum(demands: dict[tuple[int, ...], int]) -> int:
+    """The smallest bound on what one rank sends under which all demands can be met, by bisection."""
+    total = sum(demands.values())
+
+    def feasible(bound: int) -> bool:
+        capacity: dict[object, dict[object, int]] = defaultdict(dict)
+        for owners, elements in demands.items():
+            capacity["source"][owners] = elements
+            for rank in owners:
+                capacity[owners][rank] = elements
+                capacity[rank]["sink"] = bound
+        return max_flow(capacity, "source", "sink") == total
+
+    low, high = 0, total
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if feasible(middle) else (middle + 1, high)
+    return low
+
+
+def test_the_oracle_on_a_case_by_hand() -> None:
+    # Rank 0 alone must send 6; ranks 1 and 2 share the 8 that all three own.
+    assert least_possible_maximum({(0,): 6, (0, 1, 2): 8}) == 6
+    assert least_possible_maximum({(0,): 1, (0, 1, 2): 8}) == 3
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_the_busiest_sender_is_within_ten_percent_of_the_best_split(case: tuple[TransformerShape, Layouts]) -> None:
+    shape, layouts = case
+    plan = make_plan(weight_map(shape), shape.num_layers, layouts)
+    best = least_possible_maximum(demands_of(plan))
+    assert best > 0
+    assert plan.sent.max() <= 1.1 * best
