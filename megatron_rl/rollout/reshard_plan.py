@@ -163,11 +163,11 @@ def make_plan(weights: WeightMap, num_layers: int, layouts: Layouts) -> ReshardP
     fill what gaps are left, so that no rank sends much more than it must.
     """
     needed = np.zeros(layouts.world, np.int64)
+    wanting = [layouts.engine_ranks(tp) for tp in range(layouts.rollout_tensor)]
     unsent: list[Piece] = []
     for wanted in wanted_pieces(weights, num_layers, layouts):
-        wanting = layouts.engine_ranks(wanted.engine_tp)
-        needed[wanting] += wanted.target.numel
-        unsent.append(_unsent_piece(wanted, wanting))
+        needed[wanting[wanted.engine_tp]] += wanted.target.numel
+        unsent.append(_unsent_piece(wanted, wanting[wanted.engine_tp], layouts.world))
     mean_sent = sum(piece.numel * len(piece.receivers) for piece in unsent) // layouts.world
     parts = [part for piece in unsent for part in _divided(piece, max(1, mean_sent // NUM_SHARES))]
     load = np.zeros(layouts.world, np.int64)
@@ -264,7 +264,7 @@ def _numbered(hf: Sequence[HfTensor]) -> list[HfTensor]:
 
 
 def _rename(block: Block, names: Mapping[str, str]) -> Block:
-    return replace(block, hf=names[block.hf])
+    return Block(names[block.hf], block.rows, block.cols, block.at)
 
 
 def _holders(sources: Sequence[Source], cut: Cut, layouts: Layouts) -> Iterator[Holder]:
@@ -273,10 +273,11 @@ def _holders(sources: Sequence[Source], cut: Cut, layouts: Layouts) -> Iterator[
             yield Holder(entry.mcore, block, layouts.trainer_ranks(stage, slot, entry.layout.is_expert))
 
 
-def _unsent_piece(wanted: Wanted, wanting: Ranks) -> Piece:
-    is_local = np.zeros(len(wanting), bool)
+def _unsent_piece(wanted: Wanted, wanting: Ranks, world: int) -> Piece:
+    holds = np.zeros(world, bool)
     for holder in wanted.holders:
-        is_local |= np.isin(wanting, holder.ranks, assume_unique=True)
+        holds[holder.ranks] = True
+    is_local = holds[wanting]
     return Piece(wanted.engine, wanted.target, wanted.holders, wanting[is_local], wanting[~is_local], NOBODY)
 
 
