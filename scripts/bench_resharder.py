@@ -27,6 +27,7 @@ from typing import Any
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not spoil it for forked ranks
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the scripts beside this one, also under PYTHONSAFEPATH
 
 import torch
@@ -341,6 +342,10 @@ def parse_arguments() -> tuple[Setting, Path]:
     parser.add_argument("--rollout", default="tp=2", help="the engine's layout (default: tp=2)")
     parser.add_argument("--megabytes", type=int, default=400, help="least size of one replica (default: 400)")
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each variant (default: 5)")
+    default_buffer = RolloutConfig().sync_buffer_mib
+    parser.add_argument(
+        "--buffer-mib", type=int, default=default_buffer, help=f"rollout.sync_buffer_mib (default: {default_buffer})"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args()
     train, rollout = dict(parse_sizes(args.train)), dict(parse_sizes(args.rollout))
@@ -353,8 +358,8 @@ def parse_arguments() -> tuple[Setting, Path]:
         rollout_tensor=rollout.get("tp", 1),
         megabytes=args.megabytes,
         repeat=args.repeat,
-        device=args.device,
-        buffer_bytes=RolloutConfig().sync_buffer_mib << 20,
+        device=choose_backend(args.device).device,
+        buffer_bytes=args.buffer_mib << 20,
     )
     return setting, args.json
 

@@ -28,7 +28,7 @@ def bytes_by_hand() -> tuple[int, int]:
 def test_figures_of_a_small_model(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     script = str(ROOT / "scripts" / "bench_resharder.py")
-    arguments = ["--json", str(out), "--megabytes", "1", "--repeat", "1", "--device", "cpu"]
+    arguments = ["--json", str(out), "--megabytes", "1", "--buffer-mib", "1", "--repeat", "1", "--device", "cpu"]
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(out.read_text())
