@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +34,7 @@ SHAPE = TransformerShape(
 )
 FEW_KV_HEADS = replace(SHAPE, hidden_size=16, num_heads=8, num_groups=2, vocab_size=300)
 TIED = replace(FEW_KV_HEADS, tied_embeddings=True)
+SIX = replace(SHAPE, num_layers=6, num_groups=6)
 
 LAYOUTS = [
     (SHAPE, Layouts(1)),
@@ -53,6 +54,14 @@ LAYOUTS = [
     (TIED, Layouts(4, tensor=2, pipeline=2, rollout_tensor=2)),
     (TIED, Layouts(4, tensor=4, rollout_tensor=2)),
     (TIED, Layouts(8, pipeline=4, rollout_tensor=8)),
+    (TIED, Layouts(8, pipeline=2, context=2, rollout_tensor=1)),
+    (TIED, Layouts(8, tensor=2, pipeline=2, virtual=2, rollout_tensor=4)),
+    (SIX, Layouts(6, tensor=3, rollout_tensor=2)),
+    (SIX, Layouts(6, tensor=3, pipeline=2, context=1, rollout_tensor=2)),
+    (SIX, Layouts(6, tensor=2, pipeline=3, rollout_tensor=3)),
+    (SIX, Layouts(12, tensor=2, pipeline=3, virtual=2, context=2, rollout_tensor=6)),
+    (FEW_KV_HEADS, Layouts(4, tensor=4, rollout_tensor=1)),
+    (FEW_KV_HEADS, Layouts(4, tensor=2, pipeline=2, rollout_tensor=4)),
 ]
 
 Case = tuple[TransformerShape, Layouts]
@@ -252,6 +261,69 @@ def test_staging_is_bounded(case: Case) -> None:
     _, scripts = scripts_of(case, 500, 100)
     staged = [sum(m.numel for m in (*r.sends, *r.receives)) for s in scripts for r in s.rounds]
     assert max(staged) <= 500 and len(staged) > 4 * len(scripts)
+
+
+def filled(shard: Shard, full: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A local tensor of element numbers; 0 where padding lies."""
+    shape = shard.shape if len(shard.shape) == 2 else (shard.shape[0], 1)
+    local = np.zeros(shape, np.int64)
+    for block in shard.blocks:
+        local[block.local_slices] = full[block.hf][block.hf_slices]
+    return local
+
+
+def numbered(weights: WeightMap) -> dict[str, np.ndarray]:
+    """HF tensors in which every element has a number of its own, from 1."""
+    first, full = 1, {}
+    for tensor in weights.hf_tensors().values():
+        count = tensor.rows * tensor.cols
+        full[tensor.name] = np.arange(first, first + count).reshape(tensor.rows, tensor.cols)
+        first += count
+    return full
+
+
+def executed(case: Case, scripts: list[Script]) -> list[dict[str, np.ndarray]]:
+    """Every rank's engine parameters after the scripts ran on element numbers: one queue for each pair of ranks."""
+    (shape, layouts), weights = case, weight_map(case[0])
+    full = numbered(weights)
+    source = [
+        {name: filled(s, full) for name, s in held_by_trainer(weights, layouts, shape.num_layers, rank).items()}
+        for rank in range(layouts.world)
+    ]
+    target = [
+        {
+            name: np.zeros_like(filled(e.layout.engine(e.hf, layouts.engine_tp(rank), layouts.rollout_tensor), full))
+            for name, e in weights.engine_entries().items()
+        }
+        for rank in range(layouts.world)
+    ]
+    queues: dict[tuple[int, int], deque[np.ndarray]] = defaultdict(deque)
+    for rank, script in enumerate(scripts):
+        for read, write in script.copies:
+            target[rank][write.name][write.block.local_slices] = source[rank][read.name][read.block.local_slices]
+        for message in (m for r in script.rounds for m in r.sends):
+            parts = [source[rank][p.name][p.block.local_slices].ravel() for p in message.parts]
+            queues[rank, message.peer].append(np.concatenate(parts))
+    for rank, script in enumerate(scripts):
+        for message in (m for r in script.rounds for m in r.receives):
+            flat = queues[message.peer, rank].popleft()
+            ends = np.cumsum([p.block.numel for p in message.parts])
+            for part, values in zip(message.parts, np.split(flat, ends[:-1]), strict=True):
+                target[rank][part.name][part.block.local_slices] = values.reshape(part.block.shape)
+    assert not any(queues.values()), "a message that nobody receives"
+    return target
+
+
+@pytest.mark.parametrize("case", [*WAYS, (TIED, Layouts(8, tensor=2, pipeline=2, rollout_tensor=4))], ids=name_of)
+@pytest.mark.parametrize(("buffer_numel", "alone_numel"), [(1, 10**9), (500, 100), (10**9, 1), (10**9, 10**9)])
+def test_the_content_does_not_depend_on_the_buffer(case: Case, buffer_numel: int, alone_numel: int) -> None:
+    _, scripts = scripts_of(case, buffer_numel, alone_numel)
+    weights, layouts = weight_map(case[0]), case[1]
+    full = numbered(weights)
+    for rank, parameters in enumerate(executed(case, scripts)):
+        for name, entry in weights.engine_entries().items():
+            shard = entry.layout.engine(entry.hf, layouts.engine_tp(rank), layouts.rollout_tensor)
+            np.testing.assert_array_equal(parameters[name], filled(shard, full), err_msg=f"rank {rank} {name}")
 
 
 def test_large_pieces_travel_alone() -> None:
