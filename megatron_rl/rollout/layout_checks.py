@@ -24,7 +24,13 @@ def layout_problems(shape: TransformerShape, weights: WeightMap, layouts: Layout
     }
     if too_small := [f"{name}={size}: must be at least 1" for name, size in sizes.items() if size < 1]:
         return too_small
-    return [*_grid(layouts), *_layers(shape, layouts), *_heads(shape, layouts), *_shards(shape, weights, layouts)]
+    return [
+        *_grid(layouts),
+        *_experts(weights, layouts),
+        *_layers(shape, layouts),
+        *_heads(shape, layouts),
+        *_shards(shape, weights, layouts),
+    ]
 
 
 def _grid(layouts: Layouts) -> Iterator[str]:
@@ -37,6 +43,14 @@ def _grid(layouts: Layouts) -> Iterator[str]:
     for name, size in grids.items():
         if world % size:
             yield f"--gpus={world}: not a multiple of {name}={size}; choose a multiple"
+
+
+def _experts(weights: WeightMap, layouts: Layouts) -> Iterator[str]:
+    if any(entry.layout.is_expert for entry in weights.entries.values()):
+        return
+    for name, size in (("--train ep", layouts.expert), ("--train etp", layouts.expert_tensor)):
+        if size > 1:
+            yield f"{name}={size}: the model has no experts; leave it out"
 
 
 def _layers(shape: TransformerShape, layouts: Layouts) -> Iterator[str]:

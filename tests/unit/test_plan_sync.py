@@ -145,6 +145,7 @@ MISTAKES = [
     (("tp=3", "tp=7", "Qwen2.5-7B"), ["--rollout tp=7: neither divides nor is a multiple of 4 KV heads", "down_proj"]),
     (("tp=4,pp=2", "tp=2", "Qwen2.5-7B", "--gpus", "12"), ["--gpus=12: not a multiple of --train tp*pp*cp=8"]),
     (("tp=2,vp=2", "tp=2", "Qwen2.5-7B"), ["--train vp=2: one pipeline stage has no virtual ones"]),
+    (("tp=2,ep=2,etp=4", "tp=2", "Qwen2.5-7B"), ["ep=2: the model has no experts", "etp=4: the model has no experts"]),
     (("tp=0", "tp=2", "Qwen2.5-7B"), ["--train tp=0: must be at least 1"]),
     (("tp=x,zz=3", "tp=2", "Qwen2.5-7B"), ["tp=x: not a number", "zz=3: unknown size"]),
     (("tp=2", "pp=2", "Qwen2.5-7B"), ["--rollout pp=2: unknown size"]),
