@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.device import choose_backend, define_torchvision_operators
+from megatron_rl.types import FORBIDDEN_BIAS
 from model_providers.registry import open_provider
-from model_providers.transformer import FORBIDDEN_BIAS
 
 NUM_TOP = 8  # likeliest tokens at each position whose log-probabilities are compared, beside the prompt's own
 NUM_GENERATED = 16

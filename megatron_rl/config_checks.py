@@ -62,7 +62,7 @@ def check(cfg: RunConfig, world_size: int, job: Job, require_files: bool = True)
     if job == "rl":
         problems += [*_rollout(cfg), *_algorithm(cfg)]
     if require_files:
-        problems += [*_files(cfg, job), *_model(cfg, job)]
+        problems += [*_files(cfg, job), *_model(cfg, job), *_checkpoints(cfg)]
     raise_all(problems, f"configuration of {cfg.run_dir}")
 
 
@@ -120,6 +120,15 @@ def _lengths(cfg: RunConfig) -> Iterator[str]:
     if cfg.train.updates_per_step > 0 and cfg.train.prompts_per_step % cfg.train.updates_per_step:
         why = f"is not a multiple of train.updates_per_step={cfg.train.updates_per_step}; make it one"
         yield _problem(cfg, "train.prompts_per_step", why)
+
+
+def _checkpoints(cfg: RunConfig) -> Iterator[str]:
+    if cfg.checkpoint.export_hf and not cfg.checkpoint.save_at_end:
+        yield _problem(cfg, "checkpoint.export_hf", "exports the last checkpoint; set checkpoint.save_at_end=true too")
+    old = sorted(path.name for path in (Path(cfg.run_dir) / "checkpoints").glob("step_*"))
+    if old and not cfg.checkpoint.resume:
+        why = f"{cfg.run_dir} holds checkpoints of another run ({old[0]} ...); use a new run_dir or remove them"
+        yield _problem(cfg, "checkpoint.resume", why)
 
 
 def _not_built(cfg: RunConfig) -> Iterator[str]:

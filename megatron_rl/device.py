@@ -43,6 +43,11 @@ class Backend:
         if self.device == "cuda":
             torch.cuda.set_device(local_rank)
 
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next tells the truth."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
     def release_cache(self) -> None:
         """Hand freed blocks back to the device, so that the other half of the process can have them."""
         if self.device == "cuda":

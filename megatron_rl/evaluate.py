@@ -13,11 +13,14 @@ from megatron_rl.report import SampleRollout
 from megatron_rl.rollout.phase import generate
 from megatron_rl.rollout.store import RolloutStore
 from megatron_rl.session import Session
+from megatron_rl.step_metrics import sync_metrics
 from megatron_rl.types import Group, Row, Sampling
 
 
-def evaluate(session: Session, rollout: Rollout, rows: Sequence[Row], step: int, blind: bool = False) -> list[Group]:
-    """One greedy response per row, scored. Collective; every rank gets all groups."""
+def evaluate(
+    session: Session, rollout: Rollout, rows: Sequence[Row], step: int, blind: bool = False
+) -> tuple[list[Group], dict[str, float]]:
+    """One greedy response per row, scored, and the metrics of the sync that it took. Collective; all ranks get all."""
     cfg = session.cfg
     sampling = Sampling(
         num_samples=1,
@@ -31,14 +34,14 @@ def evaluate(session: Session, rollout: Rollout, rows: Sequence[Row], step: int,
     seeing = replace(session, vision=session.vision.blanked()) if blind else session
     name = "eval_blind" if blind else "eval"
     groups: list[Group] = []
-    with rollout_phase(session, rollout, step), session.progress.phase(step, name):
+    with rollout_phase(session, rollout, step) as report, session.progress.phase(step, name):
         for start in range(0, len(rows), cfg.eval.batch_size):
             seeing.vision.forget()
             pairs = list(enumerate(rows))[start : start + cfg.eval.batch_size]
             prompts = usable_prompts(seeing, pairs, cfg.data.eval)
             groups += generate(prompts, seeing.vision, rollout.engine, rollout.reward, sampling, session.mesh)
         seeing.vision.forget()
-    return groups
+    return groups, sync_metrics(report)
 
 
 def accuracy(groups: Sequence[Group]) -> float:
@@ -57,19 +60,19 @@ def sample_rollouts(groups: Sequence[Group], count: int) -> list[SampleRollout]:
 
 
 class Evaluation:
-    """Runs the held-out set when it is due, writes the answers to `<run_dir>/eval/`, remembers the last result."""
+    """Runs the held-out set when it is due, writes the answers to `<run_dir>/eval/`, keeps the last ones."""
 
     def __init__(self, session: Session, rollout: Rollout | None, rows: Sequence[Row]):
         self._session, self._rollout, self._rows = session, rollout, rows
         self._answers = RolloutStore(Path(session.cfg.run_dir) / "eval", writes=session.mesh.rank == 0)
         self.groups: list[Group] = []
-        self.results: dict[str, float] = {}
 
     def at_start(self) -> dict[str, float]:
         """Accuracy before the first step."""
         if not self._session.cfg.eval.at_start or not self._possible:
             return {}
-        return {"eval/start_accuracy": accuracy(self._run(0, blind=False))}
+        groups, synced = self._run(0, blind=False)
+        return {"eval/start_accuracy": accuracy(groups), **synced}
 
     def after_step(self, step: int) -> dict[str, float]:
         """Accuracy after step `step`, if the recipe wants it then; {} otherwise."""
@@ -78,17 +81,17 @@ class Evaluation:
         due = (cfg.eval.every and done % cfg.eval.every == 0) or (last and cfg.eval.at_end)
         if not due or not self._possible:
             return {}
-        self.groups = self._run(step, blind=False)
+        self.groups, synced = self._run(step, blind=False)
         self._answers.save(done, self.groups)
-        self.results = {"eval/accuracy": accuracy(self.groups), "eval/num_prompts": float(len(self.groups))}
+        results = {"eval/accuracy": accuracy(self.groups), "eval/num_prompts": float(len(self.groups))}
         if cfg.eval.blind and last:
-            self.results["eval/blind_accuracy"] = accuracy(self._run(step, blind=True))
-        return self.results
+            results["eval/blind_accuracy"] = accuracy(self._run(step, blind=True)[0])
+        return results | synced
 
     @property
     def _possible(self) -> bool:
         return self._rollout is not None and bool(self._rows)
 
-    def _run(self, step: int, blind: bool) -> list[Group]:
+    def _run(self, step: int, blind: bool) -> tuple[list[Group], dict[str, float]]:
         assert self._rollout is not None
         return evaluate(self._session, self._rollout, self._rows, step, blind)

@@ -58,12 +58,13 @@ class Journal:
         self.stopped = self.session.stop.agreed() and not last
         due = (cfg.every and done % cfg.every == 0) or (last and cfg.save_at_end)
         learned = self.session.policy.version > 0  # rollouts alone change nothing that could be saved
+        note += "; asked to stop: run the same command again to resume" if self.stopped else ""
+        values |= self.session.progress.end_step(step, note)
+        # Before the save: a resume forgets rows of steps that will be made again, but cannot invent one.
+        self.session.log.log(step, values)
         if learned and (due or (is_best and cfg.every) or self.stopped):
             with self.session.progress.phase(step, "save_checkpoint"):
                 self.save(done)
-        note += "; asked to stop: saved, run the same command again to resume" if self.stopped else ""
-        values |= self.session.progress.end_step(step, note)
-        self.session.log.log(step, values)
 
     def save(self, done: int) -> Path:
         state: dict[str, Any] = {"best": self.best, "loader": self.loader.state_dict() if self.loader else None}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Cal
     try:
         body(cfg)
     except ValueError as error:
+        _keep_traceback(cfg, rank)
         _report(error, rank)
         raise SystemExit(EXIT_USAGE) from None
     except PeerLost as error:
@@ -64,6 +66,13 @@ def _quiet_libraries() -> None:
 def _report(error: ValueError, rank: int) -> None:
     if rank == 0:
         sys.stderr.write(f"{error}\n")
+
+
+def _keep_traceback(cfg: RunConfig, rank: int) -> None:
+    """A ValueError is usually the user's to mend; where it is a library's, its traceback is wanted after all."""
+    path = Path(cfg.run_dir) / f"error_rank{rank}.txt"
+    path.write_text(traceback.format_exc(), encoding="utf-8")
+    sys.stderr.write(f"rank {rank}: stopped by an error; where it was raised stands in {path}\n")
 
 
 def _check_data_package() -> None:

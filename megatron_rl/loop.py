@@ -2,14 +2,15 @@
 """Reinforcement learning, a step on one page: sample a group of responses per prompt, score them, learn from them.
 
 GRPO (arXiv 2402.03300) with a global token normaliser, DAPO's clip-higher and dynamic sampling (arXiv 2503.14476), and
-an optional KL term to a frozen reference. Every function here is collective: all ranks call it with the same arguments.
+an optional KL term to a frozen reference. Every function here is collective.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.groups import keep_informative
@@ -47,8 +48,8 @@ def rl_step(
     """One step of the main job: sync, sample, score, learn. Returns its metrics."""
     session.vision.forget()
     with rollout_phase(session, rollout, step) as report:
-        groups, num_dropped = collect_groups(session, rollout, next_rows, step)
-    metrics = rollout_metrics(groups, num_dropped, session.quarantine.total) | sync_metrics(report)
+        sampled, groups = collect_groups(session, rollout, next_rows, step)
+    metrics = rollout_metrics(sampled, groups, session.quarantine.total) | sync_metrics(report)
     if store is not None:
         store.save(step, groups)
     if not session.cfg.rollout.only:
@@ -66,12 +67,12 @@ def replay_step(
         pairs = [(g.prompt.prompt_id, g.prompt.row) for g in groups]
         prompts = usable_prompts(session, pairs, f"replayed step {step}")
     store.check_unchanged(groups, prompts)
-    metrics = rollout_metrics(groups, 0, session.quarantine.total)
+    metrics = rollout_metrics(groups, groups, session.quarantine.total)
     return metrics | train_on(session, groups, loss, reference, step)
 
 
 @contextmanager
-def rollout_phase(session: Session, rollout: Rollout, step: int) -> Iterator[SyncReport]:
+def rollout_phase(session: Session, rollout: Rollout, step: int) -> Iterator[SyncReport | None]:
     """The engine awake and filled with the policy's weights; the trainer's gradients and optimizer state parked."""
     with session.policy.parked():
         with session.progress.phase(step, "sync"):
@@ -82,15 +83,17 @@ def rollout_phase(session: Session, rollout: Rollout, step: int) -> Iterator[Syn
         rollout.engine.sleep()
 
 
-def sync_weights(session: Session, rollout: Rollout) -> SyncReport:
-    """Bring the engine to the policy's version; an engine that is there already receives nothing."""
+def sync_weights(session: Session, rollout: Rollout) -> SyncReport | None:
+    """Bring the engine to the policy's version; None when it is there already."""
     version, engine = session.policy.version, rollout.engine
     if engine.version == version:
-        return SyncReport(version, received=0, sent=0, minimum=0, copied_locally=0, seconds=0.0)
+        return None
+    start = time.perf_counter()
     engine.begin_update()
     report = rollout.resharder.sync(version, verify=session.cfg.rollout.verify_sync)
     engine.weights_changed(version)
-    return report
+    session.backend.synchronize()
+    return replace(report, seconds=time.perf_counter() - start)
 
 
 def usable_prompts(session: Session, pairs: Sequence[tuple[int, Row]], where: str) -> list[Prompt]:
@@ -101,8 +104,10 @@ def usable_prompts(session: Session, pairs: Sequence[tuple[int, Row]], where: st
     return prompts
 
 
-def collect_groups(session: Session, rollout: Rollout, next_rows: NextRows, step: int) -> tuple[list[Group], int]:
-    """(groups, how many were dropped): one round of sampling, or with `filter_groups` as many as it takes."""
+def collect_groups(
+    session: Session, rollout: Rollout, next_rows: NextRows, step: int
+) -> tuple[list[Group], list[Group]]:
+    """(all sampled groups, those to learn from): one round, or with `filter_groups` as many as it takes."""
     cfg, algorithm = session.cfg.rollout, session.cfg.algorithm
     sampling = Sampling(
         num_samples=cfg.num_samples,
@@ -113,19 +118,19 @@ def collect_groups(session: Session, rollout: Rollout, next_rows: NextRows, step
         weights_version=session.policy.version,
     )
     wanted = session.cfg.train.prompts_per_step
+    sampled: list[Group] = []
     kept: list[Group] = []
-    num_dropped = 0
     for _ in range(algorithm.max_filter_rounds):
         with session.progress.phase(step, "encode"):
             prompts = usable_prompts(session, next_rows(), f"step {step}")
         with session.progress.phase(step, "gen"):
             groups = generate(prompts, session.vision, rollout.engine, rollout.reward, sampling, session.mesh)
         if not algorithm.filter_groups:
-            return groups, 0
-        informative, dull = keep_informative(groups, algorithm.filter_low, algorithm.filter_high)
-        kept, num_dropped = [*kept, *informative], num_dropped + len(dull)
+            return groups, groups
+        sampled += groups
+        kept += keep_informative(groups, algorithm.filter_low, algorithm.filter_high)[0]
         if len(kept) >= wanted:
-            return kept[:wanted], num_dropped
+            return sampled, kept[:wanted]
     raise ValueError(
         f"algorithm.max_filter_rounds={algorithm.max_filter_rounds}: only {len(kept)} of {wanted} groups were "
         "informative; raise it, or change the data or the reward"
@@ -137,11 +142,14 @@ def train_on(
 ) -> dict[str, float]:
     """Learn from one rollout batch: `updates_per_step` optimizer updates. Returns the metrics of all ranks together."""
     cfg, policy, progress = session.cfg, session.policy, session.progress
-    samples = make_samples(
-        groups, ADVANTAGES[cfg.algorithm.advantage], cfg.rollout.truncated, cfg.algorithm.loss_average
-    )
+    samples = make_samples(groups, ADVANTAGES[cfg.algorithm.advantage], cfg.rollout.truncated)
     updates = pack(
-        samples, cfg.train.updates_per_step, cfg.train.max_tokens_per_microbatch, session.provider, session.mesh
+        samples,
+        cfg.train.updates_per_step,
+        cfg.train.max_tokens_per_microbatch,
+        session.provider,
+        session.mesh,
+        cfg.algorithm.loss_average,
     )
     wanted = [v for u in updates for b in u for v in b.videos] if session.mesh.is_first_stage else []
     embeds = session.vision.fetch(wanted)
@@ -157,4 +165,4 @@ def train_on(
             scored = [ScoredBatch(*parts) for parts in zip(batches, old_logprobs, ref_logprobs, strict=True)]
             totals.add(policy.train(scored, embeds, loss, step))
             totals.add_gap(scored)
-    return totals.reduced()
+    return totals.reduced() | {"actor/skipped_updates": float(cfg.train.updates_per_step - len(updates))}

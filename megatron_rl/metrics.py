@@ -72,12 +72,14 @@ class MetricLog:
                 self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Flush and close every sink; may be called again."""
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        self._file = self._wandb = self._tensorboard = None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -106,7 +108,8 @@ class Progress:
     """Tells which phase of which step is running and how long the rest will take; measures the phases.
 
     A terminal gets one line that rewrites itself, a log file one line per step and one per long phase, when it begins.
-    With `enabled=False` it only measures. `on_phase(step, name)` is told of every phase.
+    With `enabled=False` it only measures. `on_phase(step, name)` is told of every phase; `synchronize` waits for the
+    device before a clock is read.
 
         progress = Progress(num_steps=20, enabled=rank == 0)
         with progress.phase(step, "rollout"):
@@ -120,9 +123,11 @@ class Progress:
         enabled: bool,
         stream: TextIO | None = None,
         on_phase: Callable[[int, str], None] = lambda step, name: None,
+        synchronize: Callable[[], None] = lambda: None,
     ):
         self._num_steps = num_steps
         self._on_phase = on_phase
+        self._synchronize = synchronize
         self._stream = (stream or sys.stderr) if enabled else None
         self._is_terminal = self._stream is not None and self._stream.isatty()
         self._phases: dict[str, float] = {}
@@ -139,6 +144,7 @@ class Progress:
         start = time.perf_counter()
         try:
             yield
+            self._synchronize()
         finally:
             self._last[name] = time.perf_counter() - start
             self._phases[name] = self._phases.get(name, 0.0) + self._last[name]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the parts of a run from its configuration and holds them together. The loop composes them; they never meet.
 
-Nothing else reads RunConfig: every part gets the few values it needs.
+The parts get the few values they need; only this module and the jobs read RunConfig.
 """
 
 from __future__ import annotations
@@ -78,8 +78,10 @@ class Session:
 
 
 @contextmanager
-def open_session(cfg: RunConfig) -> Iterator[Session]:
+def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
     """Join the world, build the model, fill it with weights; leave the world at the end of the block. Collective.
+
+    `temperature` is that at which the policy scores tokens: the one they are sampled at.
 
     A rank that dies inside the block stops the others with a message that names it and its phase.
     """
@@ -89,15 +91,19 @@ def open_session(cfg: RunConfig) -> Iterator[Session]:
         backend, cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.context, cfg.rollout.tensor
     )
     with watch_world() as watchdog:
-        yield _build_session(cfg, backend, mesh, watchdog, stop)
+        session = _build_session(cfg, temperature, backend, mesh, watchdog, stop)
+        yield session
+        session.log.close()
     parallel.shut_down()
 
 
-def _build_session(cfg: RunConfig, backend: Backend, mesh: ParallelMesh, watchdog: Watchdog, stop: StopFlag) -> Session:
+def _build_session(
+    cfg: RunConfig, temperature: float, backend: Backend, mesh: ParallelMesh, watchdog: Watchdog, stop: StopFlag
+) -> Session:
     torch.manual_seed(cfg.seed)
     provider = open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels)
     device = backend.local_device(parallel.local_rank())
-    policy = _build_policy(cfg, backend, mesh, provider)
+    policy = _build_policy(cfg, temperature, backend, mesh, provider)
     decoder = DaliVideoDecoder(backend.decoder_device, cfg.data.decode_threads, backend.native_codecs)
     tokenizer = _load_tokenizer(cfg.model.hf)
     return Session(
@@ -121,13 +127,17 @@ def _build_session(cfg: RunConfig, backend: Backend, mesh: ParallelMesh, watchdo
         policy=policy,
         quarantine=Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction),
         log=_open_log(cfg, mesh),
-        progress=Progress(cfg.train.num_steps, enabled=mesh.rank == 0, on_phase=watchdog.set_phase),
+        progress=Progress(
+            cfg.train.num_steps, enabled=mesh.rank == 0, on_phase=watchdog.set_phase, synchronize=backend.synchronize
+        ),
         stop=stop,
     )
 
 
-def _build_policy(cfg: RunConfig, backend: Backend, mesh: ParallelMesh, provider: ModelProvider) -> Policy:
-    model = provider.build_language(backend, mesh, cfg.rollout.temperature, cfg.model.recompute)
+def _build_policy(
+    cfg: RunConfig, temperature: float, backend: Backend, mesh: ParallelMesh, provider: ModelProvider
+) -> Policy:
+    model = provider.build_language(backend, mesh, temperature, cfg.model.recompute)
     provider.load_language(model, mesh)
     check_freeze(provider.weight_map, cfg.model.freeze)
     freeze(model, cfg.model.freeze)
@@ -225,10 +235,19 @@ def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
         provider.engine_prompt,
         lambda ids: session.tokenizer.decode(ids, skip_special_tokens=True),
     )
-    layouts = Layouts(mesh.world, mesh.tensor, mesh.pipeline, mesh.context, mesh.rollout_tensor)
+    layouts = Layouts(mesh.world, mesh.tensor, mesh.pipeline, mesh.context, mesh.rollout_tensor, expert=mesh.expert)
     plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
     source = {name: param.data for name, param in session.policy.language_model.named_weights().items()}
     target = engine.parameters()
-    check_fit(provider.weight_map, mesh.here.tp, mesh.tensor, mesh.rollout_tp_rank, mesh.rollout_tensor, source, target)
+    check_fit(
+        provider.weight_map,
+        mesh.here.tp,
+        mesh.tensor,
+        mesh.rollout_tp_rank,
+        mesh.rollout_tensor,
+        source,
+        target,
+        mesh.slot(is_expert=True),
+    )
     frozen = frozen_in_engine(provider.weight_map, cfg.model.freeze)
     return engine, Resharder(plan, mesh.rank, source, target, cfg.rollout.sync_buffer_mib * 2**20, frozen)

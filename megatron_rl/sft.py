@@ -27,7 +27,7 @@ def run(cfg: RunConfig) -> None:
     """The whole job on this rank."""
     from megatron_rl.session import open_session
 
-    with open_session(cfg) as session:
+    with open_session(cfg, temperature=1.0) as session:
         run_session(session)
 
 
@@ -40,7 +40,7 @@ def run_session(session: Session) -> None:
     journal = Journal(session, loader)
     for step in range(journal.resume(), cfg.train.num_steps):
         metrics = sft_step(session, loader.next_batch(), step)
-        journal.end_step(step, metrics, note=f"nll {metrics['sft/nll']:.3f}")
+        journal.end_step(step, metrics, note=f"nll {metrics.get('sft/nll', float('nan')):.3f}")
         if journal.stopped:
             return
     hf_export = journal.export_hf()
@@ -53,16 +53,20 @@ def sft_step(session: Session, pairs: Sequence, step: int) -> dict[str, float]:
     from megatron_rl.algorithms.losses import NllLoss
     from megatron_rl.loop import usable_prompts
     from megatron_rl.step_metrics import Totals
-    from megatron_rl.training.batch import pack, weigh
+    from megatron_rl.training.batch import pack
     from megatron_rl.training.policy import ScoredBatch
 
     cfg, policy = session.cfg, session.policy
     session.vision.forget()
     with session.progress.phase(step, "encode"):
         prompts = usable_prompts(session, pairs, f"step {step}")
-    samples = weigh([[reference_sample(session, prompt)] for prompt in prompts], cfg.algorithm.loss_average)
     updates = pack(
-        samples, cfg.train.updates_per_step, cfg.train.max_tokens_per_microbatch, session.provider, session.mesh
+        reference_samples(session, prompts),
+        cfg.train.updates_per_step,
+        cfg.train.max_tokens_per_microbatch,
+        session.provider,
+        session.mesh,
+        cfg.algorithm.loss_average,
     )
     wanted = [v for u in updates for b in u for v in b.videos] if session.mesh.is_first_stage else []
     embeds = session.vision.fetch(wanted)
@@ -70,16 +74,25 @@ def sft_step(session: Session, pairs: Sequence, step: int) -> dict[str, float]:
     with session.progress.phase(step, "update_actor"):
         for batches in updates:
             totals.add(policy.train([ScoredBatch(b, None, None) for b in batches], embeds, NllLoss(), step))
-    return totals.reduced()
+    metrics = {"data/quarantined": float(session.quarantine.total), "sft/num_samples": float(len(prompts))}
+    return totals.reduced() | metrics
 
 
-def reference_sample(session: Session, prompt: Prompt) -> TrainSample:
-    """The prompt followed by its reference answer and the end-of-turn token."""
-    from megatron_rl.types import TrainSample
+def reference_samples(session: Session, prompts: Sequence[Prompt]) -> list[list[TrainSample]]:
+    """Each prompt, its reference answer and the end-of-turn token; answers that are too long are set aside."""
+    from megatron_rl.types import BadRow, TrainSample
 
-    tokenizer = session.tokenizer
-    answer = tokenizer.encode(prompt.row.answer, add_special_tokens=False) + [tokenizer.eos_token_id]
-    return TrainSample(prompt, tuple(answer), advantage=0.0, rollout_logprobs=(0.0,) * len(answer))
+    tokenizer, longest = session.tokenizer, session.cfg.rollout.max_response_tokens
+    samples, bad = [], []
+    for prompt in prompts:
+        answer = tokenizer.encode(prompt.row.answer, add_special_tokens=False) + [tokenizer.eos_token_id]
+        if len(answer) > longest:
+            reason = f"answer of {len(answer)} tokens is over rollout.max_response_tokens={longest}"
+            bad.append(BadRow(prompt.row.source, reason))
+        else:
+            samples.append([TrainSample(prompt, tuple(answer), advantage=0.0, rollout_logprobs=(0.0,) * len(answer))])
+    session.quarantine.add(bad, len(prompts), "a batch of reference answers")
+    return samples
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ class Totals:
         return result | {"rollout/logprob_gap_max": max(gap for _, gap in everyone)}
 
 
-def rollout_metrics(groups: Sequence[Group], num_dropped: int, num_quarantined: int) -> dict[str, float]:
-    """Rewards, lengths, truncation and how informative the groups were."""
+def rollout_metrics(groups: Sequence[Group], kept: Sequence[Group], num_quarantined: int) -> dict[str, float]:
+    """Rewards, lengths, truncation and informativeness of all sampled groups; `kept` are those to learn from."""
     scored = [s for group in groups for s in group.scored]
     if not scored:
         return {"rollout/num_groups": 0.0, "data/quarantined": float(num_quarantined)}
@@ -56,7 +56,7 @@ def rollout_metrics(groups: Sequence[Group], num_dropped: int, num_quarantined: 
         **_spread("prompt_length", [float(len(g.prompt.token_ids)) for g in groups]),
         "response_length/clip_ratio": statistics.fmean(float(s.completion.truncated) for s in scored),
         "rollout/num_groups": float(len(groups)),
-        "rollout/dropped_groups": float(num_dropped),
+        "rollout/dropped_groups": float(len(groups) - len(kept)),
         "rollout/zero_variance_groups": statistics.fmean(float(len({s.reward for s in g.scored}) == 1) for g in groups),
         "data/quarantined": float(num_quarantined),
     }
@@ -65,8 +65,10 @@ def rollout_metrics(groups: Sequence[Group], num_dropped: int, num_quarantined: 
     return metrics
 
 
-def sync_metrics(report: SyncReport) -> dict[str, float]:
-    """Bytes moved by the last weight sync over all ranks, against what had to move. Collective."""
+def sync_metrics(report: SyncReport | None) -> dict[str, float]:
+    """Bytes moved by a weight sync over all ranks, against what had to move; {} when there was none. Collective."""
+    if report is None:
+        return {}
     reports: list[SyncReport] = [report] * dist.get_world_size()
     dist.all_gather_object(reports, report)
     received, minimum = sum(r.received for r in reports), sum(r.minimum for r in reports)

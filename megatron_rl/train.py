@@ -29,7 +29,7 @@ def run(cfg: RunConfig) -> None:
     """The whole job on this rank."""
     from megatron_rl.session import open_session
 
-    with open_session(cfg) as session:
+    with open_session(cfg, cfg.rollout.temperature) as session:
         run_session(session)
 
 
@@ -60,7 +60,7 @@ def run_session(session: Session) -> None:
         else:
             metrics = rl_step(session, rollout, loader.next_batch, loss, reference, store, step)
         metrics |= evaluation.after_step(step)
-        journal.end_step(step, metrics, note=f"reward {metrics['critic/score/mean']:.3f}")
+        journal.end_step(step, metrics, note=f"reward {metrics.get('critic/score/mean', float('nan')):.3f}")
         if journal.stopped:
             break
     else:
@@ -87,22 +87,23 @@ def build_rollout(session: Session) -> Rollout:
     from megatron_rl.session import open_engine
 
     reward = load_reward(session.cfg.reward.name, session.cfg.reward.format_weight)
-    engine, resharder = open_engine(session)
+    with session.policy.parked():  # the engine measures what memory is left for it
+        engine, resharder = open_engine(session)
     return Rollout(engine, resharder, reward)
 
 
 def finish(journal: Journal, evaluation: Evaluation) -> None:
     """Export, then summary.json, the curves and a few sample answers."""
     from megatron_rl.evaluate import sample_rollouts
-    from megatron_rl.job import first, highest
+    from megatron_rl.job import first, highest, last
 
     cfg = journal.session.cfg
     hf_export = journal.export_hf()
     summary = {
         "start_accuracy": first(cfg.run_dir, "eval/start_accuracy"),
-        "heldout_accuracy": evaluation.results.get("eval/accuracy"),
-        "blind_accuracy": evaluation.results.get("eval/blind_accuracy"),
-        "num_heldout": len(evaluation.groups),
+        "heldout_accuracy": last(cfg.run_dir, "eval/accuracy"),
+        "blind_accuracy": last(cfg.run_dir, "eval/blind_accuracy"),
+        "num_heldout": last(cfg.run_dir, "eval/num_prompts"),
         "max_logprob_gap": highest(cfg.run_dir, "rollout/logprob_gap_max"),
         "sync_bytes_over_minimum": highest(cfg.run_dir, "sync/bytes_over_minimum"),
         "hf_export": hf_export,

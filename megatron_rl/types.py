@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+FORBIDDEN_BIAS = -100.0
+"""Added to the logits of tokens that must not be sampled, by trainer and engine; vLLM clamps biases to it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One checked line of a JSONL file. `source` is "file.jsonl:12"; video paths are absolute."""
@@ -125,8 +129,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class TrainSample:
-    """One sequence to learn from. `advantages`, `rollout_logprobs` run over the response tokens; `weight` scales
-    its loss."""
+    """One sequence to learn from, with one advantage for all its tokens; `weight` scales its loss."""
 
     prompt: Prompt
     response_ids: tuple[int, ...]

@@ -32,7 +32,7 @@ class Piece:
 
 
 class VisionCache:
-    """Embeddings of the current step (protocol EmbedSource). Without a tower, it refuses every video."""
+    """Embeddings of the current step. Without a tower, it refuses every video."""
 
     def __init__(self, tower: VideoTower | None, decoder: VideoDecoder, hidden_size: int, blank: bool = False):
         self._tower, self._decoder, self._hidden = tower, decoder, hidden_size

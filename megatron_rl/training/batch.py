@@ -17,7 +17,6 @@ def make_samples(
     groups: Sequence[Group],
     estimate: AdvantageEstimator,
     truncated: str,
-    loss_average: str,
 ) -> list[list[TrainSample]]:
     """One list of samples per group. `truncated`="mask" leaves truncated responses out of the loss (not of the
     baseline)."""
@@ -32,26 +31,34 @@ def make_samples(
                 if not (truncated == "mask" and s.completion.truncated)
             ]
         )
-    return weigh(result, loss_average)
+    return result
 
 
-def weigh(groups: list[list[TrainSample]], loss_average: str) -> list[list[TrainSample]]:
+def weigh(samples: list[TrainSample], loss_average: str) -> list[TrainSample]:
     """token: all weights 1. sequence: weights under which the mean over tokens is the mean of the sequences' means."""
     if loss_average == "token":
-        return groups
-    samples = [s for group in groups for s in group]
+        return samples
     mean_length = sum(len(s.response_ids) for s in samples) / max(1, len(samples))
-    return [[replace(s, weight=mean_length / len(s.response_ids)) for s in group] for group in groups]
+    return [replace(s, weight=mean_length / len(s.response_ids)) for s in samples]
 
 
 def pack(
-    groups: Sequence[Sequence[TrainSample]], num_updates: int, max_tokens: int, provider: ModelProvider, mesh:
-    ParallelMesh
+    groups: Sequence[Sequence[TrainSample]],
+    num_updates: int,
+    max_tokens: int,
+    provider: ModelProvider,
+    mesh: ParallelMesh,
+    loss_average: str = "token",
 ) -> list[list[MicroBatch]]:
-    """This rank's micro-batches, one list per optimizer update; the same number on every data parallel rank."""
+    """This rank's micro-batches, one list per optimizer update; the same number on every data parallel rank.
+
+    An update for which no sample is left is not made: it would only apply momentum and weight decay.
+    """
     updates = []
     for index in range(num_updates):
-        samples = [s for group in _share(groups, index, num_updates) for s in group]
+        samples = weigh([s for group in _share(groups, index, num_updates) for s in group], loss_average)
+        if not samples:
+            continue
         lengths = [s.num_tokens for s in samples]
         plan = plan_packing(lengths, mesh.data, max_tokens, provider.shape.hidden_size)
         updates.append(

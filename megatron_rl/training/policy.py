@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trained language model: Megatron-core's DDP, distributed optimizer and pipeline schedules behind four verbs.
+"""The trained language model: Megatron-core's DDP, distributed optimizer and pipeline schedules behind three verbs.
 
 `logprobs` scores micro-batches, `train` makes one optimizer update, `parked` frees gradients and optimizer state while
-the engine works, `reference` holds a second set of weights in host memory. All of them are collective calls.
+the engine works. A `Reference` holds a second set of weights in host memory. All of them are collective calls.
 """
 
 from __future__ import annotations
@@ -171,9 +171,6 @@ class Reference:
     def _write(self, weights: Sequence[Tensor]) -> None:
         for param, weight in zip(self._params, weights, strict=True):
             param.copy_(weight)
-
-    def state(self) -> list[Tensor]:
-        return self._weights
 
 
 def _optimizer_config(hyper: Hyperparameters, backend: Backend) -> OptimizerConfig:

@@ -185,3 +185,15 @@ def test_a_wandb_login_is_seen(make, monkeypatch, tmp_path):
 def test_everything_wrong_is_said_at_once(make):
     cfg = make("seed=-1", "model.hf=none", "data.train=none", "rollout.tensor=3", "model.freeze_vision=false")
     assert len(problems(cfg, world_size=2)) == 5
+
+
+def test_export_needs_a_last_checkpoint(make):
+    (problem,) = problems(make("checkpoint.export_hf=true", "checkpoint.save_at_end=false"))
+    assert problem.startswith("checkpoint.export_hf=true: exports the last checkpoint")
+
+
+def test_a_fresh_start_beside_old_checkpoints_is_refused(make, tmp_path):
+    (tmp_path / "run/checkpoints/step_90").mkdir(parents=True)
+    assert problems(make(f"run_dir={tmp_path}/run")) == []
+    (problem,) = problems(make(f"run_dir={tmp_path}/run", "checkpoint.resume=false"))
+    assert "holds checkpoints of another run (step_90 ...)" in problem
