@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -40,9 +40,21 @@ def _is_cuda(device: object) -> bool:
     return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
 
 
+class _NoStream:
+    """Where there is one stream only, what its users ask of it is already so."""
+
+    def wait_stream(self, other: _NoStream) -> None: ...
+
+    def record_event(self) -> _NoStream:
+        return self
+
+    def synchronize(self) -> None: ...
+
+
 @functools.cache
 def _patches() -> tuple[tuple[object, str, object], ...]:
     import megatron.core.tensor_parallel.random as mcore_random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     def set_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(state)
@@ -50,8 +62,16 @@ def _patches() -> tuple[tuple[object, str, object], ...]:
     def get_state(device: str = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
         return torch.get_rng_state()
 
-    cuda = torch.cuda
+    def as_numpy_on_request(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    cuda, stream = torch.cuda, _NoStream()
     return (
+        (cuda, "Stream", lambda *_: stream),
+        (cuda, "current_stream", lambda *_: stream),
+        (cuda, "stream", lambda _: nullcontext()),
+        (moe_utils, "te_general_gemm", None),  # without Transformer Engine the name is used but not defined
+        (token_dispatcher, "maybe_move_tensor_to_cpu", as_numpy_on_request),  # the original converts CUDA tensors only
         (cuda, "current_device", lambda: torch.device("cpu")),
         (cuda, "synchronize", lambda *_: None),
         (cuda, "set_device", lambda *_: None),
@@ -67,7 +87,7 @@ def _patches() -> tuple[tuple[object, str, object], ...]:
 @contextmanager
 def redirect_cuda_to_cpu() -> Iterator[None]:
     """Run the body with Megatron-core's CUDA calls redirected to the CPU; everything is undone on exit."""
-    patchers = [mock.patch.object(owner, name, value) for owner, name, value in _patches()]
+    patchers = [mock.patch.object(owner, name, value, create=True) for owner, name, value in _patches()]
     for patcher in patchers:
         patcher.start()
     try:

@@ -41,6 +41,7 @@ class ParallelMesh:
     pipeline: int
     context: int
     rollout_tensor: int
+    expert: int = 1
 
     @property
     def data(self) -> int:
@@ -59,6 +60,15 @@ class ParallelMesh:
     @property
     def here(self) -> TrainCoord:
         return self.coord(self.rank)
+
+    @property
+    def expert_rank(self) -> int:
+        """Expert parallel ranks are consecutive within a stage, across tensor and data parallel ranks alike."""
+        return self.rank % (self.world // self.pipeline) % self.expert
+
+    def slot(self, is_expert: bool) -> tuple[int, int]:
+        """(which, of how many) shards of a parameter this rank holds."""
+        return (self.expert_rank, self.expert) if is_expert else (self.here.tp, self.tensor)
 
     @property
     def is_first_stage(self) -> bool:
@@ -82,8 +92,13 @@ class ParallelMesh:
         return self.rollout_tp_rank == 0
 
 
-def initialize(backend: Backend, tensor: int, pipeline: int, context: int, rollout_tensor: int) -> ParallelMesh:
-    """Join the world that torchrun started (or a world of one) and build Megatron-core's groups."""
+def initialize(
+    backend: Backend, tensor: int, pipeline: int, context: int, rollout_tensor: int, expert: int = 1
+) -> ParallelMesh:
+    """Join the world that torchrun started (or a world of one) and build Megatron-core's groups.
+
+    An expert is never cut: gloo cannot gather the uneven numbers of tokens that this takes.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -99,10 +114,12 @@ def initialize(backend: Backend, tensor: int, pipeline: int, context: int, rollo
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
             context_parallel_size=context,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=1,
             create_gloo_process_groups=True,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    return ParallelMesh(dist.get_rank(), dist.get_world_size(), tensor, pipeline, context, rollout_tensor)
+    return ParallelMesh(dist.get_rank(), dist.get_world_size(), tensor, pipeline, context, rollout_tensor, expert)
 
 
 def shut_down() -> None:
@@ -124,12 +141,6 @@ def reduce_max(value: float) -> float:
     tensor = torch.tensor([value], dtype=torch.float64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor)
-
-
-def reduce_sum(values: Sequence[float]) -> list[float]:
-    tensor = torch.tensor(list(values), dtype=torch.float64)
-    dist.all_reduce(tensor)
-    return tensor.tolist()
 
 
 def local_rank() -> int:

@@ -103,6 +103,6 @@ def load_stage(model: LanguageModel, weights: WeightMap, checkpoint: HfCheckpoin
     checkpoint.check({t.name: t.shape for t in weights.hf_tensors().values()})
     for name, param in model.named_weights().items():
         entry = weights[name]
-        shard = entry.layout.trainer(entry.hf, mesh.here.tp, mesh.tensor)
+        shard = entry.layout.trainer(entry.hf, *mesh.slot(entry.layout.is_expert))
         assert shard.shape == tuple(param.shape), f"{name}: built {tuple(param.shape)}, table says {shard.shape}"
         load_shard(param, shard.blocks, checkpoint)

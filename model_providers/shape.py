@@ -24,3 +24,8 @@ class TransformerShape:
     tied_embeddings: bool
     max_positions: int
     qk_norm: bool = False
+    num_experts: int = 0
+    """0: a dense feed-forward network of ffn_hidden_size; otherwise that is the size of one expert."""
+    experts_per_token: int = 0
+    renormalized_routing: bool = True
+    """The weights of the chosen experts sum to one."""

@@ -18,4 +18,5 @@ TABLES: dict[str, tuple[ShapeOf, TableOf]] = {
     "qwen2_5_vl": (qwen2_5_vl.shape_of, qwen2_5_vl.weight_map),
     "qwen2": (qwen3.shape_of, qwen3.weight_map),
     "qwen3": (qwen3.shape_of, qwen3.weight_map),
+    "qwen3_moe": (qwen3.shape_of, qwen3.weight_map),
 }

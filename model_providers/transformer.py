@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_rl.device import Backend
 from megatron_rl.parallel import ParallelMesh
+from megatron_rl.types import FORBIDDEN_BIAS
 from model_providers.attention.packed import BatchLayout, PackedAttention
 from model_providers.shape import TransformerShape
 from model_providers.weight_map import canonical_name, padded_vocab
@@ -44,9 +45,6 @@ class TokenPolicy:
     temperature: float = 1.0
     forbidden: tuple[int, ...] = ()
     """Placeholder tokens: FORBIDDEN_BIAS is added to their logits on both sides."""
-
-
-FORBIDDEN_BIAS = -100.0
 
 
 class RMSNorm(torch.nn.Module):
@@ -86,6 +84,15 @@ def transformer_config(
         bf16=backend.dtype == torch.bfloat16,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the default is refused together with variable_seq_lengths
+        num_moe_experts=shape.num_experts or None,
+        expert_model_parallel_size=mesh.expert,
+        expert_tensor_parallel_size=1,
+        moe_router_topk=shape.experts_per_token or 2,
+        moe_router_pre_softmax=not shape.renormalized_routing,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",  # an auxiliary loss would move the policy away from its objective
+        moe_aux_loss_coeff=0.0,
+        moe_grouped_gemm=backend.fused_kernels and shape.num_experts > 0,
         calculate_per_token_loss=True,
         # Weights come from a checkpoint, so initialisation does nothing; but it must run, for it also marks the tensor
         # parallel parameters, and without the marks gradient norms count replicas.
@@ -118,10 +125,12 @@ def _block_spec(config: TransformerConfig, backend: Backend) -> TransformerBlock
     if backend.layer_spec == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer: ModuleSpec = get_gpt_layer_with_transformer_engine_spec(
+            config.num_moe_experts, config.moe_grouped_gemm, config.qk_layernorm
+        )
         norm: type = TENorm
     else:
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer = get_gpt_layer_local_spec(config.num_moe_experts, normalization="RMSNorm")
         norm = RMSNorm
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -157,6 +166,7 @@ class LanguageModel(GPTModel):
         self.rotary_pos_emb.cp_group = None
         self.tokens = tokens
         self.real_vocab_size = shape.vocab_size
+        self._first_expert = mesh.expert_rank * (shape.num_experts // mesh.expert)
         if self.post_process:
             # _postprocess gathers the sequence itself, before it picks the rows that predict response tokens.
             self.output_layer.sequence_parallel = False
@@ -205,9 +215,9 @@ class LanguageModel(GPTModel):
         return bias.masked_fill(ids >= self.real_vocab_size, float("-inf"))
 
     def named_weights(self) -> dict[str, torch.nn.Parameter]:
-        """Parameters of this stage under the names of the weight table (global layer index, fused norm names)."""
+        """Parameters of this stage under the names of the weight table (global indices, fused norm names)."""
         offset = get_transformer_layer_offset(self.config)
-        return {canonical_name(name, offset): param for name, param in self.named_parameters()}
+        return {canonical_name(name, offset, self._first_expert): param for name, param in self.named_parameters()}
 
 
 def build_language_model(

@@ -205,6 +205,48 @@ class QKV:
         return _stacked_shard([(q, even_split(q.rows, rank, world, q.name)), (k, kv), (v, kv)], q)
 
 
+@dataclass(frozen=True, slots=True)
+class _OneExpert:
+    """Expert `index` of `num_experts`. Trainer: on the slots of one expert parallel rank, cut over `expert_tensor`
+    ranks. Engine: part of one tensor [expert, row, column] that holds all experts, each cut over the tensor ranks."""
+
+    is_expert: ClassVar[bool] = True
+    index: int
+    num_experts: int
+    expert_tensor: int = 1
+
+    def trainer(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
+        ep_rank, tensor_rank = divmod(rank, self.expert_tensor)
+        first, stop = even_split(self.num_experts, ep_rank, world // self.expert_tensor, "number of experts")
+        shard = self._cut(hf, tensor_rank, self.expert_tensor)
+        return shard if first <= self.index < stop else Shard((0, *shard.shape[1:]), ())
+
+    def engine(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
+        shard = self._cut(hf, rank, world)
+        first = self.index * shard.shape[0]  # rows, the tensor seen as a matrix
+        moved = (Block(b.hf, b.rows, b.cols, (first + b.at[0], b.at[1])) for b in shard.blocks)
+        return Shard((self.num_experts, *shard.shape), tuple(moved))
+
+    def _cut(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGatedUp(_OneExpert):
+    """Gate and up projection of one expert."""
+
+    def _cut(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
+        return GatedUp().trainer(hf, rank, world)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSplitCols(_OneExpert):
+    """Down projection of one expert."""
+
+    def _cut(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
+        return SplitCols().trainer(hf, rank, world)
+
+
 def _clip(pieces: Iterable[tuple[HfTensor, Interval]], window: Interval) -> Iterable[tuple[HfTensor, Interval]]:
     """The part of a pile of row intervals that lies between two heights; may cut inside a piece."""
     height = 0
@@ -250,7 +292,8 @@ class WeightMap:
         return {t.name: t for entry in self.entries.values() for t in entry.hf}
 
     def engine_entries(self) -> dict[str, Entry]:
-        """Entries by engine parameter; tied tensors, which two Megatron parameters share, appear once."""
+        """Entries by engine parameter; tied tensors, which two Megatron parameters share, appear once. Of the experts
+        of a layer, which share an engine parameter, the first one is there."""
         return {entry.engine: entry for entry in reversed(self.entries.values())}
 
 
@@ -271,9 +314,19 @@ _FUSED_NORMS = (
 )
 
 
-def canonical_name(name: str, layer_offset: int) -> str:
-    """Table name of a parameter of one pipeline stage: global layer index, fused norm names."""
+# SequentialMLP has a module for each local expert; Transformer Engine's grouped linears number their weights.
+_EXPERT_NAMES = (
+    re.compile(r"mlp\.experts\.local_experts\.(?P<index>\d+)\.(?P<linear>linear_fc[12])\.weight"),
+    re.compile(r"mlp\.experts\.(?P<linear>linear_fc[12])\.weight(?P<index>\d+)"),
+)
+
+
+def canonical_name(name: str, layer_offset: int, expert_offset: int = 0) -> str:
+    """Table name of a parameter of one rank: global layer and expert indices, fused norm names."""
     if match := re.match(r"decoder\.layers\.(\d+)\.(.+)", name):
         rest = dict(_FUSED_NORMS).get(match[2], match[2])
+        for pattern in _EXPERT_NAMES:
+            if expert := pattern.fullmatch(rest):
+                rest = f"mlp.experts.{int(expert['index']) + expert_offset}.{expert['linear']}.weight"
         return f"decoder.layers.{int(match[1]) + layer_offset}.{rest}"
     return name

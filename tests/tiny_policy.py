@@ -93,8 +93,8 @@ class Trainer:
         return pack([[s] for s in samples], 1, max_tokens, self.provider, self.mesh)[0]
 
 
-def join(tensor: int = 1, pipeline: int = 1) -> ParallelMesh:
-    return parallel.initialize(BACKEND, tensor, pipeline, context=1, rollout_tensor=1)
+def join(tensor: int = 1, pipeline: int = 1, expert: int = 1) -> ParallelMesh:
+    return parallel.initialize(BACKEND, tensor, pipeline, context=1, rollout_tensor=1, expert=expert)
 
 
 def open_trainer(
@@ -145,7 +145,7 @@ def gradients(trainer: Trainer) -> list[Piece]:
 
     The distributed optimizer leaves each data parallel rank only its own part summed; the parts are gathered first.
     """
-    for group in [*trainer.policy.model.bucket_groups]:
+    for group in [*trainer.policy.model.bucket_groups, *trainer.policy.model.expert_parallel_bucket_groups]:
         ranks = group.intra_distributed_optimizer_instance_group
         for bucket in group.buckets:
             own = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
@@ -159,7 +159,7 @@ def _pieces(trainer: Trainer, tensors: Mapping[str, Tensor]) -> list[Piece]:
     for name, tensor in tensors.items():
         entry = trainer.provider.weight_map[name]
         local = tensor if tensor.ndim == 2 else tensor[:, None]
-        for block in entry.layout.trainer(entry.hf, mesh.here.tp, mesh.tensor).blocks:
+        for block in entry.layout.trainer(entry.hf, *mesh.slot(entry.layout.is_expert)).blocks:
             pieces.append((block.hf, *block.hf_slices, local[block.local_slices].clone()))
     return pieces
 

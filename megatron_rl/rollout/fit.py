@@ -19,11 +19,15 @@ def check_fit(
     rollout_tensor: int,
     source: Mapping[str, Tensor],
     target: Mapping[str, Tensor],
+    expert_slot: tuple[int, int] = (0, 1),
 ) -> None:
-    """Raise one WeightMismatch that lists every parameter that is missing, unknown or misshapen on either side."""
+    """Raise one WeightMismatch that lists every parameter that is missing, unknown or misshapen on either side.
+
+    `expert_slot`: which, of how many, shards of the experts this rank trains.
+    """
     problems = [
         *_engine_problems(weights, engine_tp, rollout_tensor, target),
-        *_trainer_problems(weights, trainer_tp, tensor, source),
+        *_trainer_problems(weights, (trainer_tp, tensor), expert_slot, source),
     ]
     if problems:
         raise WeightMismatch("trainer and engine weights do not fit:\n  " + "\n  ".join(problems))
@@ -45,12 +49,14 @@ def _engine_problems(
             yield f"{name}: the engine has shape {list(target[name].shape)}, expected {list(expected)}"
 
 
-def _trainer_problems(weights: WeightMap, trainer_tp: int, tensor: int, source: Mapping[str, Tensor]) -> Iterator[str]:
+def _trainer_problems(
+    weights: WeightMap, slot: tuple[int, int], expert_slot: tuple[int, int], source: Mapping[str, Tensor]
+) -> Iterator[str]:
     for name, parameter in source.items():
         if name not in weights.entries:
             yield f"{name}: a Megatron parameter that is not in the weight table"
             continue
         entry = weights[name]
-        expected = entry.layout.trainer(entry.hf, trainer_tp, tensor).shape
+        expected = entry.layout.trainer(entry.hf, *(expert_slot if entry.layout.is_expert else slot)).shape
         if tuple(parameter.shape) != expected:
             yield f"{name}: the trainer has shape {list(parameter.shape)}, expected {list(expected)}"

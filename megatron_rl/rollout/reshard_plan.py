@@ -190,7 +190,7 @@ class Wanted:
 def wanted_pieces(weights: WeightMap, num_layers: int, layouts: Layouts) -> Iterator[Wanted]:
     """All pieces of all engine shards; depends on the grids, not on which rank has which place in the engine's."""
     geometry = _Geometry(layouts)
-    for engine_name, sources in sources_by_engine_name(weights, num_layers, layouts).items():
+    for (engine_name, _), sources in sources_by_engine_name(weights, num_layers, layouts).items():
         for tp in range(layouts.rollout_tensor):
             for cut in geometry.cuts(sources[0][0], tp):
                 yield Wanted(engine_name, tp, cut.target, tuple(_holders(sources, cut, layouts)))
@@ -199,13 +199,18 @@ def wanted_pieces(weights: WeightMap, num_layers: int, layouts: Layouts) -> Iter
 Source = tuple[Entry, int]
 
 
-def sources_by_engine_name(weights: WeightMap, num_layers: int, layouts: Layouts) -> dict[str, list[Source]]:
-    """Engine parameter -> the trainer parameters that hold it, with their stage (two for a tied embedding under PP)."""
-    sources: dict[str, list[Source]] = {}
+EnginePart = tuple[str, tuple[HfTensor, ...]]  # engine parameter, HF tensors; all experts of a layer are one parameter
+
+
+def sources_by_engine_name(weights: WeightMap, num_layers: int, layouts: Layouts) -> dict[EnginePart, list[Source]]:
+    """Part of an engine parameter -> the trainer parameters that hold it, with their stage (two for a tied embedding
+    under PP)."""
+    sources: dict[EnginePart, list[Source]] = {}
     for name, entry in weights.entries.items():
-        if layouts.pipeline == 1 and name == "output_layer.weight" and entry.engine in sources:
+        part = (entry.engine, entry.hf)
+        if layouts.pipeline == 1 and name == "output_layer.weight" and part in sources:
             continue  # a tied output layer has no parameter of its own on a single stage
-        sources.setdefault(entry.engine, []).append((entry, stage_of(name, num_layers, layouts)))
+        sources.setdefault(part, []).append((entry, stage_of(name, num_layers, layouts)))
     return sources
 
 

@@ -24,12 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.device import Backend, define_torchvision_operators
-from megatron_rl.types import Completion, Prompt, Sampling
+from megatron_rl.types import FORBIDDEN_BIAS, Completion, Prompt, Sampling
 
 EnginePrompt = Callable[[Prompt, Mapping[str, Tensor]], dict[str, Any]]
 
 CHUNK_TOKENS = 8192  # of a long prompt, prefilled at a time
-FORBIDDEN_BIAS = -100.0  # vLLM clamps logit_bias to [-100, 100]; the trainer adds the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +66,7 @@ class VllmEngine:
         self._cached_version: int | None = None
         if not backend.engine_owns_weights:
             keep_cpu_linear_weights()
+            keep_cpu_expert_weights()
         inspect_models_in_process()
         with (
             _launcher_environment(),
@@ -241,6 +241,28 @@ def keep_cpu_linear_weights() -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     layer_utils.dispatch_cpu_unquantized_gemm = read_live_weight
+
+
+def keep_cpu_expert_weights() -> None:
+    """As `keep_cpu_linear_weights` for mixtures of experts, whose weights vLLM 0.32 packs for a kernel of its own: keep
+    the live ones, and compute one expert after the other with torch. Must run before the model is built."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    def leave_unpacked(self: Any, layer: torch.nn.Module) -> None:
+        self._use_zentorch = False
+
+    def apply(self: Any, *, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor, **more: Any) -> None:
+        assert more["activation"].value == "silu", more["activation"]
+        chosen, total = more["topk_ids"], torch.zeros_like(output, dtype=torch.float32)
+        for expert in chosen.unique().tolist():
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            gate, up = torch.nn.functional.linear(hidden_states[token], w1[expert]).chunk(2, dim=-1)
+            made = torch.nn.functional.linear(torch.nn.functional.silu(gate) * up, w2[expert])
+            total.index_add_(0, token, made.float() * more["topk_weights"][token, place, None])
+        output.copy_(total)
+
+    CPUUnquantizedExperts.process_weights_after_loading = leave_unpacked
+    CPUUnquantizedExperts.apply = apply
 
 
 @contextmanager

@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from model_providers.dense import dense_weight_map
+from model_providers.decoder_weights import decoder_weight_map
 from model_providers.shape import TransformerShape
 from model_providers.weight_map import WeightMap
 
 
 def weight_map(shape: TransformerShape) -> WeightMap:
-    return dense_weight_map(shape, engine_prefix="language_model.")
+    return decoder_weight_map(shape, engine_prefix="language_model.")
 
 
 def shape_of(config: Mapping[str, Any]) -> TransformerShape:

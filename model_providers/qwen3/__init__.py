@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen's dense text models: Qwen3 (arXiv 2505.09388) and, with a QKV bias and no q/k norms, Qwen2 and Qwen2.5."""
+"""Qwen's text models: Qwen3, dense or a mixture of experts (arXiv 2505.09388), and Qwen2 and Qwen2.5."""

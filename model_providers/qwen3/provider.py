@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that the rest of the system asks of a dense Qwen text model, read from the checkpoint's config.json."""
+"""Everything that the rest of the system asks of a Qwen text model, read from the checkpoint's config.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from model_providers.transformer import LanguageModel, TokenPolicy, build_langua
 class QwenText:
     """Provider of one checkpoint folder. It takes no video, so the bounds of a frame's area have no effect."""
 
-    model_types = ("qwen2", "qwen3")
+    model_types = ("qwen2", "qwen3", "qwen3_moe")
     video_spec = None
     video_token_id = None
     forbidden_tokens: tuple[int, ...] = ()

@@ -191,7 +191,7 @@ def test_sync_gives_what_vllm_loads_and_moves_the_least(
 
 
 def _sync_into_engine(rank: int, folder: Path, run_dir: Path) -> tuple[Params, dict[str, bool]]:
-    with open_session(small_config(folder, run_dir, tensor=2, rollout_tensor=2)) as session:
+    with open_session(small_config(folder, run_dir, tensor=2, rollout_tensor=2), temperature=1.0) as session:
         engine, resharder = open_engine(session)
         before = {name: p.data_ptr() for name, p in engine.parameters().items()}
         resharder.sync(0)

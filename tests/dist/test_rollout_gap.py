@@ -38,7 +38,7 @@ class Gaps:
 
 
 def _measure(rank: int, cfg: RunConfig, rows: list[Row]) -> Gaps:
-    with open_session(cfg) as session:
+    with open_session(cfg, cfg.rollout.temperature) as session:
         return _measure_in(session, cfg, rows)
 
 
