@@ -228,6 +228,10 @@ def build_language_model(
         model = LanguageModel(shape, backend, mesh, tokens, recompute)
         if backend.fused_kernels:
             model.cuda(torch.cuda.current_device())
-        for param in model.parameters():
+        for name, param in model.named_parameters():
+            if ".mlp.experts." in name:
+                # Megatron-core 0.16 says so only with several expert parallel ranks; without it the gradients of
+                # whole experts on several tensor parallel ranks, each with its own tokens, are never summed.
+                param.allreduce = False  # type: ignore[attr-defined]
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
     return model
