@@ -63,11 +63,29 @@ def write_numbered(source: Path, target: Path, tied: bool) -> Path:
     return target
 
 
+def write_odd(source: Path, folder: Path) -> Path:
+    """Three layers and six heads, each with keys and values of its own: for layouts that powers of two never meet."""
+    from scripts.make_tiny_checkpoint import make_config, make_model, make_tokenizer
+
+    shutil.copytree(source, folder)
+    config = make_config(make_tokenizer())
+    text = config.get_text_config()
+    text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 3, 6, 6
+    text.hidden_size = config.vision_config.out_hidden_size = 192
+    text.intermediate_size, text.layer_types = 384, text.layer_types[:1] * 3
+    make_model(config, seed=2).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def numbered(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """{tied: checkpoint folder}."""
+def numbered(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """{kind of model: checkpoint folder}."""
     root = tmp_path_factory.mktemp("numbered")
-    return {tied: write_numbered(tiny_checkpoint, root / str(tied), tied) for tied in (False, True)}
+    return {
+        "plain": write_numbered(tiny_checkpoint, root / "plain", tied=False),
+        "tied": write_numbered(tiny_checkpoint, root / "tied", tied=True),
+        "odd": write_numbered(write_odd(tiny_checkpoint, root / "odd_source"), root / "odd", tied=False),
+    }
 
 
 def _vllm_params(rank: int, folder: Path, tensor: int) -> tuple[Params, Params]:
@@ -79,12 +97,12 @@ def _vllm_params(rank: int, folder: Path, tensor: int) -> tuple[Params, Params]:
 
 
 @pytest.fixture(scope="module")
-def oracle(numbered: dict[bool, Path]) -> Callable[[bool, int], list[Params]]:
-    """(tied, engine tp) -> parameters of each engine rank, from vLLM alone."""
+def oracle(numbered: dict[str, Path]) -> Callable[[str, int], list[Params]]:
+    """(kind of model, engine tp) -> parameters of each engine rank, from vLLM alone."""
 
     @functools.cache
-    def load(tied: bool, tensor: int) -> list[Params]:
-        pairs = run_world(tensor, _vllm_params, numbered[tied], tensor, timeout=180)
+    def load(kind: str, tensor: int) -> list[Params]:
+        pairs = run_world(tensor, _vllm_params, numbered[kind], tensor, timeout=180)
         for start, final in pairs:
             assert not any(torch.equal(start[name], final[name]) for name in final if "norm" not in name)
         return [final for _, final in pairs]
@@ -144,40 +162,45 @@ def assert_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> No
     assert [name for name in got if not torch.equal(got[name], expected[name])] == []
 
 
-LAYOUTS = [  # (world, trainer tp, trainer pp, engine tp, tied embeddings)
-    (1, 1, 1, 1, False),
-    (2, 1, 1, 2, False),
-    (2, 1, 2, 1, False),
-    (2, 1, 2, 2, False),
-    (2, 2, 1, 1, False),
-    (2, 2, 1, 2, False),
-    (4, 1, 1, 2, False),
-    (4, 2, 2, 2, False),
-    (4, 4, 1, 1, False),
-    (4, 4, 1, 2, False),
-    (2, 2, 1, 2, True),
-    (2, 1, 2, 2, True),
-    (4, 2, 2, 2, True),
-    (4, 4, 1, 2, True),
+LAYOUTS = [  # (world, trainer tp, trainer pp, engine tp, kind of model)
+    (1, 1, 1, 1, "plain"),
+    (2, 1, 1, 2, "plain"),
+    (2, 1, 2, 1, "plain"),
+    (2, 1, 2, 2, "plain"),
+    (2, 2, 1, 1, "plain"),
+    (2, 2, 1, 2, "plain"),
+    (4, 1, 1, 2, "plain"),
+    (4, 2, 2, 2, "plain"),
+    (4, 4, 1, 1, "plain"),
+    (4, 4, 1, 2, "plain"),
+    (2, 2, 1, 2, "tied"),
+    (2, 1, 2, 2, "tied"),
+    (4, 2, 2, 2, "tied"),
+    (4, 4, 1, 2, "tied"),
+    (3, 3, 1, 1, "odd"),
+    (3, 1, 3, 1, "odd"),
+    (6, 3, 1, 2, "odd"),
+    (6, 1, 3, 2, "odd"),
+    (6, 2, 3, 2, "odd"),
 ]
 FOUR_ENGINE_RANKS = [  # more ranks than KV heads: those are repeated
-    (4, 1, 2, 4, False),
-    (4, 2, 1, 4, False),
-    (4, 2, 2, 4, False),
-    (4, 4, 1, 4, False),
+    (4, 1, 2, 4, "plain"),
+    (4, 2, 1, 4, "plain"),
+    (4, 2, 2, 4, "plain"),
+    (4, 4, 1, 4, "plain"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("world", "tensor", "pipeline", "rollout_tensor", "tied"),
+    ("world", "tensor", "pipeline", "rollout_tensor", "kind"),
     LAYOUTS + [pytest.param(*layout, marks=pytest.mark.full) for layout in FOUR_ENGINE_RANKS],
 )
 def test_sync_gives_what_vllm_loads_and_moves_the_least(
-    world: int, tensor: int, pipeline: int, rollout_tensor: int, tied: bool, numbered, oracle
+    world: int, tensor: int, pipeline: int, rollout_tensor: int, kind: str, numbered, oracle
 ) -> None:
-    expected = oracle(tied, rollout_tensor)
+    expected = oracle(kind, rollout_tensor)
     sizes = (1 << 30, 32 << 10)  # one round; many
-    ranks = run_world(world, _sync_into_noise, numbered[tied], tensor, pipeline, expected, sizes, timeout=120)
+    ranks = run_world(world, _sync_into_noise, numbered[kind], tensor, pipeline, expected, sizes, timeout=120)
     for rank, (trainer, results) in enumerate(ranks):
         wanted = expected[rank % rollout_tensor]
         minimum = bytes_missing(wanted, trainer)
@@ -200,8 +223,8 @@ def _sync_into_engine(rank: int, folder: Path, run_dir: Path) -> tuple[Params, d
 
 
 def test_sync_reaches_a_live_engine_in_place(numbered, oracle, tmp_path: Path) -> None:
-    ranks = run_world(2, _sync_into_engine, numbered[False], tmp_path, timeout=120)
-    for (params, in_place), expected in zip(ranks, oracle(False, 2), strict=True):
+    ranks = run_world(2, _sync_into_engine, numbered["plain"], tmp_path, timeout=120)
+    for (params, in_place), expected in zip(ranks, oracle("plain", 2), strict=True):
         assert_same(params, expected)
         assert all(in_place.values())
 

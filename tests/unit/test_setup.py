@@ -100,7 +100,7 @@ def _imported_modules() -> Iterator[str]:
 def test_every_import_of_the_project_is_locked() -> None:
     locked = {*_lock("cpu"), *_lock("test")}
     owners = metadata.packages_distributions()
-    ours = {*PACKAGES, "scripts", "tests"}
+    ours = {*PACKAGES, "scripts", "tests", *(path.stem for path in (ROOT / "scripts").glob("*.py"))}
     foreign = set(_imported_modules()) - ours - GPU_ONLY - set(sys.stdlib_module_names)
     assert "torch" in foreign and "vllm" in foreign
     unlocked = {name for name in foreign if not locked & {_canonical(owner) for owner in owners.get(name, [])}}
