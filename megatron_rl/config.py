@@ -65,6 +65,8 @@ class ParallelConfig:
     """Pipeline parallel size of the trainer."""
     context: int = 1
     """Context parallel size of the trainer."""
+    expert: int = 1
+    """Expert parallel size of the trainer, for mixture-of-experts models; a divisor of tensor * data parallel."""
 
 
 @dataclass(frozen=True, kw_only=True)

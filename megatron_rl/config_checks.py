@@ -24,7 +24,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
     (
         "at least 1",
         lambda value: value >= 1,
-        "parallel.tensor parallel.pipeline parallel.context rollout.tensor rollout.num_samples "
+        "parallel.tensor parallel.pipeline parallel.context parallel.expert rollout.tensor rollout.num_samples "
         "rollout.max_response_tokens rollout.max_num_seqs rollout.sync_buffer_mib data.max_frames data.min_pixels "
         "data.max_pixels data.max_prompt_tokens data.decode_threads algorithm.max_filter_rounds train.num_steps "
         "train.prompts_per_step train.updates_per_step train.max_tokens_per_microbatch eval.batch_size checkpoint.keep",
@@ -105,6 +105,9 @@ def _parallel(cfg: RunConfig, world_size: int, job: Job) -> Iterator[str]:
         product = f"{parallel.tensor} * {parallel.pipeline} * {parallel.context}"
         fix = f"start a multiple of {size} processes or change the parallel sizes"
         yield f"parallel.tensor * pipeline * context={product}: does not divide {world_size} ranks; {fix}"
+    elif size > 0 and parallel.expert > 0 and world_size // parallel.pipeline % parallel.expert:
+        ranks = world_size // parallel.pipeline
+        yield _problem(cfg, "parallel.expert", f"does not divide the {ranks} ranks of a stage; use a divisor")
     if job == "rl" and cfg.rollout.tensor > 0 and world_size % cfg.rollout.tensor:
         yield _problem(cfg, "rollout.tensor", f"does not divide {world_size} ranks; use a divisor")
 
@@ -200,11 +203,19 @@ def _fits_model(cfg: RunConfig, text: dict[str, int]) -> Iterator[str]:
     for key in ("num_attention_heads", "hidden_size", "intermediate_size"):
         yield from _divides(cfg, "parallel.tensor", key, text)
     yield from _divides(cfg, "parallel.pipeline", "num_hidden_layers", text)
+    yield from _experts(cfg, text.get("num_experts", 0))
     yield from _kv_heads(cfg, "parallel.tensor", text)
     if cfg.max_model_len > text["max_position_embeddings"]:
         longest = text["max_position_embeddings"]
         why = f"prompt + response may have {cfg.max_model_len} tokens, the model takes {longest}; lower it"
         yield _problem(cfg, "rollout.max_model_len" if cfg.rollout.max_model_len else "data.max_prompt_tokens", why)
+
+
+def _experts(cfg: RunConfig, num_experts: int) -> Iterator[str]:
+    if cfg.parallel.expert > 1 and (not num_experts or num_experts % cfg.parallel.expert):
+        yield _problem(cfg, "parallel.expert", f"does not divide the model's {num_experts} experts; use a divisor")
+    if num_experts and cfg.checkpoint.export_hf:
+        yield _problem(cfg, "checkpoint.export_hf", "exporting experts is not built yet; use false")
 
 
 def _fits_engine(cfg: RunConfig, text: dict[str, int]) -> Iterator[str]:

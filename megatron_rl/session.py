@@ -87,9 +87,8 @@ def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
     """
     stop = StopFlag()
     backend = choose_backend(cfg.device, cfg.model.dtype)
-    mesh = parallel.initialize(
-        backend, cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.context, cfg.rollout.tensor
-    )
+    sizes = cfg.parallel
+    mesh = parallel.initialize(backend, sizes.tensor, sizes.pipeline, sizes.context, cfg.rollout.tensor, sizes.expert)
     with watch_world() as watchdog:
         session = _build_session(cfg, temperature, backend, mesh, watchdog, stop)
         yield session

@@ -18,7 +18,7 @@ from checkpoint_tools.hf_to_mcore import hf_to_mcore
 from checkpoint_tools.mcore_to_hf import mcore_to_hf
 from megatron_rl import parallel
 from megatron_rl.algorithms.losses import NllLoss
-from megatron_rl.config import CheckpointConfig, EvalConfig, OptimizerConfig, RewardConfig, RunConfig
+from megatron_rl.config import CheckpointConfig, EvalConfig, OptimizerConfig, ParallelConfig, RewardConfig, RunConfig
 from megatron_rl.rollout.fit import check_fit
 from megatron_rl.rollout.reshard_plan import Layouts, make_plan
 from megatron_rl.rollout.resharder import Resharder
@@ -258,7 +258,7 @@ def test_text_rows_are_learned_and_a_video_is_refused(
     video = {"problem": "What happens?", "answer": "B", "videos": ["film.mp4"]}
     cfg = text_config(checkpoints[kind], tmp_path, [questions[0], video, questions[1]])
     if kind == "qwen3_moe":  # checkpoint_tools cannot read experts yet
-        cfg = replace(cfg, checkpoint=CheckpointConfig())
+        cfg = replace(cfg, checkpoint=CheckpointConfig(), parallel=ParallelConfig(expert=2))
     run_world(2, _run_job, cfg, job)
     (bad,) = [json.loads(line) for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
     assert "film.mp4: this model takes no video" in bad["reason"]

@@ -187,6 +187,17 @@ def test_everything_wrong_is_said_at_once(make):
     assert len(problems(cfg, world_size=2)) == 5
 
 
+def test_experts_are_shared_out_evenly(make, tmp_path):
+    (problem,) = problems(make("parallel.expert=2"), world_size=2)
+    assert problem.startswith("parallel.expert=2: does not divide the model's 0 experts")
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | {"num_experts": 6}))
+    assert problems(make("parallel.expert=2"), world_size=4) == []
+    ranks, experts, export = problems(make("parallel.expert=4", "checkpoint.export_hf=true"), world_size=2)
+    assert ranks.startswith("parallel.expert=4: does not divide the 2 ranks of a stage")
+    assert experts.startswith("parallel.expert=4: does not divide the model's 6 experts")
+    assert export.startswith("checkpoint.export_hf=true: exporting experts is not built yet")
+
+
 def test_export_needs_a_last_checkpoint(make):
     (problem,) = problems(make("checkpoint.export_hf=true", "checkpoint.save_at_end=false"))
     assert problem.startswith("checkpoint.export_hf=true: exports the last checkpoint")
