@@ -49,7 +49,7 @@ def test_work_is_balanced(seed: int) -> None:
 
 
 def test_one_long_sample_is_worth_many_short_ones() -> None:
-    """By tokens, 4000 + 2 x 1000 against 6 x 1000 would be even; with attention, 4000 alone cost more than the rest."""
+    """By tokens, 4000 + 2 x 1000 would match 6 x 1000; with attention the 4000 alone cost more than all the rest."""
     plan = plan_packing([4000, *[1000] * 8], 2, 8000, HIDDEN)
     assert sorted(plan.bins) == [((0,),), ((1, 2, 3, 4, 5, 6, 7, 8),)]
 
