@@ -42,6 +42,8 @@ def run_world(
     `fn` sees torchrun's environment and calls `init_process_group("gloo")` itself; its result must be picklable.
     `grace` is how long the other ranks may still report after the first failure, before they are killed.
     """
+    # A store of an earlier world, dead in a cycle, would make a rank join a thread that the fork did not copy.
+    gc.collect()
     store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
     processes: list[Any] = []
@@ -79,7 +81,7 @@ def _rank_main(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    gc.freeze()  # a store of an earlier world, dead in a cycle, would join a thread that the fork did not copy
+    gc.freeze()  # what is the parent's is not for a rank to collect
     _die_with_parent()
     # A connection makes the store's thread resolve names; a rank forked meanwhile would inherit glibc's lock for ever.
     all_forked.wait()

@@ -75,7 +75,9 @@ class VllmEngine:
             private_shared_memory(),
         ):
             self._llm = _build(settings, backend)
-        core = self._llm.llm_engine.engine_core.engine_core
+        client = self._llm.llm_engine.engine_core
+        client._finalizer.detach()  # vLLM's own shutdown would also destroy the trainer's process groups; see `close`
+        core = client.engine_core
         self._model = core.model_executor.driver_worker.get_model()
         self.sleep()
 
@@ -124,12 +126,10 @@ class VllmEngine:
             self._llm.wake_up(tags=[what])
 
     def close(self) -> None:
-        """Free the engine. vLLM's own shutdown would also destroy the trainer's process groups, so we take it apart."""
+        """Free the engine and its own process groups, part by part."""
         from vllm.distributed.parallel_state import destroy_model_parallel
 
-        client = self._llm.llm_engine.engine_core
-        client._finalizer.detach()
-        core = client.engine_core
+        core = self._llm.llm_engine.engine_core.engine_core
         core.structured_output_manager.clear_backend()
         core.model_executor.shutdown()
         core.scheduler.shutdown()

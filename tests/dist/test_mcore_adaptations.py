@@ -66,12 +66,16 @@ def test_megatron_core_asks_for_cuda_without_the_scope(tiny_checkpoint: Path, us
     run_world(1, fn)
 
 
+def _patched_attributes() -> list[Any]:
+    """What the scope replaces, as it is now; the scope may also define a name that does not exist outside."""
+    return [getattr(owner, name, "not defined") for owner, name, _ in _patches()]
+
+
 @needs_no_gpu
 def test_the_scope_redirects_and_is_undone() -> None:
-    names = [(owner, name) for owner, name, _ in _patches()]
-    before = [getattr(owner, name) for owner, name in names]
+    before = _patched_attributes()
     with pytest.raises(KeyError, match="deliberate"), redirect_cuda_to_cpu():
-        assert all(getattr(owner, name) is not old for (owner, name), old in zip(names, before, strict=True))
+        assert all(now is not old for now, old in zip(_patched_attributes(), before, strict=True))
         for made in (
             torch.zeros(2, device="cuda"),
             torch.empty(2, device=torch.device("cuda", 0), pin_memory=True),
@@ -82,7 +86,7 @@ def test_the_scope_redirects_and_is_undone() -> None:
             assert made.device.type == "cpu"
         assert torch.ones(2).type() == "torch.cuda.FloatTensor"
         raise KeyError("deliberate")
-    assert [getattr(owner, name) for owner, name in names] == before
+    assert _patched_attributes() == before
     _assert_ordinary_torch()
 
 
@@ -96,8 +100,7 @@ def _assert_ordinary_torch() -> None:
 
 
 def _work_and_look_outside(folder: Path) -> None:
-    names = [(owner, name) for owner, name, _ in _patches()]
-    before = [getattr(owner, name) for owner, name in names]
+    before = _patched_attributes()
     trainer = tp.open_trainer(folder, tp.join())
     samples = tp.mixed_samples(trainer.provider)
     batches, embeds = trainer.pack(samples), tp.random_embeds(samples)
@@ -105,7 +108,7 @@ def _work_and_look_outside(folder: Path) -> None:
         _assert_ordinary_torch()  # where the engine works
     trainer.policy.logprobs(batches, embeds)
     trainer.policy.train(tp.unscored(batches), embeds, NllLoss(), step=0)
-    assert [getattr(owner, name) for owner, name in names] == before
+    assert _patched_attributes() == before
     _assert_ordinary_torch()
 
 
