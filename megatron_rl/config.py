@@ -63,6 +63,8 @@ class ParallelConfig:
     """Tensor parallel size of the trainer (sequence parallel is on whenever it is above 1)."""
     pipeline: int = 1
     """Pipeline parallel size of the trainer."""
+    virtual_pipeline: int = 1
+    """Model chunks a pipeline stage holds (Megatron-core's interleaved schedule); needs pipeline above 2."""
     context: int = 1
     """Context parallel size of the trainer."""
     expert: int = 1

@@ -24,7 +24,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
     (
         "at least 1",
         lambda value: value >= 1,
-        "parallel.tensor parallel.pipeline parallel.context parallel.expert rollout.tensor rollout.num_samples "
+        "parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.context parallel.expert "
+        "rollout.tensor rollout.num_samples "
         "rollout.max_response_tokens rollout.max_num_seqs rollout.sync_buffer_mib data.max_frames data.min_pixels "
         "data.max_pixels data.max_prompt_tokens data.decode_threads algorithm.max_filter_rounds train.num_steps "
         "train.prompts_per_step train.updates_per_step train.max_tokens_per_microbatch eval.batch_size checkpoint.keep",
@@ -203,12 +204,22 @@ def _fits_model(cfg: RunConfig, text: dict[str, int]) -> Iterator[str]:
     for key in ("num_attention_heads", "hidden_size", "intermediate_size"):
         yield from _divides(cfg, "parallel.tensor", key, text)
     yield from _divides(cfg, "parallel.pipeline", "num_hidden_layers", text)
+    yield from _chunks(cfg, text["num_hidden_layers"])
     yield from _experts(cfg, text.get("num_experts", 0))
     yield from _kv_heads(cfg, "parallel.tensor", text)
     if cfg.max_model_len > text["max_position_embeddings"]:
         longest = text["max_position_embeddings"]
         why = f"prompt + response may have {cfg.max_model_len} tokens, the model takes {longest}; lower it"
         yield _problem(cfg, "rollout.max_model_len" if cfg.rollout.max_model_len else "data.max_prompt_tokens", why)
+
+
+def _chunks(cfg: RunConfig, num_layers: int) -> Iterator[str]:
+    stages, chunks = cfg.parallel.pipeline, cfg.parallel.virtual_pipeline
+    if chunks > 1 and stages <= 2:  # between two stages, Megatron-core's two directions of messages get mixed up
+        yield _problem(cfg, "parallel.virtual_pipeline", "needs parallel.pipeline above 2; use 1")
+    elif chunks > 1 and num_layers % (stages * chunks):
+        why = f"{stages} stages times {chunks} chunks do not divide the model's {num_layers} layers; use a divisor"
+        yield _problem(cfg, "parallel.virtual_pipeline", why)
 
 
 def _experts(cfg: RunConfig, num_experts: int) -> Iterator[str]:

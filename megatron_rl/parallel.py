@@ -42,6 +42,7 @@ class ParallelMesh:
     context: int
     rollout_tensor: int
     expert: int = 1
+    virtual: int = 1
 
     @property
     def data(self) -> int:
@@ -79,6 +80,11 @@ class ParallelMesh:
         return self.here.pp == self.pipeline - 1
 
     @property
+    def chunks(self) -> tuple[int | None, ...]:
+        """Numbers of this stage's model chunks; one without a number where the pipeline is not virtual."""
+        return tuple(range(self.virtual)) if self.virtual > 1 else (None,)
+
+    @property
     def replica(self) -> int:
         return self.rank // self.rollout_tensor
 
@@ -93,7 +99,13 @@ class ParallelMesh:
 
 
 def initialize(
-    backend: Backend, tensor: int, pipeline: int, context: int, rollout_tensor: int, expert: int = 1
+    backend: Backend,
+    tensor: int,
+    pipeline: int,
+    context: int,
+    rollout_tensor: int,
+    expert: int = 1,
+    virtual: int = 1,
 ) -> ParallelMesh:
     """Join the world that torchrun started (or a world of one) and build Megatron-core's groups.
 
@@ -113,13 +125,15 @@ def initialize(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
             context_parallel_size=context,
             expert_model_parallel_size=expert,
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=True,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    return ParallelMesh(dist.get_rank(), dist.get_world_size(), tensor, pipeline, context, rollout_tensor, expert)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return ParallelMesh(rank, world, tensor, pipeline, context, rollout_tensor, expert, virtual)
 
 
 def shut_down() -> None:

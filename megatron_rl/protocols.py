@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_rl.parallel import ParallelMesh
     from megatron_rl.types import Completion, LossInputs, LossOutput, Prompt, Sampling, VideoArtifact, VideoInfo
     from model_providers.shape import TransformerShape
-    from model_providers.transformer import LanguageModel
+    from model_providers.transformer import ChunkedStage, LanguageModel
     from model_providers.weight_map import WeightMap
 
 
@@ -68,10 +68,10 @@ class ModelProvider(Protocol):
 
     def build_language(
         self, backend: Backend, mesh: ParallelMesh, temperature: float = 1.0, recompute: str = "none"
-    ) -> LanguageModel:
+    ) -> LanguageModel | ChunkedStage:
         """This rank's pipeline stage, uninitialised."""
 
-    def load_language(self, model: LanguageModel, mesh: ParallelMesh) -> None:
+    def load_language(self, model: LanguageModel | ChunkedStage, mesh: ParallelMesh) -> None:
         """Fill a stage with its part of the Hugging Face weights."""
 
     def build_vision(self, backend: Backend, device: torch.device) -> VideoTower | None: ...

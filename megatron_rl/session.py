@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from megatron_rl.rollout.resharder import Resharder
     from megatron_rl.rollout.vllm_engine import VllmEngine
-    from model_providers.transformer import LanguageModel
+    from model_providers.transformer import ChunkedStage, LanguageModel
     from model_providers.weight_map import WeightMap
 
 
@@ -88,7 +88,15 @@ def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
     stop = StopFlag()
     backend = choose_backend(cfg.device, cfg.model.dtype)
     sizes = cfg.parallel
-    mesh = parallel.initialize(backend, sizes.tensor, sizes.pipeline, sizes.context, cfg.rollout.tensor, sizes.expert)
+    mesh = parallel.initialize(
+        backend,
+        sizes.tensor,
+        sizes.pipeline,
+        sizes.context,
+        cfg.rollout.tensor,
+        sizes.expert,
+        sizes.virtual_pipeline,
+    )
     with watch_world() as watchdog:
         session = _build_session(cfg, temperature, backend, mesh, watchdog, stop)
         yield session
@@ -167,7 +175,7 @@ def check_freeze(weights: WeightMap, patterns: Sequence[str]) -> None:
     raise_all(problems, "frozen parameters")
 
 
-def freeze(model: LanguageModel, patterns: Sequence[str]) -> None:
+def freeze(model: LanguageModel | ChunkedStage, patterns: Sequence[str]) -> None:
     """Take the parameters whose table name matches a pattern out of training."""
     for name, param in model.named_weights().items():
         if any(fnmatchcase(name, pattern) for pattern in patterns):
@@ -234,7 +242,15 @@ def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
         provider.engine_prompt,
         lambda ids: session.tokenizer.decode(ids, skip_special_tokens=True),
     )
-    layouts = Layouts(mesh.world, mesh.tensor, mesh.pipeline, mesh.context, mesh.rollout_tensor, expert=mesh.expert)
+    layouts = Layouts(
+        mesh.world,
+        mesh.tensor,
+        mesh.pipeline,
+        mesh.context,
+        mesh.rollout_tensor,
+        virtual=mesh.virtual,
+        expert=mesh.expert,
+    )
     plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
     source = {name: param.data for name, param in session.policy.language_model.named_weights().items()}
     target = engine.parameters()

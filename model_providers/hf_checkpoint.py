@@ -18,7 +18,7 @@ from model_providers.weight_map import Block, WeightMap
 
 if TYPE_CHECKING:
     from megatron_rl.parallel import ParallelMesh
-    from model_providers.transformer import LanguageModel
+    from model_providers.transformer import ChunkedStage, LanguageModel
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -98,7 +98,9 @@ def load_shard(target: Tensor, blocks: Iterable[Block], checkpoint: HfCheckpoint
         local[block.local_slices].copy_(checkpoint.part(block.hf, *block.hf_slices))
 
 
-def load_stage(model: LanguageModel, weights: WeightMap, checkpoint: HfCheckpoint, mesh: ParallelMesh) -> None:
+def load_stage(
+    model: LanguageModel | ChunkedStage, weights: WeightMap, checkpoint: HfCheckpoint, mesh: ParallelMesh
+) -> None:
     """Fill a pipeline stage with its part of the HF weights, reading only that part."""
     checkpoint.check({t.name: t.shape for t in weights.hf_tensors().values()})
     for name, param in model.named_weights().items():

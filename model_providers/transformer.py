@@ -77,6 +77,7 @@ def transformer_config(
         kv_channels=shape.head_dim,
         tensor_model_parallel_size=mesh.tensor,
         pipeline_model_parallel_size=mesh.pipeline,
+        virtual_pipeline_model_parallel_size=mesh.virtual if mesh.virtual > 1 else None,
         context_parallel_size=mesh.context,
         sequence_parallel=mesh.tensor > 1,
         params_dtype=backend.dtype,
@@ -120,7 +121,7 @@ def transformer_config(
     )
 
 
-def _block_spec(config: TransformerConfig, backend: Backend) -> TransformerBlockSubmodules:
+def _block_spec(config: TransformerConfig, backend: Backend, chunk: int | None) -> TransformerBlockSubmodules:
     """Megatron-core's stock layer with our core attention; local modules on a CPU, Transformer Engine's on a GPU."""
     if backend.layer_spec == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
@@ -138,7 +139,7 @@ def _block_spec(config: TransformerConfig, backend: Backend) -> TransformerBlock
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=norm)
 
 
 class LanguageModel(GPTModel):
@@ -146,22 +147,29 @@ class LanguageModel(GPTModel):
 
     The layout rides in `packed_seq_params`; position ids are this rank's own, [3, 1, T], and Megatron-core's slicing of
     rotary embeddings is off, so that a response can continue at any position.
+    `chunk` numbers the parts of a stage under virtual pipeline parallelism.
     """
 
     def __init__(
-        self, shape: TransformerShape, backend: Backend, mesh: ParallelMesh, tokens: TokenPolicy, recompute: str
+        self,
+        config: TransformerConfig,
+        shape: TransformerShape,
+        backend: Backend,
+        mesh: ParallelMesh,
+        tokens: TokenPolicy,
+        chunk: int | None = None,
     ):
-        config = transformer_config(shape, backend, mesh, recompute)
         super().__init__(
             config,
-            _block_spec(config, backend),
+            _block_spec(config, backend, chunk),
             vocab_size=padded_vocab(shape.vocab_size, mesh.tensor),
             max_sequence_length=shape.max_positions,
-            pre_process=mesh.is_first_stage,
-            post_process=mesh.is_last_stage,
+            pre_process=mesh.is_first_stage and chunk in (None, 0),
+            post_process=mesh.is_last_stage and chunk in (None, mesh.virtual - 1),
             share_embeddings_and_output_weights=shape.tied_embeddings,
             position_embedding_type="mrope",
             rotary_base=int(shape.rope_theta),
+            vp_stage=chunk,
         )
         self.rotary_pos_emb.cp_group = None
         self.tokens = tokens
@@ -216,16 +224,36 @@ class LanguageModel(GPTModel):
 
     def named_weights(self) -> dict[str, torch.nn.Parameter]:
         """Parameters of this stage under the names of the weight table (global indices, fused norm names)."""
-        offset = get_transformer_layer_offset(self.config)
+        offset = get_transformer_layer_offset(self.config, self.vp_stage)
         return {canonical_name(name, offset, self._first_expert): param for name, param in self.named_parameters()}
+
+
+class ChunkedStage(torch.nn.ModuleList):
+    """The chunks of one pipeline stage under virtual pipeline parallelism, in the order in which data passes them."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self[0].config
+
+    def named_weights(self) -> dict[str, torch.nn.Parameter]:
+        return {name: param for chunk in self for name, param in chunk.named_weights().items()}
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        return {str(index): chunk.sharded_state_dict() for index, chunk in enumerate(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # type: ignore[override]
+        for index, chunk in enumerate(self):
+            chunk.load_state_dict(state[str(index)])
 
 
 def build_language_model(
     shape: TransformerShape, backend: Backend, mesh: ParallelMesh, tokens: TokenPolicy, recompute: str = "none"
-) -> LanguageModel:
+) -> LanguageModel | ChunkedStage:
     """This rank's stage, uninitialised, on its device."""
     with backend.mcore_scope():
-        model = LanguageModel(shape, backend, mesh, tokens, recompute)
+        config = transformer_config(shape, backend, mesh, recompute)
+        chunks = [LanguageModel(config, shape, backend, mesh, tokens, chunk) for chunk in mesh.chunks]
+        model = chunks[0] if len(chunks) == 1 else ChunkedStage(chunks)
         if backend.fused_kernels:
             model.cuda(torch.cuda.current_device())
         for name, param in model.named_parameters():

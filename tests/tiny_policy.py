@@ -93,8 +93,8 @@ class Trainer:
         return pack([[s] for s in samples], 1, max_tokens, self.provider, self.mesh)[0]
 
 
-def join(tensor: int = 1, pipeline: int = 1, expert: int = 1) -> ParallelMesh:
-    return parallel.initialize(BACKEND, tensor, pipeline, context=1, rollout_tensor=1, expert=expert)
+def join(tensor: int = 1, pipeline: int = 1, expert: int = 1, virtual: int = 1) -> ParallelMesh:
+    return parallel.initialize(BACKEND, tensor, pipeline, 1, rollout_tensor=1, expert=expert, virtual=virtual)
 
 
 def open_trainer(
@@ -145,7 +145,7 @@ def gradients(trainer: Trainer) -> list[Piece]:
 
     The distributed optimizer leaves each data parallel rank only its own part summed; the parts are gathered first.
     """
-    for group in [*trainer.policy.model.bucket_groups, *trainer.policy.model.expert_parallel_bucket_groups]:
+    for group in [g for c in trainer.policy.chunks for g in (*c.bucket_groups, *c.expert_parallel_bucket_groups)]:
         ranks = group.intra_distributed_optimizer_instance_group
         for bucket in group.buckets:
             own = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()

@@ -60,7 +60,8 @@ def pack(
         if not samples:
             continue
         lengths = [s.num_tokens for s in samples]
-        plan = plan_packing(lengths, mesh.data, max_tokens, provider.shape.hidden_size)
+        multiple = mesh.pipeline if mesh.virtual > 1 else 1
+        plan = plan_packing(lengths, mesh.data, max_tokens, provider.shape.hidden_size, multiple)
         updates.append(
             [
                 build_microbatch(samples, members, mesh.tensor, provider.position_ids, provider.video_starts)

@@ -59,8 +59,13 @@ def sequence_cost(length: int, hidden_size: int) -> float:
     return length * (1.0 + length / (12.0 * hidden_size))
 
 
-def plan_packing(lengths: Sequence[int], num_ranks: int, max_tokens: int, hidden_size: int) -> PackPlan:
-    """Fewest micro-batches per rank that respect `max_tokens`, with cost spread by longest-first greedy assignment."""
+def plan_packing(
+    lengths: Sequence[int], num_ranks: int, max_tokens: int, hidden_size: int, multiple: int = 1
+) -> PackPlan:
+    """Fewest micro-batches per rank that respect `max_tokens`, with cost spread by longest-first greedy assignment.
+
+    Their number is a multiple of `multiple`: the interleaved pipeline schedule wants one of the pipeline size.
+    """
     too_long = [n for n in lengths if n > max_tokens]
     if too_long:
         raise ValueError(
@@ -68,7 +73,7 @@ def plan_packing(lengths: Sequence[int], num_ranks: int, max_tokens: int, hidden
             f"{max(too_long)} tokens); raise it or lower data.max_prompt_tokens / rollout.max_response_tokens"
         )
     fewest = max(1, -(-sum(lengths) // (max_tokens * num_ranks)))
-    for per_rank in itertools.count(fewest):
+    for per_rank in itertools.count(-(-fewest // multiple) * multiple, multiple):
         bins = _fill(lengths, num_ranks * per_rank, max_tokens, hidden_size)
         if bins is not None:
             return PackPlan(_deal(bins, lengths, num_ranks, per_rank, hidden_size))

@@ -26,7 +26,7 @@ from megatron_rl.training.adamw import install_group_step_adamw
 from megatron_rl.training.packing import MicroBatch, gather_embeds
 from megatron_rl.types import LossInputs
 from model_providers.attention.packed import BatchLayout
-from model_providers.transformer import LanguageModel
+from model_providers.transformer import ChunkedStage, LanguageModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,9 @@ class ScoredBatch:
 class Policy:
     """Owns the model of this rank. `version` counts optimizer updates; the resharder syncs by it."""
 
-    def __init__(self, model: LanguageModel, backend: Backend, mesh: ParallelMesh, hyper: Hyperparameters):
+    def __init__(
+        self, model: LanguageModel | ChunkedStage, backend: Backend, mesh: ParallelMesh, hyper: Hyperparameters
+    ):
         self.backend, self.mesh, self.hyper = backend, mesh, hyper
         self.language_model = model
         self.device = next(model.parameters()).device
@@ -67,8 +69,9 @@ class Policy:
             use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=True
         )
         with backend.mcore_scope():
-            self.model = DistributedDataParallel(model.config, ddp, model)
-            self.optimizer = get_megatron_optimizer(_optimizer_config(hyper, backend), [self.model])
+            chunks = list(model) if isinstance(model, ChunkedStage) else [model]
+            self.chunks = [DistributedDataParallel(model.config, ddp, chunk) for chunk in chunks]
+            self.optimizer = get_megatron_optimizer(_optimizer_config(hyper, backend), self.chunks)
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = self.optimizer.scale_loss
         self._forward_backward = get_forward_backward_func()
@@ -84,7 +87,8 @@ class Policy:
     ) -> dict[str, tuple[float, float]]:
         """One update. Returns local sums {metric: (numerator, denominator)}; those of the optimizer have
         denominator 1."""
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         lr = self.hyper.lr_at(step)
         for group in self.optimizer.param_groups:
@@ -113,12 +117,13 @@ class Policy:
             )
             return output, partial(loss_func, index)
 
-        self.model.train()
+        for chunk in self.chunks:
+            chunk.train()
         with self.backend.mcore_scope():
             return self._forward_backward(
                 forward_step_func=forward_step,
-                data_iterator=enumerate(batches),
-                model=self.model,
+                data_iterator=[enumerate(batches) for _ in self.chunks],
+                model=self.chunks,
                 num_microbatches=len(batches),
                 seq_length=1,  # unused: variable_seq_lengths makes the stages exchange shapes
                 micro_batch_size=1,
@@ -141,13 +146,15 @@ class Policy:
     def parked(self) -> Iterator[None]:
         """Gradient buffers freed and optimizer state in host memory for the length of the block."""
         with self.backend.mcore_scope():
-            self.model.offload_grad_buffers()
+            for chunk in self.chunks:
+                chunk.offload_grad_buffers()
             self.optimizer.offload_to_cpu()
         self.backend.release_cache()
         yield
         with self.backend.mcore_scope():
             self.optimizer.restore_from_cpu()
-            self.model.restore_grad_buffers()
+            for chunk in self.chunks:
+                chunk.restore_grad_buffers()
 
 
 class Reference:

@@ -20,7 +20,7 @@ from model_providers.hf_checkpoint import HfCheckpoint, load_stage
 from model_providers.qwen2_5_vl.positions import rope_positions
 from model_providers.qwen2_5_vl.vision import QwenVideoSpec, VisionTower, build_tower
 from model_providers.qwen2_5_vl.weights import shape_of, weight_map
-from model_providers.transformer import LanguageModel, TokenPolicy, build_language_model
+from model_providers.transformer import ChunkedStage, LanguageModel, TokenPolicy, build_language_model
 
 # Fallbacks of transformers' Qwen2VLVideoProcessor, for checkpoints without preprocessor files.
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -54,12 +54,12 @@ class Qwen2_5_VL:
 
     def build_language(
         self, backend: Backend, mesh: ParallelMesh, temperature: float = 1.0, recompute: str = "none"
-    ) -> LanguageModel:
+    ) -> LanguageModel | ChunkedStage:
         """This rank's pipeline stage, uninitialised."""
         tokens = TokenPolicy(temperature, self.forbidden_tokens)
         return build_language_model(self.shape, backend, mesh, tokens, recompute)
 
-    def load_language(self, model: LanguageModel, mesh: ParallelMesh) -> None:
+    def load_language(self, model: LanguageModel | ChunkedStage, mesh: ParallelMesh) -> None:
         """Fill this stage with its part of the HF weights, reading only that part."""
         load_stage(model, self.weight_map, self.checkpoint, mesh)
 

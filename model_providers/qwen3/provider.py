@@ -17,7 +17,7 @@ from megatron_rl.parallel import ParallelMesh
 from megatron_rl.types import Prompt, VideoArtifact
 from model_providers.hf_checkpoint import HfCheckpoint, load_stage
 from model_providers.qwen3.weights import shape_of, weight_map
-from model_providers.transformer import LanguageModel, TokenPolicy, build_language_model
+from model_providers.transformer import ChunkedStage, LanguageModel, TokenPolicy, build_language_model
 
 
 class QwenText:
@@ -39,12 +39,12 @@ class QwenText:
 
     def build_language(
         self, backend: Backend, mesh: ParallelMesh, temperature: float = 1.0, recompute: str = "none"
-    ) -> LanguageModel:
+    ) -> LanguageModel | ChunkedStage:
         """This rank's pipeline stage, uninitialised."""
         tokens = TokenPolicy(temperature, self.forbidden_tokens)
         return build_language_model(self.shape, backend, mesh, tokens, recompute)
 
-    def load_language(self, model: LanguageModel, mesh: ParallelMesh) -> None:
+    def load_language(self, model: LanguageModel | ChunkedStage, mesh: ParallelMesh) -> None:
         """Fill this stage with its part of the HF weights, reading only that part."""
         load_stage(model, self.weight_map, self.checkpoint, mesh)
 

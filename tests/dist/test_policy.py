@@ -85,7 +85,7 @@ def _two_updates(folder: Path, park: bool) -> dict[str, Tensor]:
     scored, embeds = tp.unscored(trainer.pack(samples)), tp.random_embeds(samples)
     for step in range(2):
         if park:
-            storages = [buffer.grad_data.untyped_storage() for buffer in policy.model.buffers]
+            storages = [buffer.grad_data.untyped_storage() for chunk in policy.chunks for buffer in chunk.buffers]
             sizes = [s.nbytes() for s in storages]
             assert min(sizes) > 0
             weights = [p.detach().clone() for p in policy.language_model.parameters()]

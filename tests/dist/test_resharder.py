@@ -120,22 +120,30 @@ class Synced:
     sent: int
 
 
-def build_trainer(provider: Qwen2_5_VL, tensor: int, pipeline: int, rollout_tensor: int) -> tuple[ParallelMesh, Params]:
+def build_trainer(
+    provider: Qwen2_5_VL, tensor: int, pipeline: int, context: int, rollout_tensor: int
+) -> tuple[ParallelMesh, Params]:
     backend = choose_backend("cpu", "float32")
-    mesh = parallel.initialize(backend, tensor, pipeline, 1, rollout_tensor)
+    mesh = parallel.initialize(backend, tensor, pipeline, context, rollout_tensor)
     model = provider.build_language(backend, mesh)
     provider.load_language(model, mesh)
     return mesh, {name: p.data for name, p in model.named_weights().items()}
 
 
 def _sync_into_noise(
-    rank: int, folder: Path, tensor: int, pipeline: int, expected: list[Params], buffer_bytes: tuple[int, ...]
+    rank: int,
+    folder: Path,
+    tensor: int,
+    pipeline: int,
+    expected: list[Params],
+    buffer_bytes: tuple[int, ...],
+    context: int = 1,
 ) -> tuple[Params, list[Synced]]:
     """(trainer weights, one sync per buffer size into random tensors of the engine's shapes)."""
     provider = open_provider(folder)
-    mesh, source = build_trainer(provider, tensor, pipeline, len(expected))
+    mesh, source = build_trainer(provider, tensor, pipeline, context, len(expected))
     shapes = {name: p.shape for name, p in expected[mesh.rollout_tp_rank].items()}
-    layouts = Layouts(mesh.world, tensor, pipeline, rollout_tensor=len(expected))
+    layouts = Layouts(mesh.world, tensor, pipeline, context, len(expected))
     plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
     results = []
     for size in buffer_bytes:
@@ -211,6 +219,14 @@ def test_sync_gives_what_vllm_loads_and_moves_the_least(
             assert synced.report.version == 3
     for results in zip(*(results for _, results in ranks), strict=True):
         assert sum(r.sent for r in results) == sum(r.received for r in results)
+
+
+def test_context_parallel_ranks_hold_the_same_weights(numbered, oracle) -> None:
+    expected = oracle("plain", 2)
+    ranks = run_world(4, _sync_into_noise, numbered["plain"], 2, 1, expected, (1 << 20,), 2)
+    for rank, (trainer, (synced,)) in enumerate(ranks):
+        assert_same(synced.engine, expected[rank % 2])
+        assert synced.received == synced.report.minimum == bytes_missing(expected[rank % 2], trainer)
 
 
 def _sync_into_engine(rank: int, folder: Path, run_dir: Path) -> tuple[Params, dict[str, bool]]:

@@ -187,6 +187,15 @@ def test_everything_wrong_is_said_at_once(make):
     assert len(problems(cfg, world_size=2)) == 5
 
 
+def test_virtual_stages_need_three_real_ones_and_whole_layers(make):
+    two, five = (problems(make(f"parallel.pipeline={p}", "parallel.virtual_pipeline=2"), world_size=p) for p in (2, 9))
+    assert two[0].startswith("parallel.virtual_pipeline=2: needs parallel.pipeline above 2")
+    assert problems(make("parallel.pipeline=3", "parallel.virtual_pipeline=6"), world_size=3) == []
+    assert problems(make("parallel.pipeline=9", "parallel.virtual_pipeline=2"), world_size=9) == five == []
+    (uneven,) = problems(make("parallel.pipeline=4", "parallel.virtual_pipeline=2"), world_size=4)
+    assert "4 stages times 2 chunks do not divide the model's 36 layers" in uneven
+
+
 def test_experts_are_shared_out_evenly(make, tmp_path):
     (problem,) = problems(make("parallel.expert=2"), world_size=2)
     assert problem.startswith("parallel.expert=2: does not divide the model's 0 experts")
