@@ -116,7 +116,7 @@ def _build_and_shut_down(rank: int, folder: Path) -> dict[str, Any]:
     seen["reseeded after"] = not torch.equal(torch.get_rng_state(), before)
     seen["local world after"] = os.environ["LOCAL_WORLD_SIZE"]
     seen["identity"] = os.environ["VLLM_DIST_IDENT"]
-    engine._llm.llm_engine.engine_core.shutdown()
+    engine._llm.llm_engine.engine_core.engine_core.shutdown()  # what vLLM would call at garbage collection or exit
     seen["trainer's group survives"] = dist.is_initialized()
     return seen
 
