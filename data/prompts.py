@@ -47,7 +47,7 @@ class PromptBuilder:
         if not tokenizer.chat_template:
             problems.append("model.hf: the tokenizer has no chat template; use an instruction-tuned checkpoint")
         if format_prompt:
-            problems += _template_problems(format_prompt)
+            problems += template_problems(format_prompt)
         raise_all(problems, "prompts")
         self.video_placeholder_id = video_placeholder_id
         self._tokenizer = tokenizer
@@ -170,7 +170,7 @@ def _template(path: str) -> jinja2.Template | None:
     return environment.from_string(Path(path).read_text(encoding="utf-8").strip())
 
 
-def _template_problems(path: str) -> list[str]:
+def template_problems(path: str) -> list[str]:
     """What is wrong with the user's prompt format."""
     file = Path(path)
     if not file.is_file():

@@ -6,6 +6,7 @@ Everything that can be known before a GPU is touched is said here, in one messag
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import netrc
 import os
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from data.frames import frame_setting_problems
+from data.prompts import template_problems
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import raise_all
 from megatron_rl.rewards.registry import load_reward
+from model_providers.tables import TABLES
 
 Job = Literal["rl", "sft"]
 
@@ -171,6 +175,8 @@ def _files(cfg: RunConfig, job: Job) -> Iterator[str]:
     for path in ("data.train", "data.eval", "data.format_prompt"):
         if _at(cfg, path) and not Path(_at(cfg, path)).is_file():
             yield _problem(cfg, path, "no such file; check the path")
+    if cfg.data.format_prompt and Path(cfg.data.format_prompt).is_file():
+        yield from template_problems(cfg.data.format_prompt)
     for path in ("model.weights_from", "data.media_root", "rollout.replay_from"):
         if _at(cfg, path) and not Path(_at(cfg, path)).is_dir():
             yield _problem(cfg, path, "no such folder; check the path")
@@ -196,8 +202,33 @@ def _model(cfg: RunConfig, job: Job) -> Iterator[str]:
         yield _problem(cfg, "model.hf", f"config.json lacks {', '.join(missing)}; is it a language model?")
         return
     yield from _fits_model(cfg, text)
+    yield from _fits_provider(cfg, hf)
+    patch = hf.get("vision_config", {}).get("temporal_patch_size", 1)
+    if cfg.data.num_frames > 0:
+        yield from frame_setting_problems(cfg.data.num_frames, cfg.data.fps, cfg.data.max_frames, patch)
     if job == "rl":
         yield from _fits_engine(cfg, text)
+
+
+def _fits_provider(cfg: RunConfig, hf: dict[str, Any]) -> Iterator[str]:
+    """What the model's own weight table has to say."""
+    if hf.get("model_type") not in TABLES:
+        yield _problem(cfg, "model.hf", f"no provider for model_type={hf.get('model_type')}; one of {sorted(TABLES)}")
+        return
+    shape_of, weight_map = TABLES[hf["model_type"]]
+    try:
+        names = list(weight_map(shape_of(hf)).entries)
+    except KeyError as error:
+        yield _problem(cfg, "model.hf", f"config.json lacks {error}; download it again")
+        return
+    except ValueError as error:
+        yield from str(error).splitlines()[1:]
+        return
+    for pattern in cfg.model.freeze:
+        if not fnmatch.filter(names, pattern):
+            yield f"model.freeze={pattern}: matches no parameter; names look like {names[0]}"
+    if all(any(fnmatch.fnmatchcase(name, pattern) for pattern in cfg.model.freeze) for name in names):
+        yield _problem(cfg, "model.freeze", "nothing is left to train; freeze less")
 
 
 def _fits_model(cfg: RunConfig, text: dict[str, int]) -> Iterator[str]:

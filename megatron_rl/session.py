@@ -23,7 +23,6 @@ from data.prompts import PromptBuilder
 from megatron_rl import parallel
 from megatron_rl.config import RunConfig
 from megatron_rl.device import Backend, choose_backend, define_torchvision_operators
-from megatron_rl.errors import raise_all
 from megatron_rl.metrics import MetricLog, Progress
 from megatron_rl.parallel import ParallelMesh
 from megatron_rl.protocols import ModelProvider
@@ -146,7 +145,6 @@ def _build_policy(
 ) -> Policy:
     model = provider.build_language(backend, mesh, temperature, cfg.model.recompute)
     provider.load_language(model, mesh)
-    check_freeze(provider.weight_map, cfg.model.freeze)
     freeze(model, cfg.model.freeze)
     optimizer = cfg.train.optimizer
     hyper = Hyperparameters(
@@ -161,18 +159,6 @@ def _build_policy(
     if cfg.model.weights_from:
         checkpoint.load_weights(cfg.model.weights_from, policy)
     return policy
-
-
-def check_freeze(weights: WeightMap, patterns: Sequence[str]) -> None:
-    """Every pattern must mean something, and something must be left to train."""
-    problems = [
-        f"model.freeze={pattern}: matches no parameter; names look like {next(iter(weights.entries))}"
-        for pattern in patterns
-        if not any(fnmatchcase(name, pattern) for name in weights.entries)
-    ]
-    if all(any(fnmatchcase(name, p) for p in patterns) for name in weights.entries):
-        problems.append(f"model.freeze={list(patterns)}: nothing is left to train; freeze less")
-    raise_all(problems, "frozen parameters")
 
 
 def freeze(model: LanguageModel | ChunkedStage, patterns: Sequence[str]) -> None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +31,15 @@ class TransformerShape:
     experts_per_token: int = 0
     renormalized_routing: bool = True
     """The weights of the chosen experts sum to one."""
+
+
+def unsupported_settings(text: Mapping[str, Any], rope_types: tuple[str, ...] = ("default",)) -> list[str]:
+    """Settings of config.json that the engine would apply and the trainer does not have."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    problems = []
+    if rope_type not in rope_types:
+        problems.append(f"model.hf: rope_type={rope_type}: rotary scaling is not supported; remove it from config.json")
+    if text.get("use_sliding_window"):
+        problems.append("model.hf: use_sliding_window=true: every layer attends to all tokens; set it to false")
+    return problems

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_rl.errors import raise_all
 from model_providers.decoder_weights import decoder_weight_map
-from model_providers.shape import TransformerShape
+from model_providers.shape import TransformerShape, unsupported_settings
 from model_providers.weight_map import WeightMap
 
 
@@ -18,6 +19,7 @@ def weight_map(shape: TransformerShape) -> WeightMap:
 def shape_of(config: Mapping[str, Any]) -> TransformerShape:
     """The language model's shape from a checkpoint's config.json, flat (as on the hub) or with a `text_config`."""
     text = config.get("text_config") or config
+    raise_all(unsupported_settings(text, rope_types=("default", "mrope")), "model")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     heads = text["num_attention_heads"]
     return TransformerShape(

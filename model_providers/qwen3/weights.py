@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_rl.errors import raise_all
 from model_providers.decoder_weights import decoder_weight_map
-from model_providers.shape import TransformerShape
+from model_providers.shape import TransformerShape, unsupported_settings
 from model_providers.weight_map import WeightMap
 
 
@@ -53,13 +53,7 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _problems(config: Mapping[str, Any]) -> list[str]:
-    """Settings of config.json that would change the forward pass and that the trainer does not have."""
-    problems = []
-    rope_type = _rope(config).get("rope_type") or _rope(config).get("type") or "default"
-    if rope_type != "default":
-        problems.append(f"model.hf: rope_type={rope_type}: rotary scaling is not supported; remove it from config.json")
-    if config.get("use_sliding_window"):
-        problems.append("model.hf: use_sliding_window=true: every layer attends to all tokens; set it to false")
+    problems = unsupported_settings(config)
     if config.get("attention_bias"):
         problems.append("model.hf: attention_bias=true: not supported for Qwen3; use a checkpoint without")
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:

@@ -11,6 +11,9 @@ from megatron_rl.config_checks import check
 from megatron_rl.config_io import load_config
 
 HF = {
+    "model_type": "qwen2",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
     "num_attention_heads": 16,
     "num_key_value_heads": 2,
     "num_hidden_layers": 36,
@@ -135,7 +138,9 @@ def test_key_value_heads_that_neither_divide_nor_repeat(make, tmp_path):
 
 
 def test_the_language_model_may_be_nested(make, tmp_path):
-    (tmp_path / "model/config.json").write_text(json.dumps({"text_config": HF, "hidden_size": 7}))
+    text = HF | {"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}}
+    nested = {"model_type": "qwen2_5_vl", "text_config": text, "hidden_size": 7}
+    (tmp_path / "model/config.json").write_text(json.dumps(nested))
     assert problems(make("parallel.tensor=2"), 2) == []
 
 
@@ -205,6 +210,26 @@ def test_experts_are_shared_out_evenly(make, tmp_path):
     assert ranks.startswith("parallel.expert=4: does not divide the 2 ranks of a stage")
     assert experts.startswith("parallel.expert=4: does not divide the model's 6 experts")
     assert export.startswith("checkpoint.export_hf=true: exporting experts is not built yet")
+
+
+def test_the_models_own_table_is_asked(make, tmp_path):
+    config = tmp_path / "model/config.json"
+    assert problems(make("model.freeze=[embedding.*]")) == []
+    (nothing,) = problems(make("model.freeze=[embeding.*]"))
+    assert nothing.startswith("model.freeze=embeding.*: matches no parameter; names look like embedding.word")
+    (everything,) = problems(make("model.freeze=['*']"))
+    assert "nothing is left to train" in everything
+    config.write_text(json.dumps(HF | {"rope_scaling": {"type": "yarn"}, "use_sliding_window": True}))
+    assert [p.split(": ")[1] for p in problems(make())] == ["rope_type=yarn", "use_sliding_window=true"]
+    config.write_text(json.dumps(HF | {"model_type": "llama"}))
+    (unknown,) = problems(make())
+    assert "no provider for model_type=llama" in unknown
+    config.write_text(json.dumps(HF | {"vision_config": {"temporal_patch_size": 2}}))
+    (frames,) = problems(make("data.num_frames=5"))
+    assert frames.startswith("data.num_frames=5: the model joins 2 frames")
+    (tmp_path / "format.jinja").write_text("{{ question }}")
+    (template,) = problems(make(f"data.format_prompt={tmp_path}/format.jinja", "data.num_frames=4"))
+    assert "uses the variables ['question']" in template
 
 
 def test_export_needs_a_last_checkpoint(make):
