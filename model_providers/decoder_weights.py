@@ -13,8 +13,7 @@ from model_providers.shape import TransformerShape
 from model_providers.weight_map import (
     QKV,
     Entry,
-    ExpertGatedUp,
-    ExpertSplitCols,
+    Expert,
     GatedUp,
     HfTensor,
     Replicated,
@@ -90,8 +89,8 @@ def _experts(shape: TransformerShape, engine: str, expert_tensor: int) -> Iterat
         gate_up = tuple(HfTensor(f"{hf}{p}_proj.weight", ffn, hidden) for p in ("gate", "up"))
         down = HfTensor(hf + "down_proj.weight", hidden, ffn)
         place = (index, shape.num_experts, expert_tensor)
-        yield Entry(mcore + "linear_fc1.weight", stacked + "w13_weight", gate_up, ExpertGatedUp(*place))
-        yield Entry(mcore + "linear_fc2.weight", stacked + "w2_weight", (down,), ExpertSplitCols(*place))
+        yield Entry(mcore + "linear_fc1.weight", stacked + "w13_weight", gate_up, Expert(GatedUp(), *place))
+        yield Entry(mcore + "linear_fc2.weight", stacked + "w2_weight", (down,), Expert(SplitCols(), *place))
 
 
 def _norm(mcore: str, engine: str, hf: str, size: int) -> Entry:

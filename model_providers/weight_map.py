@@ -206,11 +206,13 @@ class QKV:
 
 
 @dataclass(frozen=True, slots=True)
-class _OneExpert:
-    """Expert `index` of `num_experts`. Trainer: on the slots of one expert parallel rank, cut over `expert_tensor`
-    ranks. Engine: part of one tensor [expert, row, column] that holds all experts, each cut over the tensor ranks."""
+class Expert:
+    """Expert `index` of `num_experts`, cut as `inner` cuts. Trainer: on the slots of one expert parallel rank, over
+    `expert_tensor` ranks. Engine: part of one tensor [expert, row, column] that holds all experts, each cut over the
+    tensor ranks."""
 
     is_expert: ClassVar[bool] = True
+    inner: GatedUp | SplitCols
     index: int
     num_experts: int
     expert_tensor: int = 1
@@ -218,33 +220,14 @@ class _OneExpert:
     def trainer(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
         ep_rank, tensor_rank = divmod(rank, self.expert_tensor)
         first, stop = even_split(self.num_experts, ep_rank, world // self.expert_tensor, "number of experts")
-        shard = self._cut(hf, tensor_rank, self.expert_tensor)
+        shard = self.inner.trainer(hf, tensor_rank, self.expert_tensor)
         return shard if first <= self.index < stop else Shard((0, *shard.shape[1:]), ())
 
     def engine(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
-        shard = self._cut(hf, rank, world)
+        shard = self.inner.engine(hf, rank, world)
         first = self.index * shard.shape[0]  # rows, the tensor seen as a matrix
         moved = (Block(b.hf, b.rows, b.cols, (first + b.at[0], b.at[1])) for b in shard.blocks)
         return Shard((self.num_experts, *shard.shape), tuple(moved))
-
-    def _cut(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertGatedUp(_OneExpert):
-    """Gate and up projection of one expert."""
-
-    def _cut(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
-        return GatedUp().trainer(hf, rank, world)
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertSplitCols(_OneExpert):
-    """Down projection of one expert."""
-
-    def _cut(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
-        return SplitCols().trainer(hf, rank, world)
 
 
 def _clip(pieces: Iterable[tuple[HfTensor, Interval]], window: Interval) -> Iterable[tuple[HfTensor, Interval]]:
