@@ -247,7 +247,7 @@ def test_sync_reaches_a_live_engine_in_place(numbered, oracle, tmp_path: Path) -
 
 def _bad_fit(rank: int, folder: Path) -> str:
     provider = open_provider(folder)
-    _, source = build_trainer(provider, 1, 1, 1)
+    _, source = build_trainer(provider, 1, 1, 1, 1)
     target = {
         entry.engine: torch.zeros(entry.layout.engine(entry.hf, 0, 1).shape)
         for entry in provider.weight_map.engine_entries().values()
