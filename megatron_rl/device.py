@@ -39,6 +39,10 @@ class Backend:
     def local_device(self, local_rank: int) -> torch.device:
         return torch.device("cpu") if self.device == "cpu" else torch.device("cuda", local_rank)
 
+    def bound_device(self, local_rank: int) -> torch.device | None:
+        """The device that the process group is bound to, which vLLM asks for when it splits groups; none on a CPU."""
+        return None if self.device == "cpu" else self.local_device(local_rank)
+
     def set_device(self, local_rank: int) -> None:
         if self.device == "cuda":
             torch.cuda.set_device(local_rank)

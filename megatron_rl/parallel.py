@@ -119,8 +119,11 @@ def initialize(
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     backend.set_device(local_rank)
     if not dist.is_initialized():
-        device_id = backend.local_device(local_rank) if backend.device == "cuda" else None
-        dist.init_process_group(backend.process_group, timeout=datetime.timedelta(minutes=30), device_id=device_id)
+        dist.init_process_group(
+            backend.process_group,
+            timeout=datetime.timedelta(minutes=30),
+            device_id=backend.bound_device(local_rank),
+        )
     with backend.mcore_scope():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,

@@ -149,7 +149,6 @@ class Policy:
             for chunk in self.chunks:
                 chunk.offload_grad_buffers()
             self.optimizer.offload_to_cpu()
-        self.backend.release_cache()
         yield
         with self.backend.mcore_scope():
             self.optimizer.restore_from_cpu()
