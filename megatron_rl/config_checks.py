@@ -140,8 +140,6 @@ def _checkpoints(cfg: RunConfig) -> Iterator[str]:
 
 
 def _not_built(cfg: RunConfig) -> Iterator[str]:
-    if cfg.parallel.context > 1:
-        yield _problem(cfg, "parallel.context", "context parallelism is not built yet; use 1")
     if not cfg.model.freeze_vision:
         yield _problem(cfg, "model.freeze_vision", "training the vision tower is not built yet; use true")
 

@@ -150,6 +150,7 @@ def train_on(
         session.provider,
         session.mesh,
         cfg.algorithm.loss_average,
+        cfg.train.share_prefix,
     )
     wanted = [v for u in updates for b in u for v in b.videos] if session.mesh.is_first_stage else []
     embeds = session.vision.fetch(wanted)
