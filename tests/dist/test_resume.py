@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -31,17 +32,17 @@ from megatron_rl.training import checkpoint
 from tests import tiny_policy as tp
 from tests.world import WorldFailed, run_world
 
-Grid = tuple[int, int, int]  # tensor, pipeline, data
+Grid = tuple[int, int, int, int]  # tensor, pipeline, data, context
 N = 2
 STATE = {"loader": {"epoch": 1, "position": 3}, "best": [0.5, 2]}
 
 
-def _updates(folder: Path, root: Path, tensor: int, pipeline: int, load: int, save: int | None, stop: int) -> Any:
+def _updates(folder: Path, root: Path, grid: Grid, load: int, save: int | None, stop: int) -> Any:
     """Updates load .. stop-1 of one fixed run on this rank; from checkpoint `load` if that is not 0, saving at `save`.
 
     Returns (nll sums and a random number by step, snapshot, weight pieces, step counts of the optimizer).
     """
-    mesh = tp.join(tensor, pipeline)
+    mesh = tp.join(grid[0], grid[1], context=grid[3])
     trainer = tp.open_trainer(folder, mesh)
     policy = trainer.policy
     torch.manual_seed(1000 * load + mesh.rank)
@@ -62,9 +63,7 @@ def _updates(folder: Path, root: Path, tensor: int, pipeline: int, load: int, sa
 
 
 def _run(folder: Path, root: Path, grid: Grid, load: int = 0, save: int | None = None, stop: int = 2 * N) -> list[Any]:
-    tensor, pipeline, data = grid
-    world = tensor * pipeline * data
-    ranks = run_world(world, lambda _: _updates(folder, root, tensor, pipeline, load, save, stop))
+    ranks = run_world(math.prod(grid), lambda _: _updates(folder, root, grid, load, save, stop))
     assert all(counts == {stop} for *_, counts in ranks), "one optimizer step an update, whatever was loaded"
     return ranks
 
@@ -81,10 +80,10 @@ def _assert_bit_equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 def _name(grid: Grid) -> str:
-    return "tp{}_pp{}_dp{}".format(*grid)
+    return "tp{}_pp{}_dp{}_cp{}".format(*grid)
 
 
-@pytest.mark.parametrize("grid", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)], ids=_name)
+@pytest.mark.parametrize("grid", [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)], ids=_name)
 def test_same_layout_to_the_bit(tiny_checkpoint: Path, tmp_path: Path, grid: Grid) -> None:
     """Weights, optimizer state, losses and random numbers; and saving itself changes nothing."""
     straight = _run(tiny_checkpoint, tmp_path, grid)
@@ -97,7 +96,14 @@ def test_same_layout_to_the_bit(tiny_checkpoint: Path, tmp_path: Path, grid: Gri
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [((2, 1, 1), (1, 2, 1)), ((2, 1, 1), (1, 1, 2)), ((2, 1, 1), (1, 1, 1)), ((1, 1, 2), (2, 2, 1))],
+    [
+        ((2, 1, 1, 1), (1, 2, 1, 1)),
+        ((2, 1, 1, 1), (1, 1, 2, 1)),
+        ((2, 1, 1, 1), (1, 1, 1, 1)),
+        ((1, 1, 2, 1), (2, 2, 1, 1)),
+        ((1, 1, 1, 2), (2, 1, 1, 1)),
+        ((2, 1, 1, 1), (1, 1, 1, 4)),
+    ],
     ids=_name,
 )
 def test_other_layout(tiny_checkpoint: Path, tmp_path: Path, before: Grid, after: Grid) -> None:
@@ -113,8 +119,8 @@ def test_other_layout(tiny_checkpoint: Path, tmp_path: Path, before: Grid, after
 
 
 def test_tied_embeddings_at_another_layout(tied_checkpoint: Path, tmp_path: Path) -> None:
-    straight = _run(tied_checkpoint, tmp_path, (1, 2, 1), save=N)
-    resumed = _run(tied_checkpoint, tmp_path, (2, 1, 1), load=N)
+    straight = _run(tied_checkpoint, tmp_path, (1, 2, 1, 1), save=N)
+    resumed = _run(tied_checkpoint, tmp_path, (2, 1, 1, 1), load=N)
     assert _losses(resumed) == pytest.approx(_losses(straight)[N:], rel=1e-5)
 
 
@@ -155,23 +161,23 @@ def _die_while_saving(folder: Path, root: Path, moment: str) -> None:
         checkpoint.dist_checkpointing.save = die
     else:
         checkpoint._flush = die
-    _updates(folder, root, 1, 1, load=N, save=2 * N, stop=2 * N)
+    _updates(folder, root, (1, 1, 1, 1), load=N, save=2 * N, stop=2 * N)
 
 
 @pytest.mark.parametrize("moment", ["half of the tensors written", "all written, not yet renamed"])
 def test_a_kill_while_saving_costs_nothing_that_was_saved(tiny_checkpoint: Path, tmp_path: Path, moment: str) -> None:
-    straight = _run(tiny_checkpoint, tmp_path, (1, 1, 1), save=N)
+    straight = _run(tiny_checkpoint, tmp_path, (1, 1, 1, 1), save=N)
     with pytest.raises(WorldFailed, match="rank 0 of 1: killed by SIGKILL"):
         run_world(1, lambda _: _die_while_saving(tiny_checkpoint, tmp_path, moment))
     assert checkpoint.list_steps(tmp_path) == [N]
     partial = tmp_path / f"step_{2 * N}.partial"
     assert any(partial.iterdir())
 
-    resumed = _run(tiny_checkpoint, tmp_path, (1, 1, 1), load=N, save=2 * N)  # over what the crash left behind
+    resumed = _run(tiny_checkpoint, tmp_path, (1, 1, 1, 1), load=N, save=2 * N)  # over what the crash left behind
     _assert_bit_equal(resumed[0][1], straight[0][1])
     assert checkpoint.list_steps(tmp_path) == [N, 2 * N]
     assert not partial.exists() and not (tmp_path / f"step_{2 * N}" / "half.distcp").exists()
-    _run(tiny_checkpoint, tmp_path, (1, 1, 1), load=2 * N, stop=2 * N + 1)
+    _run(tiny_checkpoint, tmp_path, (1, 1, 1, 1), load=2 * N, stop=2 * N + 1)
 
 
 @pytest.mark.parametrize(

@@ -85,10 +85,11 @@ def _trainer_minus_engine(session: Session, prompts: list[Prompt], mine: list[Co
 
 
 NUM_PROMPTS, NUM_SAMPLES = 5, 4
-LAYOUTS = {  # name: (world, trainer tp, trainer pp, engine tp)
-    "tp2-to-tp2": (2, 2, 1, 2),
-    "pp2-to-tp2": (2, 1, 2, 2),
-    "dp2-to-two-replicas": (2, 1, 1, 1),
+LAYOUTS = {  # name: (world, trainer tp, trainer pp, trainer cp, engine tp)
+    "tp2-to-tp2": (2, 2, 1, 1, 2),
+    "pp2-to-tp2": (2, 1, 2, 1, 2),
+    "cp2-to-tp2": (2, 1, 1, 2, 2),
+    "dp2-to-two-replicas": (2, 1, 1, 1, 1),
 }
 
 
@@ -96,8 +97,9 @@ LAYOUTS = {  # name: (world, trainer tp, trainer pp, engine tp)
 def test_trainer_scores_what_the_engine_sampled(
     layout: str, tiny_checkpoint: Path, tiny_videos: Path, tmp_path: Path
 ) -> None:
-    world, tensor, pipeline, rollout_tensor = LAYOUTS[layout]
+    world, tensor, pipeline, context, rollout_tensor = LAYOUTS[layout]
     cfg = small_config(tiny_checkpoint, tmp_path, tensor, pipeline, rollout_tensor)
+    cfg = replace(cfg, parallel=replace(cfg.parallel, context=context))
     cfg = replace(cfg, train=replace(cfg.train, optimizer=replace(cfg.train.optimizer, lr=1e-2)))
     gaps = run_world(world, _measure, cfg, mixed_rows(tiny_videos), timeout=120)
     before, after = (torch.cat([getattr(g, name) for g in gaps]) for name in ("before", "after"))
