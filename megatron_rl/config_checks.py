@@ -229,6 +229,11 @@ def _fits_provider(cfg: RunConfig, hf: dict[str, Any]) -> Iterator[str]:
         yield _problem(cfg, "model.freeze", "nothing is left to train; freeze less")
 
 
+def size_problems(cfg: RunConfig, text: dict[str, int]) -> list[str]:
+    """Sizes of trainer and engine that do not go with the model's, whose config.json holds the integers `text`."""
+    return [*_fits_model(cfg, text), *_fits_engine(cfg, text)]
+
+
 def _fits_model(cfg: RunConfig, text: dict[str, int]) -> Iterator[str]:
     for key in ("num_attention_heads", "hidden_size", "intermediate_size"):
         yield from _divides(cfg, "parallel.tensor", key, text)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner's memory against a built and running trainer: parameters to the last one, activations within 2 %.
+
+Live storages are counted, not the process: what is there at the end of a model's forward beyond what was there before
+the step is what it keeps for its backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rl.algorithms.losses import PpoClip
+from megatron_rl.device import choose_backend
+from megatron_rl.parallel import ParallelMesh
+from megatron_rl.planner import activations as act
+from megatron_rl.planner.layout import Layout
+from megatron_rl.planner.memory import saved_by_stage
+from megatron_rl.planner.model import load_planned_model, stage_params
+from megatron_rl.planner.workload import fullest_share
+from megatron_rl.training.batch import pack
+from megatron_rl.training.policy import Policy
+from megatron_rl.types import TrainSample
+from model_providers.registry import open_provider
+from scripts.bench_baselines import LiveBytes
+from tests import tiny_policy as tp
+from tests.dist.test_qwen3 import write_text_checkpoint
+from tests.world import run_world
+
+pytestmark = pytest.mark.usefixtures("heavy_imports")
+
+PROMPT, RESPONSE, NUM_RESPONSES = 2000, 40, 4
+TOKENS = PROMPT + NUM_RESPONSES * RESPONSE
+TOLERANCE = 0.02
+PEAK_MARGIN = 0.25
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and switches of one run."""
+
+    kind: str = "qwen2_5_vl"
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    comm: str = "all_gather"
+    recompute: str = "none"
+    dtype: str = "float32"
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def cut(self) -> act.Cut:
+        element = 4 if self.dtype == "float32" else 2
+        return act.Cut(self.tensor, self.context, self.comm, self.recompute, element, "local")
+
+    def __str__(self) -> str:
+        sizes = f"tp{self.tensor}_pp{self.pipeline}_cp{self.context}"
+        return "-".join([self.kind, sizes, self.comm, self.recompute, self.dtype])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one rank: its stage, rows of a micro-batch, response rows, most live bytes at the end of a forward, at all."""
+
+    stage: int
+    rows: int
+    responses: int
+    kept: int
+    peak: int
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_checkpoint: Path, tied_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    texts = {kind: write_text_checkpoint(tmp_path_factory.mktemp(kind), kind) for kind in ("qwen3", "qwen3_moe")}
+    return {"qwen2_5_vl": tiny_checkpoint, "tied": tied_checkpoint, **texts}
+
+
+def _groups(provider: Any, num_groups: int) -> list[list[TrainSample]]:
+    first = tp.sample(provider, 1, PROMPT, RESPONSE)
+    others = [replace(tp.sample(provider, 1, 1, RESPONSE), prompt=first.prompt) for _ in range(NUM_RESPONSES - 1)]
+    prompts = [replace(first.prompt, prompt_id=index) for index in range(num_groups)]
+    return [[replace(sample, prompt=prompt) for sample in (first, *others)] for prompt in prompts]
+
+
+def _build(folder: Path, case: Case, mesh: ParallelMesh) -> tuple[Any, Policy]:
+    backend, provider = choose_backend("cpu", case.dtype), open_provider(folder)
+    model = provider.build_language(backend, mesh, 1.0, case.recompute)
+    for param in model.parameters():
+        param.data.normal_(0, 0.02)
+    return provider, Policy(model, backend, mesh, tp.MEASURE)
+
+
+def _measure(rank: int, folder: Path, case: Case) -> Measured:
+    mesh = tp.join(case.tensor, case.pipeline, context=case.context, comm=case.comm)
+    provider, policy = _build(folder, case, mesh)
+    [batches] = pack(_groups(provider, 2 * case.pipeline), 1, TOKENS, provider, mesh)
+    live, kept = LiveBytes(), []
+    policy.chunks[0].register_forward_hook(lambda *_: kept.append(live.live))
+    with live:
+        policy.train(tp.off_policy(batches), {}, PpoClip(), step=0)
+    responses = max(batch.num_response_tokens for batch in batches)
+    return Measured(mesh.here.pp, max(len(b.token_ids) for b in batches), responses, max(kept), live.peak)
+
+
+def _kept(shape: Any, case: Case, rank: Measured) -> float:
+    layout = Layout(case.world, case.tensor, case.pipeline, 1, case.context, 1, 1)
+    saved = saved_by_stage(shape, case.cut, layout, rank.stage, 2 * case.pipeline, rank.rows, rank.responses)
+    return saved + act.gather_buffer(shape, case.cut, rank.rows)
+
+
+def _working(shape: Any, case: Case, rank: Measured) -> float:
+    again = act.layer_bytes(shape, replace(case.cut, recompute="none")) if case.recompute == "full" else 0
+    return again * rank.rows + act.layer_working(shape, case.cut, rank.rows, TOKENS, backward=True)
+
+
+CASES = [
+    Case(),
+    Case(recompute="selective"),
+    Case(recompute="full"),
+    Case(dtype="bfloat16"),
+    Case(dtype="bfloat16", recompute="full"),
+    *[Case(tensor=2, recompute=mode) for mode in ("none", "selective", "full")],
+    Case(tensor=4),
+    *[Case(context=2, comm=comm) for comm in ("all_gather", "p2p", "a2a")],
+    Case(context=4, comm="p2p", recompute="full"),
+    Case(tensor=2, context=2, comm="p2p"),
+    Case(tensor=2, context=2, dtype="bfloat16"),
+    Case(pipeline=2),
+    Case(pipeline=2, context=2, recompute="full"),
+    *[Case("qwen3", recompute=mode) for mode in ("none", "selective", "full")],
+    Case("qwen3", tensor=2, context=2),
+    Case("qwen3", dtype="bfloat16"),
+    Case("qwen3", tensor=2, pipeline=2),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_activations(folders: dict[str, Path], case: Case) -> None:
+    """More than 2,000 tokens; every rank of every layout."""
+    shape = load_planned_model(str(folders[case.kind])).shape
+    ranks: Sequence[Measured] = run_world(case.world, _measure, folders[case.kind], case)
+    share = fullest_share(PROMPT, RESPONSE, NUM_RESPONSES, case.context, shape.hidden_size)
+    for rank in ranks:
+        assert _kept(shape, case, rank) == pytest.approx(rank.kept, rel=TOLERANCE), rank
+        assert rank.peak <= _kept(shape, case, rank) + _working(shape, case, rank) <= (1 + PEAK_MARGIN) * rank.peak, rank
+        assert rank.rows <= share * TOKENS + case.tensor
+    assert max(rank.rows for rank in ranks) >= share * TOKENS - 1
+
+
+def _count(rank: int, folder: Path, sizes: dict[str, int]) -> tuple[int, int]:
+    mesh = tp.join(**sizes)
+    model = open_provider(folder).build_language(tp.BACKEND, mesh)
+    return mesh.here.pp, sum(param.numel() for param in model.parameters())
+
+
+SIZES = [{}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 4}, {"tensor": 2, "pipeline": 2}, {"context": 2}]
+BUILDS = [(kind, sizes) for kind in ("qwen2_5_vl", "tied", "qwen3") for sizes in SIZES]
+BUILDS += [("qwen3_moe", {}), ("qwen3_moe", {"expert": 2, "tensor": 2}), ("qwen3_moe", {"pipeline": 2})]
+
+
+@pytest.mark.parametrize(("kind", "sizes"), BUILDS, ids=str)
+def test_parameters_are_exact(folders: dict[str, Path], kind: str, sizes: dict[str, int]) -> None:
+    model = load_planned_model(str(folders[kind]))
+    get = {"tensor": 1, "pipeline": 1, "context": 1, "expert": 1} | sizes
+    world = get["tensor"] * get["pipeline"] * get["context"]
+    for stage, count in run_world(world, _count, folders[kind], sizes):
+        planned = stage_params(model, get["tensor"], get["pipeline"], stage, get["expert"])
+        assert planned.total == planned.trained == count
