@@ -71,6 +71,11 @@ def check(cfg: RunConfig, world_size: int, job: Job, require_files: bool = True)
     raise_all(problems, f"configuration of {cfg.run_dir}")
 
 
+def range_problems(cfg: RunConfig) -> list[str]:
+    """Values out of their range, and settings of data that exclude each other."""
+    return [*_ranges(cfg), *_data(cfg)]
+
+
 def _at(cfg: RunConfig, path: str) -> Any:
     value: Any = cfg
     for key in path.split("."):

@@ -3,8 +3,8 @@
 
 Read off the model's code and compared with live storages in tests/dist/test_planner_memory.py. `local` is
 Megatron-core's unfused layer with our RMSNorm, as on a CPU; `fused` is Transformer Engine's with a fused SwiGLU, as on
-a GPU (what `_LayerNormLinear` and `SwiGLUFunction` save; not measured). Under tensor parallelism the sequence is cut too: tensors of width `hidden` hold 1 / tensor of the
-rows, those of heads and feed-forward 1 / tensor of the columns.
+a GPU (what `_LayerNormLinear` and `SwiGLUFunction` save; not measured). Under tensor parallelism the sequence is cut
+too: tensors of width `hidden` hold 1 / tensor of the rows, those of heads and feed-forward 1 / tensor of the columns.
 
 T rows of this rank (a context parallel rank's tokens of one micro-batch), b bytes of an element.
 """

@@ -37,12 +37,17 @@ class Layout:
         return self.world // self.rollout_tensor
 
     def __str__(self) -> str:
-        sizes = [f"TP {self.tensor}", f"PP {self.pipeline}", f"CP {self.context}", f"DP {self.data}"]
+        return f"{self.trainer}, vLLM {self.num_replicas} x TP{self.rollout_tensor}"
+
+    @property
+    def trainer(self) -> str:
+        """The trainer's half of the name."""
+        sizes = [f"TP{self.tensor}", f"PP{self.pipeline}", f"CP{self.context}", f"DP{self.data}"]
         if self.virtual > 1:
-            sizes.insert(2, f"VP {self.virtual}")
+            sizes.insert(2, f"VP{self.virtual}")
         if self.expert > 1:
-            sizes.append(f"EP {self.expert}")
-        return f"{' x '.join(sizes)}; vLLM TP {self.rollout_tensor} x {self.num_replicas}"
+            sizes.append(f"EP{self.expert}")
+        return " ".join(sizes)
 
 
 def layout_of(cfg: RunConfig, world: int) -> Layout:

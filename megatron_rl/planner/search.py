@@ -4,20 +4,24 @@ change; how many frames fit at all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_rl.config import RunConfig
 from megatron_rl.config_checks import size_problems
-from megatron_rl.planner.gpus import GPUS_PER_NODE, Gpu
-from megatron_rl.planner.layout import Layout, layout_of
+from megatron_rl.errors import raise_all
+from megatron_rl.planner.engine import kv_bytes
+from megatron_rl.planner.gpus import GIB, GPUS_PER_NODE, Gpu
+from megatron_rl.planner.layout import BYTES, Layout, layout_of
 from megatron_rl.planner.memory import Case, Memory, plan_memory
 from megatron_rl.planner.model import PlannedModel
 from megatron_rl.planner.times import Times, predict
-from megatron_rl.planner.workload import Assumptions, pack_step, workload_of
+from megatron_rl.planner.workload import Assumptions, pack_step, workload_of, workload_problems
 
 MAX_FRAMES = 1 << 17
+SAME_TIME = 0.03  # predictions that differ by less than this part are taken for equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +81,8 @@ def evaluate(cfg: RunConfig, model: PlannedModel, machine: Machine) -> Option:
     """What the recipe needs on this machine. Raises ValueError where it could not even start."""
     case = _case(cfg, model, machine)
     if case is None:
-        work = workload_of(cfg, model, machine.assumed)
-        raise ValueError(
-            f"train.max_tokens_per_microbatch={cfg.train.max_tokens_per_microbatch}: a prompt with one response has "
-            f"{work.longest} tokens and must fit; raise it to that"
-        )
+        raise_all(workload_problems(cfg, model, workload_of(cfg, model, machine.assumed)), "recipe")
+        raise AssertionError("unreachable: a sequence is too long")
     return Option(cfg, case, plan_memory(case), predict(case))
 
 
@@ -138,11 +139,30 @@ def layouts(cfg: RunConfig, model: PlannedModel, world: int) -> Iterator[RunConf
                         yield candidate
 
 
-def search(cfg: RunConfig, model: PlannedModel, machine: Machine) -> list[Option]:
-    """All layouts: those that fit first, by predicted time; then the others, by what they lack."""
-    cases = [(one, _case(one, model, machine)) for one in layouts(cfg, model, machine.world)]
+def search(cfg: RunConfig, model: PlannedModel, machine: Machine, tight_cache: bool = False) -> list[Option]:
+    """All layouts: those that fit first, by predicted time; then the others, by what they lack. `tight_cache`: a KV
+    cache for one prompt and its responses, instead of the recipe's."""
+    candidates: Iterable[RunConfig] = layouts(cfg, model, machine.world)
+    if tight_cache:
+        candidates = (with_tight_cache(one, model, machine.assumed) for one in candidates)
+    cases = [(one, _case(one, model, machine)) for one in candidates]
     options = [Option(one, case, plan_memory(case), predict(case)) for one, case in cases if case is not None]
     return sorted(options, key=lambda o: (not o.memory.fits, o.times.step if o.memory.fits else o.shortage))
+
+
+def suggested(options: Sequence[Option]) -> Option | None:
+    """Of those that fit and are nearly as fast as the fastest, the one with most memory to spare."""
+    fitting = [o for o in options if o.memory.fits]
+    if not fitting:
+        return None
+    limit = fitting[0].times.step * (1 + SAME_TIME)
+    return min((o for o in fitting if o.times.step <= limit), key=lambda o: o.memory.peak)
+
+
+def with_tight_cache(cfg: RunConfig, model: PlannedModel, assumed: Assumptions) -> RunConfig:
+    tokens = max(workload_of(cfg, model, assumed).group_tokens, cfg.max_model_len)
+    size = tokens * kv_bytes(model.shape, cfg.rollout.tensor, BYTES[cfg.model.dtype])
+    return with_settings(cfg, {"rollout.kv_cache_gib": math.ceil(100 * size / GIB) / 100})
 
 
 # ---------------------------------------------------------------------------------------------------------------- knobs
@@ -191,6 +211,18 @@ def _changes(option: Option) -> Iterator[dict[str, Any]]:
             yield {"data.max_pixels": cfg.data.max_pixels // 2}
 
 
+def larger_budget(option: Option, machine: Machine) -> Knob | None:
+    """The micro-batch that holds a prompt with all of its responses, where the recipe's does not and it would fit: each
+    prompt is then computed once."""
+    cfg, work = option.cfg, option.case.work
+    if not cfg.train.share_prefix or cfg.train.max_tokens_per_microbatch >= work.group_tokens:
+        return None
+    settings = {"train.max_tokens_per_microbatch": work.group_tokens}
+    changed = evaluate(with_settings(cfg, settings), option.case.model, machine)
+    better = changed.memory.fits and changed.times.step < option.times.step
+    return Knob(f"train.max_tokens_per_microbatch={work.group_tokens}", changed) if better else None
+
+
 # --------------------------------------------------------------------------------------------------------------- frames
 
 
@@ -204,14 +236,14 @@ def with_frames(cfg: RunConfig, model: PlannedModel, assumed: Assumptions, num_f
 
 
 def largest_frames(cfg: RunConfig, model: PlannedModel, machine: Machine) -> FrameLimit:
-    """By bisection, to 1 % or one temporal patch, over all layouts with full recomputation; text and other settings of
-    the recipe stay."""
+    """By bisection, to 1 % or one temporal patch, over all layouts, with full recomputation and a KV cache for one
+    prompt and its responses; text and other settings of the recipe stay."""
     assert model.tower is not None, "a text model takes no frames"
     cfg = with_settings(cfg, {"model.recompute": "full"})
     patch = model.tower.temporal_patch
 
     def options(frames: int) -> Sequence[Option]:
-        return search(with_frames(cfg, model, machine.assumed, frames), model, machine)
+        return search(with_frames(cfg, model, machine.assumed, frames), model, machine, tight_cache=True)
 
     def fits(frames: int) -> bool:
         found = options(frames)
@@ -238,7 +270,7 @@ def what_is_missing(options: Sequence[Option]) -> str:
 
 
 def reason(option: Option) -> str:
-    over = [f"{p.phase} needs {p.total / 2**30:.1f} GiB" for p in option.memory.over]
+    over = [f"{p.phase} needs {p.total / GIB:.1f} GiB" for p in option.memory.over]
     if option.memory.engine.problems:
         over.append(f"KV cache of {option.memory.engine.kv_tokens:,} tokens is too small for one sequence")
     return "; ".join(over) or "fits"

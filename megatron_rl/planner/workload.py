@@ -113,6 +113,12 @@ def workload_problems(cfg: RunConfig, model: PlannedModel, work: Workload) -> li
             f"config.json allows {model.shape.max_positions:,}; lower it, or raise max_position_embeddings in "
             "config.json if the model holds out that long"
         )
+    budget = cfg.train.max_tokens_per_microbatch
+    if work.longest > budget:
+        problems.append(
+            f"train.max_tokens_per_microbatch={budget}: a prompt with one response has {work.longest} tokens and must "
+            "fit; raise it to that"
+        )
     return problems
 
 
