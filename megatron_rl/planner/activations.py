@@ -164,28 +164,32 @@ def exchange_bytes(shape: TransformerShape, cut: Cut, all_rows: int, backward: b
 
 
 def layer_working(shape: TransformerShape, cut: Cut, rows: int, all_rows: int, backward: bool) -> float:
-    """Beyond what is kept, while one layer is computed: the larger of its attention and its feed-forward network. When
-    the backward comes to attention, it has freed what the feed-forward network behind it kept."""
-    at, b, hidden = widths(shape, cut.tensor), cut.element, shape.hidden_size
-    stream = rows * hidden / cut.tensor * (b + (FP32 if b != FP32 else 0))
+    """Beyond what is kept, while one layer is computed: the larger of its attention and its feed-forward network.
+
+    Without gradients, four tensors of the residual stream stand beside it. When the backward comes to attention, it has
+    freed what the feed-forward network behind it kept.
+    """
+    at, b = widths(shape, cut.tensor), cut.element
+    hidden = rows * shape.hidden_size / cut.tensor
     whole = (1 if cut.kernels == "local" else 2) * gather_buffer(shape, cut, rows)  # gathered input; its gradient
     times = shape.experts_per_token / cut.tensor if shape.num_experts else 1.0
     ffn = times * (shape.ffn_hidden_size if shape.num_experts else at.ffn)
     if backward:
+        stream = hidden * (b + (FP32 if b != FP32 else 0))
         attention = rows * (at.q + 2 * at.kv) * (b + FP32) + rows * at.q * b
+        attention -= rows * sum(_feed_forward(shape, cut).values())
         feed_forward = 2 * rows * ffn * b  # gradient of gate and up
     else:
+        stream = 4 * hidden * b + rows * shape.head_dim * FP32  # and the table of rotary angles
         attention = rows * (at.fused + 2 * at.q + 2 * at.kv) * b + rows * at.q * FP32
-        feed_forward = 3 * rows * ffn * b
+        feed_forward = (5 if cut.kernels == "local" else 3) * rows * ffn * b
     attention += exchange_bytes(shape, cut, all_rows, backward)
-    if backward:
-        attention -= rows * sum(_feed_forward(shape, cut).values())
     return stream + whole + max(attention, feed_forward)
 
 
 def logits_working(shape: TransformerShape, cut: Cut, responses: int, largest_param: int, backward: bool) -> float:
-    """One chunk of logits: in the parameters' type and three times in fp32 (cast, biased, scaled); in the backward also
-    the gradient of the output matrix before it reaches the fp32 buffer, once made and once summed."""
+    """One chunk of logits: in the parameters' type, and twice in fp32 (biased, scaled); in the backward also the
+    gradient of the output matrix before it reaches the fp32 buffer. No layer is computed meanwhile."""
     rows = min(LOGIT_CHUNK, responses)
-    logits = rows * shape.vocab_size / cut.tensor * (cut.element + 3 * FP32)
-    return logits + (2 * largest_param * cut.element if backward else 0)
+    logits = rows * shape.vocab_size / cut.tensor * (cut.element + 2 * FP32)
+    return logits + (largest_param * cut.element if backward else 0)

@@ -185,7 +185,8 @@ def _passes(case: Case, params: StageParams, stage: int, backward: bool) -> Iter
             working += act.layer_bytes(shape, none) * rows
     yield "working memory", working
     if is_last:
-        yield "logits", act.logits_working(shape, cut, case.response_rows, params.largest, backward)
+        logits = act.logits_working(shape, cut, case.response_rows, params.largest, backward)
+        yield "logits, above that", max(0.0, logits - working)
 
 
 def saved_bytes(case: Case, stage: int) -> float:

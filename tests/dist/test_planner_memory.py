@@ -7,6 +7,7 @@ the step is what it keeps for its backward.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,6 +153,44 @@ def test_activations(folders: dict[str, Path], case: Case) -> None:
         assert rank.peak <= _kept(shape, case, rank) + _working(shape, case, rank) <= (1 + PEAK_MARGIN) * rank.peak, rank
         assert rank.rows <= share * TOKENS + case.tensor
     assert max(rank.rows for rank in ranks) >= share * TOKENS - 1
+
+
+def _peaks(rank: int, folder: Path, case: Case) -> tuple[int, int, int]:
+    """(peak of log_probs, what the forward of an update keeps, its peak before the optimizer) of one micro-batch."""
+    mesh = tp.join(case.tensor)
+    provider, policy = _build(folder, case, mesh)
+    [batches] = pack(_groups(provider, 1), 1, TOKENS, provider, mesh)
+    scoring, learning, kept = LiveBytes(), LiveBytes(), []
+    with scoring:
+        policy.logprobs(batches, {})
+    policy.chunks[0].register_forward_hook(lambda *_: kept.append(learning.live))
+    peaks: list[int] = []
+    step = policy.optimizer.step
+    policy.optimizer.step = lambda: (peaks.append(learning.peak), step())[1]  # its state is made at the first step
+    with learning:
+        policy.train(tp.off_policy(batches), {}, PpoClip(), step=0)
+    return scoring.peak, max(kept), peaks[0]
+
+
+@pytest.mark.parametrize("vocab", [512, 60_000], ids=["layers", "logits"])
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peaks(folders: dict[str, Path], tmp_path: Path, vocab: int, tensor: int, dtype: str) -> None:
+    """Without gradients, and in a backward: a layer's working memory is the most with a small vocabulary, a chunk of
+    logits with a large one."""
+    config = json.loads((folders["qwen3"] / "config.json").read_text()) | {"vocab_size": vocab}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    case, model = Case("qwen3", tensor, recompute="full", dtype=dtype), load_planned_model(str(tmp_path))
+    shape, largest = model.shape, stage_params(model, tensor, 1, 0).largest
+    responses = NUM_RESPONSES * RESPONSE
+    for scoring, kept, learning in run_world(tensor, _peaks, tmp_path, case):
+        rank = Measured(0, TOKENS, responses, kept, learning)
+        layer = act.layer_working(shape, case.cut, TOKENS, TOKENS, backward=False)
+        logits = act.logits_working(shape, case.cut, responses, largest, backward=False)
+        assert scoring == pytest.approx(max(layer, logits), rel=0.06)
+        logits = act.logits_working(shape, case.cut, responses, largest, backward=True)
+        predicted = _kept(shape, case, rank) + max(_working(shape, case, rank), logits)
+        assert learning <= 1.02 * predicted <= 1.02 * (1 + PEAK_MARGIN) * learning
 
 
 def _count(rank: int, folder: Path, sizes: dict[str, int]) -> tuple[int, int]:
