@@ -11,7 +11,7 @@ T rows of this rank (a context parallel rank's tokens of one micro-batch), b byt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from model_providers.shape import TransformerShape
@@ -59,13 +59,21 @@ def layer_saved(shape: TransformerShape, cut: Cut) -> dict[str, float]:
     hidden = shape.hidden_size / cut.tensor
     if cut.recompute == "full":
         return {"layer input": hidden * cut.element}
+    selective = cut.recompute == "selective"
+    # A fused norm is part of the feed-forward network: what it would keep is computed again too.
+    linears = 1 if selective and cut.kernels == "fused" and not shape.num_experts else 2
     return {
         "norms": 2 * _norm(hidden, 1 / cut.tensor, cut),
-        "inputs of linears": 2 * hidden * cut.element,
+        "inputs of linears": linears * hidden * cut.element,
         "rotary": 4 * shape.head_dim * cut.element,  # cosines and sines, made anew for queries and for keys
         **_attention(shape, cut),
-        **_feed_forward(shape, cut),
+        **({} if selective else _feed_forward(shape, cut)),
     }
+
+
+def recomputed_bytes(shape: TransformerShape, cut: Cut) -> float:
+    """A row of the one layer that the backward has computed again."""
+    return layer_bytes(shape, replace(cut, recompute="none")) - layer_bytes(shape, cut)
 
 
 def layer_bytes(shape: TransformerShape, cut: Cut) -> float:
@@ -83,14 +91,11 @@ def _norm(width: float, count: float, cut: Cut) -> float:
 
 
 def _attention(shape: TransformerShape, cut: Cut) -> dict[str, float]:
-    """q, k after rotary, v, out, log-sum-exp; with `selective` the kernel's inputs instead, where v is still a view of
-    the whole projection and keeps all of it."""
+    """q, k after rotary, v, out, log-sum-exp."""
     at, b = widths(shape, cut.tensor), cut.element
     by_heads = cut.context_comm == "a2a" and cut.context > 1
     saved = {"out": at.q * b}
-    if cut.recompute == "selective":
-        saved["q, k, projection"] = (at.q + at.kv + at.fused) * b
-    elif by_heads:  # all rows, some heads: as many elements, but for shared key/value heads, and a second `out`
+    if by_heads:  # all rows, some heads: as many elements, but for shared key/value heads, and a second `out`
         kv = cut.context * _kv_heads_of_rank(at, cut.context) * shape.head_dim
         saved["q, k, v"] = (at.q + 2 * kv) * b
         saved["out of own heads"] = at.q * b
@@ -99,7 +104,7 @@ def _attention(shape: TransformerShape, cut: Cut) -> dict[str, float]:
         saved["q, k, v"] = (at.q + 2 * at.kv) * b
         saved["lse"] = at.heads * FP32
     if shape.qk_norm:
-        saved["q, k norms"] = _qk_norms(at, cut, has_projection=cut.recompute == "selective")
+        saved["q, k norms"] = _qk_norms(at, cut)
     return saved
 
 
@@ -111,15 +116,14 @@ def _kv_heads_of_rank(at: Widths, context: int) -> int:
     return 1 if per_group % per_rank == 0 else int(per_rank)
 
 
-def _qk_norms(at: Widths, cut: Cut, has_projection: bool) -> float:
+def _qk_norms(at: Widths, cut: Cut) -> float:
     """Their inputs are fp32 copies; or q, copied out of the projection, and k as a view that keeps all of it."""
     b, roots = cut.element, (at.heads + at.groups) * FP32
     if cut.kernels == "local" and b != FP32:
         return (at.q + at.kv) * (2 * FP32 + b) + roots
-    projection = 0 if has_projection else at.fused * b
     copied = at.q * b if at.groups > 1 else 0
     normalised = (at.q + at.kv) * b if cut.kernels == "local" else 0
-    return projection + copied + normalised + roots
+    return at.fused * b + copied + normalised + roots
 
 
 def _feed_forward(shape: TransformerShape, cut: Cut) -> dict[str, float]:

@@ -35,9 +35,20 @@ class Flops:
 def linear_flops(shape: TransformerShape) -> float:
     """A token's forward pass through the linears of all layers."""
     q, kv = shape.num_heads * shape.head_dim, shape.num_groups * shape.head_dim
+    return 2.0 * shape.num_layers * (shape.hidden_size * (2 * q + 2 * kv) + feed_forward_weights(shape))
+
+
+def recomputed(shape: TransformerShape, recompute: str) -> tuple[float, float]:
+    """Parts of the forward pass through the linears and through attention that the backward makes again."""
+    if recompute == "selective":
+        return feed_forward_weights(shape) / (linear_flops(shape) / 2 / shape.num_layers), 0.0
+    return (1.0, 1.0) if recompute == "full" else (0.0, 0.0)
+
+
+def feed_forward_weights(shape: TransformerShape) -> float:
+    """Of a layer, as far as one token meets them."""
     experts = shape.experts_per_token if shape.num_experts else 1
-    feed_forward = 3 * shape.hidden_size * shape.ffn_hidden_size * experts + shape.hidden_size * shape.num_experts
-    return 2.0 * shape.num_layers * (shape.hidden_size * (2 * q + 2 * kv) + feed_forward)
+    return 3.0 * shape.hidden_size * shape.ffn_hidden_size * experts + shape.hidden_size * shape.num_experts
 
 
 def attention_flops(shape: TransformerShape, pairs: float) -> float:
@@ -60,8 +71,7 @@ def step_flops(case: Case) -> Flops:
     responses = num_sequences * work.response_tokens
     linear, attention = trained_forward(case)
     head = head_flops(shape, responses)
-    again = float(case.cfg.model.recompute == "full")
-    attention_again = float(case.cfg.model.recompute != "none")
+    again, attention_again = recomputed(shape, case.cfg.model.recompute)
     update = linear * (1 + BACKWARD_LINEAR + again) + head * (2 + BACKWARD_LINEAR)
     update += attention * (1 + BACKWARD_ATTENTION + attention_again)
     prefill = work.prompt_tokens * linear_flops(shape) + attention_flops(shape, work.prompt_tokens**2 / 2)

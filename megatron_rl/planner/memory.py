@@ -180,9 +180,7 @@ def _passes(case: Case, params: StageParams, stage: int, backward: bool) -> Iter
     working = act.layer_working(shape, cut, rows, case.largest, backward)
     if backward:
         yield "activations", saved_bytes(case, stage)
-        if cut.recompute == "full":  # one layer at a time is computed again, with all that it keeps
-            none = act.Cut(cut.tensor, cut.context, cut.context_comm, "none", cut.element, cut.kernels)
-            working += act.layer_bytes(shape, none) * rows
+        working += act.recomputed_bytes(shape, cut) * rows
     yield "working memory", working
     if is_last:
         logits = act.logits_working(shape, cut, case.response_rows, params.largest, backward)

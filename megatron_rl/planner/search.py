@@ -188,8 +188,8 @@ def helpful_knobs(option: Option, machine: Machine) -> list[Knob]:
 
 def _changes(option: Option) -> Iterator[dict[str, Any]]:
     cfg, work = option.cfg, option.case.work
-    if cfg.model.recompute != "full":
-        yield {"model.recompute": "full"}
+    modes = ("none", "selective", "full")
+    yield from ({"model.recompute": mode} for mode in modes[modes.index(cfg.model.recompute) + 1 :])
     for key in ("context", "tensor", "pipeline"):
         yield {f"parallel.{key}": 2 * getattr(cfg.parallel, key)}
     if cfg.train.max_tokens_per_microbatch > cfg.max_model_len >= work.longest:

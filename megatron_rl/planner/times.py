@@ -18,6 +18,7 @@ from megatron_rl.planner.flops import (
     attention_flops,
     head_flops,
     linear_flops,
+    recomputed,
     step_flops,
     trained_forward,
 )
@@ -123,9 +124,9 @@ def _pass(case: Case, assumed: Efficiency, backward: bool) -> float:
     linear, attention = trained_forward(case)
     head = head_flops(shape, work.num_prompts * work.num_samples * work.response_tokens)
     if backward:
-        again = float(case.cfg.model.recompute == "full")
+        again, attention_again = recomputed(shape, case.cfg.model.recompute)
         linear *= 1 + BACKWARD_LINEAR + again
-        attention *= 1 + BACKWARD_ATTENTION + float(case.cfg.model.recompute != "none")
+        attention *= 1 + BACKWARD_ATTENTION + attention_again
         head *= 2 + BACKWARD_LINEAR
     efficiency = assumed.linear * _shrunk(case)
     layers = linear / efficiency + attention / assumed.attention

@@ -117,8 +117,8 @@ def _kept(shape: Any, case: Case, rank: Measured) -> float:
 
 
 def _working(shape: Any, case: Case, rank: Measured) -> float:
-    again = act.layer_bytes(shape, replace(case.cut, recompute="none")) if case.recompute == "full" else 0
-    return again * rank.rows + act.layer_working(shape, case.cut, rank.rows, TOKENS, backward=True)
+    again = act.recomputed_bytes(shape, case.cut) * rank.rows
+    return again + act.layer_working(shape, case.cut, rank.rows, TOKENS, backward=True)
 
 
 CASES = [
