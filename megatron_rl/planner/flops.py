@@ -76,8 +76,11 @@ def step_flops(case: Case) -> Flops:
     update += attention * (1 + BACKWARD_ATTENTION + attention_again)
     prefill = work.prompt_tokens * linear_flops(shape) + attention_flops(shape, work.prompt_tokens**2 / 2)
     decoded = work.prompt_tokens * work.response_tokens + work.response_tokens**2 / 2
+    encode = work.num_prompts * case.model.tower.flops(work.num_frames, work.size_hw) if case.model.tower else 0.0
+    if not case.cfg.model.freeze_vision:  # encoded once more, and backwards
+        update += (1 + BACKWARD_LINEAR) * encode
     return Flops(
-        encode=work.num_prompts * case.model.tower.flops(work.num_frames, work.size_hw) if case.model.tower else 0.0,
+        encode=encode,
         prefill=work.num_prompts * prefill,
         decode=responses * linear_flops(shape) + attention_flops(shape, num_sequences * decoded) + head,
         log_probs=linear + attention + head,

@@ -125,6 +125,7 @@ def _items(case: Case, need: EngineNeed, phase: str, stage: int) -> Iterator[tup
     else:
         yield "gradients", params.trained * FP32
         yield "optimizer", optimizer_bytes(case, params)
+        yield from _trained_tower(case, backward=phase == "update")
         yield from _training_embeddings(case, stage)
         yield from _passes(case, params, stage, backward=phase == "update")
 
@@ -162,13 +163,28 @@ def _generate_items(case: Case) -> Iterator[tuple[str, float]]:
         yield "embeddings fetched", 2 * -(-case.work.num_prompts // case.layout.num_replicas) * _video_bytes(case)
 
 
+def _trained_tower(case: Case, backward: bool) -> Iterator[tuple[str, float]]:
+    """All of the tower counts as trained; for it every rank is data parallel. It goes backwards once the language model
+    is done, a chunk of frames at a time."""
+    tower = case.model.tower
+    if tower is None or case.cfg.model.freeze_vision:
+        return
+    per_param = 2 * FP32 + (FP32 if case.cut.element != FP32 else 0)
+    yield "tower's gradients", tower.num_params * FP32
+    yield "tower's optimizer", tower.num_params * per_param / case.layout.world
+    if backward:
+        frames = min(FRAMES_PER_CALL, case.work.num_frames)
+        yield "tower's activations", tower.kept_bytes(frames, case.work.size_hw, case.cut.element)
+
+
 def _training_embeddings(case: Case, stage: int) -> Iterator[tuple[str, float]]:
     """The first stage fetches the tokens of its own rows for all micro-batches, and copies those of one in flight."""
     if case.model.tower is None or stage:
         return
     work, layout = case.work, case.layout
     videos = min(case.packing.bundles, work.num_prompts)
-    yield "embeddings fetched", videos * _video_bytes(case) / (layout.context * layout.tensor)
+    wide = 1 if case.cfg.model.freeze_vision else FP32 / case.cut.element  # what is trained is fetched in fp32
+    yield "embeddings fetched", wide * videos * _video_bytes(case) / (layout.context * layout.tensor)
     in_flight = chunks_in_flight(layout, 0, case.packing.num_microbatches) / layout.virtual
     rows = case.rows * work.video_tokens / work.prompt_tokens / layout.tensor
     yield "embeddings in flight", in_flight * rows * case.model.shape.hidden_size * case.cut.element

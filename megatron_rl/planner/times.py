@@ -70,6 +70,8 @@ def predict(case: Case, assumed: Efficiency = ASSUMED) -> Times:
     if cfg.algorithm.kl_coef > 0:
         phases["reference"] = one_pass
     phases["update"] = _pass(case, assumed, backward=True) + _optimizer(case, assumed)
+    if not cfg.model.freeze_vision and "encode" in phases:  # encoded once more, and backwards
+        phases["update"] += (1 + BACKWARD_LINEAR) * phases["encode"]
     return Times(phases)
 
 

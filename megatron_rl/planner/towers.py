@@ -88,6 +88,14 @@ class Tower:
         per_patch = dtype_bytes * (2 * self.hidden + widest) + 4 * 2 * self.hidden
         return pixels * 4 * 2 + pixels * dtype_bytes + per_patch * self.patches(num_frames, size_hw)
 
+    def kept_bytes(self, num_frames: int, size_hw: tuple[int, int], dtype_bytes: int) -> float:
+        """What transformers' modules keep for a backward, in round numbers: in a layer two norms (input twice in fp32,
+        normalised, output), q, k, v before and after rotary, out, and each step of the feed-forward network."""
+        norms = 2 * self.hidden * (2 * 4 + 2 * dtype_bytes)
+        steps = 5 if self.is_gated else 2
+        layer = norms + dtype_bytes * (7 * self.hidden + steps * self.ffn)
+        return self.depth * layer * self.patches(num_frames, size_hw)
+
 
 def tower_of(config: Mapping[str, Any]) -> Tower | None:
     """The tower that a model's config.json describes; None for a text model."""

@@ -212,6 +212,17 @@ def test_memory_of_a_recipe() -> None:
     assert with_kl.memory.host["reference, and the policy meanwhile"] == pytest.approx(4 * params, rel=1e-3)
 
 
+def test_a_trained_tower_needs_more() -> None:
+    model = load_planned_model("Qwen2.5-VL-7B")
+    assert model.tower is not None
+    frozen, trained = (evaluate(small_recipe(model__freeze_vision=f), model, A100) for f in (True, False))
+    more = trained.memory.phases[-1].items
+    assert more["tower's gradients"] == 4 * model.tower.num_params
+    assert more["tower's optimizer"] == 12 * model.tower.num_params / 8
+    assert more["embeddings fetched"] == 2 * frozen.memory.phases[-1].items["embeddings fetched"]
+    assert step_flops(trained.case).update - step_flops(frozen.case).update == 3 * step_flops(frozen.case).encode
+
+
 def test_layouts_are_those_that_the_checks_allow() -> None:
     found = list(layouts(small_recipe(), load_planned_model("Qwen2.5-VL-7B"), 8))
     sizes = {(c.parallel.tensor, c.parallel.pipeline, c.parallel.context, c.rollout.tensor) for c in found}
