@@ -68,7 +68,7 @@ def planned_model(name: str, source: str, config: Mapping[str, Any]) -> PlannedM
     except KeyError as error:
         raise ValueError(f"model.hf={name}: config.json has no {error.args[0]!r}; give a complete one") from error
     text = config.get("text_config") or config
-    sizes = {key: value for key, value in text.items() if type(value) is int}
+    sizes = {key: value for key, value in text.items() if type(value) is int} | {"num_experts": shape.num_experts}
     return PlannedModel(name, source, shape, table_of(shape), tower, sizes)
 
 

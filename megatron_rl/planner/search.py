@@ -204,11 +204,23 @@ def _changes(option: Option) -> Iterator[dict[str, Any]]:
         for util in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8):
             if abs(util - cfg.rollout.gpu_memory_utilization) > 0.01:
                 yield {"rollout.gpu_memory_utilization": util}
-    if option.case.model.tower is not None and work.num_frames >= 4:
-        patch = option.case.model.tower.temporal_patch
-        yield {"data.num_frames": work.num_frames // (2 * patch) * patch, "data.fps": 0.0}
-        if cfg.data.max_pixels // 2 >= cfg.data.min_pixels:
-            yield {"data.max_pixels": cfg.data.max_pixels // 2}
+    yield from _smaller_videos(option)
+
+
+def _smaller_videos(option: Option) -> Iterator[dict[str, Any]]:
+    """Half the frames, or frames of half the area; micro-batches shrink by what a prompt does."""
+    cfg, case = option.cfg, option.case
+    if case.model.tower is None or case.work.num_frames < 2 * case.model.tower.temporal_patch:
+        return
+    patch = case.model.tower.temporal_patch
+    changes: list[dict[str, Any]] = [{"data.num_frames": case.work.num_frames // (2 * patch) * patch}]
+    changes[0] |= {"data.fps": 0.0} if cfg.data.fps else {}
+    if cfg.data.max_pixels // 2 >= cfg.data.min_pixels:
+        changes.append({"data.max_pixels": cfg.data.max_pixels // 2})
+    for change in changes:
+        work = workload_of(with_settings(cfg, change), case.model, case.assumed)
+        budget = cfg.train.max_tokens_per_microbatch - (case.work.video_tokens - work.video_tokens)
+        yield change | {"train.max_tokens_per_microbatch": max(budget, work.longest)}
 
 
 def larger_budget(option: Option, machine: Machine) -> Knob | None:
@@ -245,9 +257,17 @@ def largest_frames(cfg: RunConfig, model: PlannedModel, machine: Machine) -> Fra
     def options(frames: int) -> Sequence[Option]:
         return search(with_frames(cfg, model, machine.assumed, frames), model, machine, tight_cache=True)
 
+    grids = [one for one in layouts(cfg, model, machine.world)]
+
     def fits(frames: int) -> bool:
-        found = options(frames)
-        return bool(found) and found[0].memory.fits
+        """Tried first: the grid that took the last number of frames."""
+        for index, grid in enumerate(grids):
+            longer = with_tight_cache(with_frames(grid, model, machine.assumed, frames), model, machine.assumed)
+            case = _case(longer, model, machine)
+            if case is not None and plan_memory(case).fits:
+                grids.insert(0, grids.pop(index))
+                return True
+        return False
 
     good, bad = 0, patch
     while bad <= MAX_FRAMES and fits(bad):

@@ -26,7 +26,7 @@ def work_lines(option: Option) -> Iterator[RenderableType]:
     """What a step consists of, and how it is cut."""
     case, work, packing = option.case, option.case.work, option.case.packing
     stages = [case.params(stage).total for stage in range(case.layout.pipeline)]
-    per_rank = f"{max(stages) / 1e9:.3f} G a rank" + (" (fullest stage)" if len(stages) > 1 else "")
+    per_rank = f"{max(stages):,} parameters a rank" + (" of the fullest stage" if len(stages) > 1 else "")
     lines = [f"layout    {case.layout}; recompute {option.cfg.model.recompute}; {per_rank}"]
     if work.num_frames:
         size = f"{work.size_hw[1]} x {work.size_hw[0]}"
@@ -106,8 +106,8 @@ def knobs_table(knobs: Sequence[Knob]) -> RenderableType:
     if not knobs:
         return Text("No single setting helps; see the layouts below.")
     table = Table(title="What would help, one setting at a time", title_justify="left")
-    for column in ("setting", "peak, GiB", "", "predicted s a step"):
-        table.add_column(column, justify="left" if column in ("setting", "") else "right")
+    for column in ("setting", "peak, GiB", "then", "predicted s a step"):
+        table.add_column(column, justify="left" if column in ("setting", "then") else "right")
     for knob in knobs[:SHOWN_KNOBS]:
         option = knob.option
         fits = "fits" if option.memory.fits else reason(option)

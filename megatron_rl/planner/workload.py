@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import cast
 
 from megatron_rl.config import RunConfig
 from megatron_rl.planner.model import PlannedModel
@@ -145,7 +146,8 @@ def pack_step(
 
 
 def _samples(work: Workload, num_prompts: int) -> list[TrainSample]:
-    ids, response = tuple(range(work.prompt_tokens)), tuple(range(work.response_tokens))
+    # Packing asks for lengths only; a range has one without holding a million numbers.
+    ids, response = (cast("tuple[int, ...]", range(n)) for n in (work.prompt_tokens, work.response_tokens))
     row = Row("", "", "")
     return [
         TrainSample(prompt, response, 0.0, ())
