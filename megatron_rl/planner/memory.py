@@ -225,7 +225,7 @@ def saved_by_stage(
     saved = chunks * (layers * rows * act.layer_bytes(shape, cut) + act.rotary_table(shape, cut, rows))
     is_last = stage == layout.pipeline - 1
     if layout.pipeline > 1:  # outputs sent on, and the input and gradient that the schedule still refers to
-        kept = 2 + (0 if is_last else chunks)
+        kept = 2 + (0 if is_last and layout.virtual == 1 else chunks)
         saved += kept * rows * shape.hidden_size / cut.tensor * cut.element
     if is_last:
         saved += act.head_saved(shape, cut, rows, response_rows)

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("heavy_imports")
 PROMPT, RESPONSE, NUM_RESPONSES = 2000, 40, 4
 TOKENS = PROMPT + NUM_RESPONSES * RESPONSE
 TOLERANCE = 0.02
+LOOSE = 0.10  # experts with more or fewer tokens than the average, the last stages of a long pipeline
 PEAK_MARGIN = 0.25
 
 
@@ -47,6 +48,7 @@ class Case:
     kind: str = "qwen2_5_vl"
     tensor: int = 1
     pipeline: int = 1
+    virtual: int = 1
     context: int = 1
     comm: str = "all_gather"
     recompute: str = "none"
@@ -62,7 +64,7 @@ class Case:
         return act.Cut(self.tensor, self.context, self.comm, self.recompute, element, "local")
 
     def __str__(self) -> str:
-        sizes = f"tp{self.tensor}_pp{self.pipeline}_cp{self.context}"
+        sizes = f"tp{self.tensor}_pp{self.pipeline}_vp{self.virtual}_cp{self.context}"
         return "-".join([self.kind, sizes, self.comm, self.recompute, self.dtype])
 
 
@@ -80,7 +82,10 @@ class Measured:
 @pytest.fixture(scope="module")
 def folders(tiny_checkpoint: Path, tied_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     texts = {kind: write_text_checkpoint(tmp_path_factory.mktemp(kind), kind) for kind in ("qwen3", "qwen3_moe")}
-    return {"qwen2_5_vl": tiny_checkpoint, "tied": tied_checkpoint, **texts}
+    deep = tmp_path_factory.mktemp("deep")
+    config = json.loads((texts["qwen3"] / "config.json").read_text()) | {"num_hidden_layers": 8}
+    (deep / "config.json").write_text(json.dumps(config))
+    return {"qwen2_5_vl": tiny_checkpoint, "tied": tied_checkpoint, "deep": deep, **texts}
 
 
 def _groups(provider: Any, num_groups: int) -> list[list[TrainSample]]:
@@ -99,11 +104,12 @@ def _build(folder: Path, case: Case, mesh: ParallelMesh) -> tuple[Any, Policy]:
 
 
 def _measure(rank: int, folder: Path, case: Case) -> Measured:
-    mesh = tp.join(case.tensor, case.pipeline, context=case.context, comm=case.comm)
+    mesh = tp.join(case.tensor, case.pipeline, virtual=case.virtual, context=case.context, comm=case.comm)
     provider, policy = _build(folder, case, mesh)
     [batches] = pack(_groups(provider, 2 * case.pipeline), 1, TOKENS, provider, mesh)
     live, kept = LiveBytes(), []
-    policy.chunks[0].register_forward_hook(lambda *_: kept.append(live.live))
+    for chunk in policy.chunks:
+        chunk.register_forward_hook(lambda *_: kept.append(live.live))
     with live:
         policy.train(tp.off_policy(batches), {}, PpoClip(), step=0)
     responses = max(batch.num_response_tokens for batch in batches)
@@ -111,7 +117,7 @@ def _measure(rank: int, folder: Path, case: Case) -> Measured:
 
 
 def _kept(shape: Any, case: Case, rank: Measured) -> float:
-    layout = Layout(case.world, case.tensor, case.pipeline, 1, case.context, 1, 1)
+    layout = Layout(case.world, case.tensor, case.pipeline, case.virtual, case.context, 1, 1)
     saved = saved_by_stage(shape, case.cut, layout, rank.stage, 2 * case.pipeline, rank.rows, rank.responses)
     return saved + act.gather_buffer(shape, case.cut, rank.rows)
 
@@ -146,6 +152,9 @@ MORE_CASES = [
     *[Case("qwen3", recompute=mode) for mode in ("none", "selective", "full")],
     Case("qwen3", dtype="bfloat16"),
     Case("qwen3", tensor=2, pipeline=2),
+    *[Case("qwen3_moe", recompute=mode) for mode in ("none", "selective", "full")],
+    Case("deep", pipeline=4),
+    *[Case("deep", pipeline=4, virtual=2, recompute=mode) for mode in ("none", "selective", "full")],
 ]
 ALL = [*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in MORE_CASES)]
 
@@ -157,10 +166,18 @@ def test_activations(folders: dict[str, Path], case: Case) -> None:
     ranks: Sequence[Measured] = run_world(case.world, _measure, folders[case.kind], case)
     share = fullest_share(PROMPT, RESPONSE, NUM_RESPONSES, case.context, shape.hidden_size)
     for rank in ranks:
-        assert _kept(shape, case, rank) == pytest.approx(rank.kept, rel=TOLERANCE), rank
-        assert rank.peak <= _kept(shape, case, rank) + _working(shape, case, rank) <= (1 + PEAK_MARGIN) * rank.peak, rank
+        tolerance = TOLERANCE if case.kind in ("qwen2_5_vl", "qwen3") else LOOSE
+        assert _kept(shape, case, rank) == pytest.approx(rank.kept, rel=tolerance), rank
+        if case.kind == "qwen3_moe" or (case.virtual > 1 and rank.stage):
+            continue  # which tokens an expert gets is not known beforehand; the first stage is the fullest
+        _check_peak(rank.peak, _kept(shape, case, rank) + _working(shape, case, rank))
         assert rank.rows <= share * TOKENS + case.tensor
     assert max(rank.rows for rank in ranks) >= share * TOKENS - 1
+
+
+def _check_peak(measured: int, predicted: float) -> None:
+    """A plan may ask for more than there will be, not for less."""
+    assert measured <= (1 + TOLERANCE) * predicted and predicted <= (1 + PEAK_MARGIN) * measured, predicted / measured
 
 
 def _peaks(rank: int, folder: Path, case: Case) -> tuple[int, int, int]:
@@ -198,7 +215,7 @@ def test_peaks(folders: dict[str, Path], tmp_path: Path, vocab: int, tensor: int
         assert scoring == pytest.approx(max(layer, logits), rel=0.06)
         logits = act.logits_working(shape, case.cut, responses, largest, backward=True)
         predicted = _kept(shape, case, rank) + max(_working(shape, case, rank), logits)
-        assert learning <= 1.02 * predicted <= 1.02 * (1 + PEAK_MARGIN) * learning
+        _check_peak(learning, predicted)
 
 
 def _count(rank: int, folder: Path, sizes: dict[str, int]) -> tuple[int, int]:
