@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rl.planner.memory import Case
+from megatron_rl.planner.memory import Case, passes_without_gradients
 from model_providers.shape import TransformerShape
 
 BACKWARD_LINEAR, BACKWARD_ATTENTION = 2.0, 2.5
@@ -84,7 +84,7 @@ def step_flops(case: Case) -> Flops:
         prefill=work.num_prompts * prefill,
         decode=responses * linear_flops(shape) + attention_flops(shape, num_sequences * decoded) + head,
         log_probs=linear + attention + head,
-        num_passes=int(case.cfg.train.updates_per_step > 1) + int(case.cfg.algorithm.kl_coef > 0),
+        num_passes=passes_without_gradients(case.cfg),
         update=update,
     )
 

@@ -24,7 +24,6 @@ from model_providers.shape import TransformerShape
 FP32 = 4
 FRAMES_PER_CALL = 64  # that a rank sends through the tower together
 DECODED_BYTES = 2**30  # of resized frames that a rank holds at a time
-PHASES = ("encode", "generate", "log-probs", "update")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +107,34 @@ def plan_memory(case: Case) -> Memory:
     need = engine_need(case.cfg, case.model, case.gpu, case.work)
     stages = sorted({0, case.layout.pipeline - 1})
     phases = []
-    for phase in PHASES:
+    for phase in phase_names(case.cfg):
         found = [PhaseMemory(phase, stage, dict(_items(case, need, phase, stage))) for stage in stages]
         phases.append(max(found, key=lambda f: f.total))
     return Memory(tuple(phases), need, host_bytes(case, need), case.gpu.memory)
+
+
+def phase_names(cfg: RunConfig) -> list[str]:
+    """In the order of a step. An evaluation counts where it takes more prompts at a time than a step does."""
+    names = ["encode", "generate"]
+    if cfg.data.eval and cfg.eval.batch_size > cfg.train.prompts_per_step:
+        names.append("evaluate")
+    return [*names, *(["log-probs"] if passes_without_gradients(cfg) else []), "update"]
+
+
+def passes_without_gradients(cfg: RunConfig) -> int:
+    """Over all that a step trains on: the old log-probabilities, if there is a second update, and the reference's."""
+    return int(cfg.train.updates_per_step > 1) + int(cfg.algorithm.kl_coef > 0)
 
 
 def _items(case: Case, need: EngineNeed, phase: str, stage: int) -> Iterator[tuple[str, float]]:
     params = case.params(stage)
     yield "reserve", case.assumed.reserve
     yield "weights", params.total * case.cut.element
-    yield from _vision(case)
-    if phase in ("encode", "generate"):
+    num_prompts = case.cfg.eval.batch_size if phase == "evaluate" else case.work.num_prompts
+    yield from _vision(case, num_prompts)
+    if phase in ("encode", "generate", "evaluate"):
         yield from need.items
-        yield from (_encode_items(case) if phase == "encode" else _generate_items(case))
+        yield from (_encode_items(case) if phase == "encode" else _generate_items(case, num_prompts))
     else:
         yield "gradients", params.trained * FP32
         yield "optimizer", optimizer_bytes(case, params)
@@ -136,12 +149,12 @@ def optimizer_bytes(case: Case, params: StageParams) -> float:
     return params.trained * per_param / case.layout.optimizer_shards
 
 
-def _vision(case: Case) -> Iterator[tuple[str, float]]:
-    """The tower on every rank, and the embeddings that this rank made: its share of all frames of the step."""
+def _vision(case: Case, num_prompts: int) -> Iterator[tuple[str, float]]:
+    """The tower on every rank, and the embeddings that this rank made: its share of the frames of all prompts."""
     if case.model.tower is None:
         return
     yield "vision tower", case.model.tower.num_params * case.cut.element
-    yield "embeddings made here", case.work.num_prompts * _video_bytes(case) / case.layout.world
+    yield "embeddings made here", num_prompts * _video_bytes(case) / case.layout.world
 
 
 def _video_bytes(case: Case) -> float:
@@ -157,10 +170,10 @@ def _encode_items(case: Case) -> Iterator[tuple[str, float]]:
         yield "tower's activations", tower.working_bytes(frames, work.size_hw, case.cut.element)
 
 
-def _generate_items(case: Case) -> Iterator[tuple[str, float]]:
+def _generate_items(case: Case, num_prompts: int) -> Iterator[tuple[str, float]]:
     """Each rank of a replica fetches the videos of its prompts, and joins them once more for the engine."""
     if case.model.tower is not None:
-        yield "embeddings fetched", 2 * -(-case.work.num_prompts // case.layout.num_replicas) * _video_bytes(case)
+        yield "embeddings fetched", 2 * -(-num_prompts // case.layout.num_replicas) * _video_bytes(case)
 
 
 def _trained_tower(case: Case, backward: bool) -> Iterator[tuple[str, float]]:

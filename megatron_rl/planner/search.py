@@ -194,6 +194,8 @@ def _changes(option: Option) -> Iterator[dict[str, Any]]:
         yield {f"parallel.{key}": 2 * getattr(cfg.parallel, key)}
     if cfg.train.max_tokens_per_microbatch > cfg.max_model_len >= work.longest:
         yield {"train.max_tokens_per_microbatch": cfg.max_model_len}
+    if cfg.data.eval and cfg.eval.batch_size > cfg.train.prompts_per_step:
+        yield {"eval.batch_size": cfg.train.prompts_per_step}
     if cfg.train.prompts_per_step % (2 * cfg.train.updates_per_step) == 0:
         yield {"train.prompts_per_step": cfg.train.prompts_per_step // 2}
     yield {"rollout.tensor": 2 * cfg.rollout.tensor}

@@ -22,6 +22,7 @@ from megatron_rl.planner.engine import CHUNK_TOKENS, engine_need
 from megatron_rl.planner.flops import causal_pairs, head_flops, linear_flops, step_flops
 from megatron_rl.planner.gpus import GIB, GPUS, gpu_of
 from megatron_rl.planner.layout import Layout, chunks_in_flight
+from megatron_rl.planner.memory import phase_names
 from megatron_rl.planner.model import engine_params, load_planned_model, stage_params
 from megatron_rl.planner.search import Machine, evaluate, helpful_knobs, layouts, with_frames, with_settings
 from megatron_rl.planner.towers import smart_resize, tower_of
@@ -223,6 +224,18 @@ def test_a_trained_tower_needs_more() -> None:
     assert step_flops(trained.case).update - step_flops(frozen.case).update == 3 * step_flops(frozen.case).encode
 
 
+def test_phases_are_those_of_the_recipe() -> None:
+    assert phase_names(small_recipe()) == ["encode", "generate", "update"]
+    kept = small_recipe(algorithm__kl_coef=0.1, train__updates_per_step=2)
+    assert phase_names(kept)[2:] == ["log-probs", "update"]
+    assert step_flops(evaluate(kept, load_planned_model("Qwen2.5-VL-7B"), A100).case).num_passes == 2
+    tested = small_recipe(data__eval="eval.jsonl", eval__batch_size=32)  # 8 prompts a step
+    assert phase_names(tested) == ["encode", "generate", "evaluate", "update"]
+    generate, test = evaluate(tested, load_planned_model("Qwen2.5-VL-7B"), A100).memory.phases[1:3]
+    assert test.items["embeddings fetched"] == 4 * generate.items["embeddings fetched"]
+    assert test.items["embeddings made here"] == 4 * generate.items["embeddings made here"]
+
+
 def test_layouts_are_those_that_the_checks_allow() -> None:
     found = list(layouts(small_recipe(), load_planned_model("Qwen2.5-VL-7B"), 8))
     sizes = {(c.parallel.tensor, c.parallel.pipeline, c.parallel.context, c.rollout.tensor) for c in found}
@@ -295,7 +308,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     plan = json.loads(path.read_text())
     assert plan["work"]["num_frames"] == 128
     assert plan["recipe"]["fits"] and plan["largest_frames"]["num_frames"] > 128
-    assert set(plan["recipe"]["memory"]) == {"encode", "generate", "log-probs", "update"}
+    assert set(plan["recipe"]["memory"]) == {"encode", "generate", "update"}
     assert "Predictions, not measurements" in capsys.readouterr().out
     longer = ["data.num_frames=1024", "train.max_tokens_per_microbatch=70000"]  # 61k tokens; the recipe takes 18k
     assert main([RECIPE, *longer]) == 1
