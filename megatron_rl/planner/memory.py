@@ -16,7 +16,7 @@ from megatron_rl.config import RunConfig
 from megatron_rl.planner import activations as act
 from megatron_rl.planner.engine import EngineNeed, engine_need
 from megatron_rl.planner.gpus import Gpu
-from megatron_rl.planner.layout import Layout, chunks_in_flight, cut_of, layout_of
+from megatron_rl.planner.layout import Layout, chunks_in_flight, cut_of
 from megatron_rl.planner.model import PlannedModel, StageParams, stage_params
 from megatron_rl.planner.workload import Assumptions, Packing, Workload, fullest_share
 from model_providers.shape import TransformerShape
@@ -253,15 +253,3 @@ def host_bytes(case: Case, need: EngineNeed) -> dict[str, float]:
     if case.cfg.algorithm.kl_coef > 0:
         host["reference, and the policy meanwhile"] = 2.0 * params.total * case.cut.element
     return host
-
-
-def layout_case(
-    cfg: RunConfig,
-    model: PlannedModel,
-    gpu: Gpu,
-    world: int,
-    work: Workload,
-    packing: Packing,
-    assumed: Assumptions,
-) -> Case:
-    return Case(cfg, model, gpu, layout_of(cfg, world), work, packing, assumed)
