@@ -71,6 +71,11 @@ def check(cfg: RunConfig, world_size: int, job: Job, require_files: bool = True)
     raise_all(problems, f"configuration of {cfg.run_dir}")
 
 
+def range_problems(cfg: RunConfig) -> list[str]:
+    """Values out of their range, and settings of data that exclude each other."""
+    return [*_ranges(cfg), *_data(cfg)]
+
+
 def _at(cfg: RunConfig, path: str) -> Any:
     value: Any = cfg
     for key in path.split("."):
@@ -227,6 +232,11 @@ def _fits_provider(cfg: RunConfig, hf: dict[str, Any]) -> Iterator[str]:
             yield f"model.freeze={pattern}: matches no parameter; names look like {names[0]}"
     if all(any(fnmatch.fnmatchcase(name, pattern) for pattern in cfg.model.freeze) for name in names):
         yield _problem(cfg, "model.freeze", "nothing is left to train; freeze less")
+
+
+def size_problems(cfg: RunConfig, text: dict[str, int]) -> list[str]:
+    """Sizes of trainer and engine that do not go with the model's, whose config.json holds the integers `text`."""
+    return [*_fits_model(cfg, text), *_fits_engine(cfg, text)]
 
 
 def _fits_model(cfg: RunConfig, text: dict[str, int]) -> Iterator[str]:

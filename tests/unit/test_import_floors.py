@@ -38,6 +38,8 @@ FLOORS = {  # the longest prefix wins; a package stands on one floor, and phases
     "megatron_rl.training": 6,
     "megatron_rl.quarantine": 2,
     "megatron_rl.launch": 6,
+    "megatron_rl.planner": 7,
+    "megatron_rl.plan": 8,
     "megatron_rl.plan_sync": 8,
     "megatron_rl.plan_sync_view": 7,
     "megatron_rl.step_metrics": 7,

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that a forward pass leaves behind for its backward, tensor by tensor, and what the backward needs on top.
+
+Read off the model's code and compared with live storages in tests/dist/test_planner_memory.py. `local` is
+Megatron-core's unfused layer with our RMSNorm, as on a CPU; `fused` is Transformer Engine's with a fused SwiGLU, as on
+a GPU (what `_LayerNormLinear` and `SwiGLUFunction` save; not measured). Under tensor parallelism the sequence is cut
+too: tensors of width `hidden` hold 1 / tensor of the rows, those of heads and feed-forward 1 / tensor of the columns.
+
+T rows of this rank (a context parallel rank's tokens of one micro-batch), b bytes of an element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from model_providers.shape import TransformerShape
+
+FP32 = 4
+LOGIT_CHUNK = 1024  # model_providers.transformer.LOGIT_CHUNK, whose import would load torch
+Kernels = Literal["local", "fused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a layer is spread over ranks, and how it computes. `element` is the bytes of a parameter's element."""
+
+    tensor: int = 1
+    context: int = 1
+    context_comm: str = "all_gather"
+    recompute: str = "none"
+    element: int = 2
+    kernels: Kernels = "fused"
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Columns of this rank: queries, keys (as many values), the whole projection, feed-forward, heads."""
+
+    q: float
+    kv: float
+    fused: float
+    ffn: float
+    heads: float
+    groups: int
+
+
+def widths(shape: TransformerShape, tensor: int) -> Widths:
+    """With fewer key/value heads than ranks, each rank holds one whole."""
+    groups = max(1, shape.num_groups // tensor)
+    q, kv = shape.num_heads * shape.head_dim / tensor, float(groups * shape.head_dim)
+    whole = (shape.num_heads + 2 * shape.num_groups) * shape.head_dim
+    fused = whole / tensor if shape.num_groups >= tensor else whole / shape.num_groups
+    return Widths(q, kv, fused, shape.ffn_hidden_size / tensor, shape.num_heads / tensor, groups)
+
+
+def layer_saved(shape: TransformerShape, cut: Cut) -> dict[str, float]:
+    """{what: bytes a row} that one layer keeps."""
+    hidden = shape.hidden_size / cut.tensor
+    if cut.recompute == "full":
+        return {"layer input": hidden * cut.element}
+    selective = cut.recompute == "selective"
+    # A fused norm is part of the feed-forward network: what it would keep is computed again too.
+    linears = 1 if selective and cut.kernels == "fused" and not shape.num_experts else 2
+    return {
+        "norms": 2 * _norm(hidden, 1 / cut.tensor, cut),
+        "inputs of linears": linears * hidden * cut.element,
+        "rotary": 4 * shape.head_dim * cut.element,  # cosines and sines, made anew for queries and for keys
+        **_attention(shape, cut),
+        **({} if selective else _feed_forward(shape, cut)),
+    }
+
+
+def recomputed_bytes(shape: TransformerShape, cut: Cut) -> float:
+    """A row of the one layer that the backward has computed again."""
+    return layer_bytes(shape, replace(cut, recompute="none")) - layer_bytes(shape, cut)
+
+
+def layer_bytes(shape: TransformerShape, cut: Cut) -> float:
+    """A row of one layer."""
+    return sum(layer_saved(shape, cut).values())
+
+
+def _norm(width: float, count: float, cut: Cut) -> float:
+    """Of `count` norms over `width` columns in all. Ours keeps its input in fp32, twice where that is a copy, and the
+    normalised values; a fused one its input."""
+    if cut.kernels == "fused":
+        return width * cut.element + count * FP32
+    copies = 1 if cut.element == FP32 else 2
+    return width * (copies * FP32 + cut.element) + count * FP32
+
+
+def _attention(shape: TransformerShape, cut: Cut) -> dict[str, float]:
+    """q, k after rotary, v, out, log-sum-exp."""
+    at, b = widths(shape, cut.tensor), cut.element
+    by_heads = cut.context_comm == "a2a" and cut.context > 1
+    saved = {"out": at.q * b}
+    if by_heads:  # all rows, some heads: as many elements, but for shared key/value heads, and a second `out`
+        kv = cut.context * _kv_heads_of_rank(at, cut.context) * shape.head_dim
+        saved["q, k, v"] = (at.q + 2 * kv) * b
+        saved["out of own heads"] = at.q * b
+        saved["lse"] = at.heads * FP32
+    else:
+        saved["q, k, v"] = (at.q + 2 * at.kv) * b
+        saved["lse"] = at.heads * FP32
+    if shape.qk_norm:
+        saved["q, k norms"] = _qk_norms(at, cut)
+    return saved
+
+
+def _kv_heads_of_rank(at: Widths, context: int) -> int:
+    """Key/value heads with which a rank computes that has some heads of all rows (exchange.heads_of_rank)."""
+    per_rank, per_group = at.heads / context, at.heads / at.groups
+    if per_rank >= per_group:
+        return int(per_rank // per_group) if per_rank % per_group == 0 else int(per_rank)
+    return 1 if per_group % per_rank == 0 else int(per_rank)
+
+
+def _qk_norms(at: Widths, cut: Cut) -> float:
+    """Their inputs are fp32 copies; or q, copied out of the projection, and k as a view that keeps all of it."""
+    b, roots = cut.element, (at.heads + at.groups) * FP32
+    if cut.kernels == "local" and b != FP32:
+        return (at.q + at.kv) * (2 * FP32 + b) + roots
+    copied = at.q * b if at.groups > 1 else 0
+    normalised = (at.q + at.kv) * b if cut.kernels == "local" else 0
+    return at.fused * b + copied + normalised + roots
+
+
+def _feed_forward(shape: TransformerShape, cut: Cut) -> dict[str, float]:
+    """Unfused: gate and up, silu(gate), up + 0, their product. Fused: gate and up, the product."""
+    b, ffn = cut.element, shape.ffn_hidden_size / cut.tensor
+    if not shape.num_experts:
+        return {"feed-forward": (5 if cut.kernels == "local" else 3) * ffn * b}
+    times = shape.experts_per_token / cut.tensor  # rows are cut, experts are not
+    per_row = (6 if cut.kernels == "local" else 4) * shape.ffn_hidden_size + 2 * shape.hidden_size
+    return {"experts": times * per_row * b, "router": (shape.num_experts * 2 * FP32) / cut.tensor}
+
+
+# ------------------------------------------------------------------------------------------- beside and beyond a layer
+
+
+def head_saved(shape: TransformerShape, cut: Cut, rows: int, responses: int) -> float:
+    """On the last stage: the final norm, and the hidden states of the `responses` rows that predict something."""
+    hidden = shape.hidden_size / cut.tensor
+    return rows * _norm(hidden, 1 / cut.tensor, cut) + responses * shape.hidden_size * cut.element
+
+
+def gather_buffer(shape: TransformerShape, cut: Cut, rows: int) -> float:
+    """All rows of a layer's input, gathered for a column parallel linear. Megatron-core keeps one for ever."""
+    return rows * shape.hidden_size * cut.element if cut.tensor > 1 else 0.0
+
+
+def rotary_table(shape: TransformerShape, cut: Cut, rows: int) -> float:
+    """Angles, which full recomputation keeps for its second forward pass."""
+    return rows * shape.head_dim * FP32 if cut.recompute == "full" else 0.0
+
+
+def exchange_bytes(shape: TransformerShape, cut: Cut, all_rows: int, backward: bool) -> float:
+    """Keys and values that stand here for the time of one attention call: of all ranks, or (ring) of two."""
+    if cut.context == 1:
+        return 0.0
+    at = widths(shape, cut.tensor)
+    bytes_a_value = cut.element + (FP32 if backward else 0)
+    if cut.context_comm == "a2a":
+        return 2 * all_rows / cut.context * (at.q + 2 * at.kv) * cut.element
+    share = 1.0 if cut.context_comm == "all_gather" else 2 / cut.context
+    return share * all_rows * 2 * at.kv * bytes_a_value
+
+
+def layer_working(shape: TransformerShape, cut: Cut, rows: int, all_rows: int, backward: bool) -> float:
+    """Beyond what is kept, while one layer is computed: the larger of its attention and its feed-forward network.
+
+    Without gradients, four tensors of the residual stream stand beside it. When the backward comes to attention, it has
+    freed what the feed-forward network behind it kept.
+    """
+    at, b = widths(shape, cut.tensor), cut.element
+    hidden = rows * shape.hidden_size / cut.tensor
+    whole = (1 if cut.kernels == "local" else 2) * gather_buffer(shape, cut, rows)  # gathered input; its gradient
+    times = shape.experts_per_token / cut.tensor if shape.num_experts else 1.0
+    ffn = times * (shape.ffn_hidden_size if shape.num_experts else at.ffn)
+    if backward:
+        stream = hidden * (b + (FP32 if b != FP32 else 0))
+        attention = rows * (at.q + 2 * at.kv) * (b + FP32) + rows * at.q * b
+        attention -= rows * sum(_feed_forward(shape, cut).values())
+        feed_forward = 2 * rows * ffn * b  # gradient of gate and up
+    else:
+        stream = 4 * hidden * b + rows * shape.head_dim * FP32  # and the table of rotary angles
+        attention = rows * (at.fused + 2 * at.q + 2 * at.kv) * b + rows * at.q * FP32
+        feed_forward = (5 if cut.kernels == "local" else 3) * rows * ffn * b
+    attention += exchange_bytes(shape, cut, all_rows, backward)
+    return stream + whole + max(attention, feed_forward)
+
+
+def logits_working(shape: TransformerShape, cut: Cut, responses: int, largest_param: int, backward: bool) -> float:
+    """One chunk of logits: in the parameters' type, and twice in fp32 (biased, scaled); in the backward also the
+    gradient of the output matrix before it reaches the fp32 buffer. No layer is computed meanwhile."""
+    rows = min(LOGIT_CHUNK, responses)
+    logits = rows * shape.vocab_size / cut.tensor * (cut.element + 2 * FP32)
+    return logits + (largest_param * cut.element if backward else 0)

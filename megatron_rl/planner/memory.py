@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of one GPU in every phase of a step, item by item, in bytes: the fullest rank of the fullest stage.
+
+Who holds what when is that of `loop.rl_step`: during `encode` and `generate` the engine is awake, gradients are freed
+and optimizer state is in host memory; during `log-probs` and `update` the engine sleeps. The frozen tower and the
+embeddings of the step stay on their ranks throughout. Reference weights live in host memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_rl.config import RunConfig
+from megatron_rl.planner import activations as act
+from megatron_rl.planner.engine import EngineNeed, engine_need
+from megatron_rl.planner.gpus import Gpu
+from megatron_rl.planner.layout import Layout, chunks_in_flight, cut_of
+from megatron_rl.planner.model import PlannedModel, StageParams, stage_params
+from megatron_rl.planner.workload import Assumptions, Packing, Workload, fullest_share
+from model_providers.shape import TransformerShape
+
+FP32 = 4
+FRAMES_PER_CALL = 64  # that a rank sends through the tower together
+DECODED_BYTES = 2**30  # of resized frames that a rank holds at a time
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseMemory:
+    """{what: bytes} of one phase on its fullest rank, which is one of pipeline stage `stage`."""
+
+    phase: str
+    stage: int
+    items: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.items.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """All phases on one GPU; `host` is the main memory that one rank needs for what is parked there."""
+
+    phases: tuple[PhaseMemory, ...]
+    engine: EngineNeed
+    host: dict[str, float]
+    capacity: int
+
+    @property
+    def over(self) -> list[PhaseMemory]:
+        """Phases that do not fit."""
+        return [phase for phase in self.phases if phase.total > self.capacity]
+
+    @property
+    def fits(self) -> bool:
+        return not self.over and not self.engine.problems
+
+    @property
+    def peak(self) -> float:
+        return max(phase.total for phase in self.phases)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Everything that memory and time depend on."""
+
+    cfg: RunConfig
+    model: PlannedModel
+    gpu: Gpu
+    layout: Layout
+    work: Workload
+    packing: Packing
+    assumed: Assumptions
+
+    @property
+    def cut(self) -> act.Cut:
+        return cut_of(self.cfg)
+
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest micro-batch that the recipe allows: its budget, if a rank has as many in an update."""
+        return min(self.cfg.train.max_tokens_per_microbatch, self.packing.rows)
+
+    @property
+    def rows(self) -> int:
+        """Of a rank in that micro-batch, padding included."""
+        work, cut = self.work, self.cut
+        responses = max(1, round(self.packing.responses_a_bundle))
+        args = work.prompt_tokens, work.response_tokens, responses, cut.context, self.model.shape.hidden_size
+        return math.ceil(self.largest * fullest_share(*args) / cut.tensor) * cut.tensor
+
+    @property
+    def response_rows(self) -> int:
+        """Response tokens of that micro-batch that a rank predicts."""
+        per_bundle = self.packing.responses_a_bundle * self.work.response_tokens
+        share = per_bundle / (self.work.prompt_tokens + per_bundle)
+        return math.ceil(self.largest * share / self.cut.context)
+
+    def params(self, stage: int) -> StageParams:
+        sizes = self.layout
+        return stage_params(self.model, sizes.tensor, sizes.pipeline, stage, sizes.expert, self.cfg.model.freeze)
+
+
+def plan_memory(case: Case) -> Memory:
+    need = engine_need(case.cfg, case.model, case.gpu, case.work)
+    stages = sorted({0, case.layout.pipeline - 1})
+    phases = []
+    for phase in phase_names(case.cfg):
+        found = [PhaseMemory(phase, stage, dict(_items(case, need, phase, stage))) for stage in stages]
+        phases.append(max(found, key=lambda f: f.total))
+    return Memory(tuple(phases), need, host_bytes(case, need), case.gpu.memory)
+
+
+def phase_names(cfg: RunConfig) -> list[str]:
+    """In the order of a step. An evaluation counts where it takes more prompts at a time than a step does."""
+    names = ["encode", "generate"]
+    if cfg.data.eval and cfg.eval.batch_size > cfg.train.prompts_per_step:
+        names.append("evaluate")
+    return [*names, *(["log-probs"] if passes_without_gradients(cfg) else []), "update"]
+
+
+def passes_without_gradients(cfg: RunConfig) -> int:
+    """Over all that a step trains on: the old log-probabilities, if there is a second update, and the reference's."""
+    return int(cfg.train.updates_per_step > 1) + int(cfg.algorithm.kl_coef > 0)
+
+
+def _items(case: Case, need: EngineNeed, phase: str, stage: int) -> Iterator[tuple[str, float]]:
+    params = case.params(stage)
+    yield "reserve", case.assumed.reserve
+    yield "weights", params.total * case.cut.element
+    num_prompts = case.cfg.eval.batch_size if phase == "evaluate" else case.work.num_prompts
+    yield from _vision(case, num_prompts)
+    if phase in ("encode", "generate", "evaluate"):
+        yield from need.items
+        yield from (_encode_items(case) if phase == "encode" else _generate_items(case, num_prompts))
+    else:
+        yield "gradients", params.trained * FP32
+        yield "optimizer", optimizer_bytes(case, params)
+        yield from _trained_tower(case, backward=phase == "update")
+        yield from _training_embeddings(case, stage)
+        yield from _passes(case, params, stage, backward=phase == "update")
+
+
+def optimizer_bytes(case: Case, params: StageParams) -> float:
+    """Two moments and, where parameters are not fp32 themselves, the fp32 copy; over all data and context ranks."""
+    per_param = 2 * FP32 + (FP32 if case.cut.element != FP32 else 0)
+    return params.trained * per_param / case.layout.optimizer_shards
+
+
+def _vision(case: Case, num_prompts: int) -> Iterator[tuple[str, float]]:
+    """The tower on every rank, and the embeddings that this rank made: its share of the frames of all prompts."""
+    if case.model.tower is None:
+        return
+    yield "vision tower", case.model.tower.num_params * case.cut.element
+    yield "embeddings made here", num_prompts * _video_bytes(case) / case.layout.world
+
+
+def _video_bytes(case: Case) -> float:
+    """Embeddings of one video."""
+    return case.work.video_tokens * case.model.shape.hidden_size * case.cut.element
+
+
+def _encode_items(case: Case) -> Iterator[tuple[str, float]]:
+    tower, work = case.model.tower, case.work
+    if tower is not None:
+        frames = min(FRAMES_PER_CALL, work.num_frames)
+        yield "decoded frames", min(DECODED_BYTES, 3.0 * work.num_frames * work.size_hw[0] * work.size_hw[1])
+        yield "tower's activations", tower.working_bytes(frames, work.size_hw, case.cut.element)
+
+
+def _generate_items(case: Case, num_prompts: int) -> Iterator[tuple[str, float]]:
+    """Each rank of a replica fetches the videos of its prompts, and joins them once more for the engine."""
+    if case.model.tower is not None:
+        yield "embeddings fetched", 2 * -(-num_prompts // case.layout.num_replicas) * _video_bytes(case)
+
+
+def _trained_tower(case: Case, backward: bool) -> Iterator[tuple[str, float]]:
+    """All of the tower counts as trained; for it every rank is data parallel. It goes backwards once the language model
+    is done, a chunk of frames at a time."""
+    tower = case.model.tower
+    if tower is None or case.cfg.model.freeze_vision:
+        return
+    per_param = 2 * FP32 + (FP32 if case.cut.element != FP32 else 0)
+    yield "tower's gradients", tower.num_params * FP32
+    yield "tower's optimizer", tower.num_params * per_param / case.layout.world
+    if backward:
+        frames = min(FRAMES_PER_CALL, case.work.num_frames)
+        yield "tower's activations", tower.kept_bytes(frames, case.work.size_hw, case.cut.element)
+
+
+def _training_embeddings(case: Case, stage: int) -> Iterator[tuple[str, float]]:
+    """The first stage fetches the tokens of its own rows for all micro-batches, and copies those of one in flight."""
+    if case.model.tower is None or stage:
+        return
+    work, layout = case.work, case.layout
+    videos = min(case.packing.bundles, work.num_prompts)
+    wide = 1 if case.cfg.model.freeze_vision else FP32 / case.cut.element  # what is trained is fetched in fp32
+    yield "embeddings fetched", wide * videos * _video_bytes(case) / (layout.context * layout.tensor)
+    in_flight = chunks_in_flight(layout, 0, case.packing.num_microbatches) / layout.virtual
+    rows = case.rows * work.video_tokens / work.prompt_tokens / layout.tensor
+    yield "embeddings in flight", in_flight * rows * case.model.shape.hidden_size * case.cut.element
+
+
+def _passes(case: Case, params: StageParams, stage: int, backward: bool) -> Iterator[tuple[str, float]]:
+    shape, cut, rows = case.model.shape, case.cut, case.rows
+    is_last = stage == case.layout.pipeline - 1
+    working = act.layer_working(shape, cut, rows, case.largest, backward)
+    if backward:
+        yield "activations", saved_bytes(case, stage)
+        working += act.recomputed_bytes(shape, cut) * rows
+    yield "working memory", working
+    if is_last:
+        logits = act.logits_working(shape, cut, case.response_rows, params.largest, backward)
+        yield "logits, above that", max(0.0, logits - working)
+
+
+def saved_bytes(case: Case, stage: int) -> float:
+    """What all micro-batches in flight keep on a stage for their backward."""
+    num_microbatches = case.packing.num_microbatches
+    return saved_by_stage(
+        case.model.shape, case.cut, case.layout, stage, num_microbatches, case.rows, case.response_rows
+    )
+
+
+def saved_by_stage(
+    shape: TransformerShape,
+    cut: act.Cut,
+    layout: Layout,
+    stage: int,
+    num_microbatches: int,
+    rows: int,
+    response_rows: int,
+) -> float:
+    chunks = chunks_in_flight(layout, stage, num_microbatches)
+    layers = shape.num_layers / (layout.pipeline * layout.virtual)
+    saved = chunks * (layers * rows * act.layer_bytes(shape, cut) + act.rotary_table(shape, cut, rows))
+    is_last = stage == layout.pipeline - 1
+    if layout.pipeline > 1:  # outputs sent on, and the input and gradient that the schedule still refers to
+        kept = 2 + (0 if is_last and layout.virtual == 1 else chunks)
+        saved += kept * rows * shape.hidden_size / cut.tensor * cut.element
+    if is_last:
+        saved += act.head_saved(shape, cut, rows, response_rows)
+    return saved
+
+
+def host_bytes(case: Case, need: EngineNeed) -> dict[str, float]:
+    """Main memory of one rank: parked optimizer state, the sleeping engine's weights, the reference and, while it is
+    swapped in, the policy."""
+    params = max((case.params(stage) for stage in (0, case.layout.pipeline - 1)), key=lambda p: p.total)
+    host = {"optimizer, parked": optimizer_bytes(case, params), "engine's weights, asleep": need.weights}
+    if case.cfg.algorithm.kl_coef > 0:
+        host["reference, and the policy meanwhile"] = 2.0 * params.total * case.cut.element
+    return host
