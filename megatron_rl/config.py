@@ -55,6 +55,9 @@ class DataConfig:
     """The run stops when more than this part of a batch had to be set aside."""
     decode_threads: int = 1
     """Decoder threads per rank."""
+    frames_per_chunk: int = 64
+    """Frames of a video that a rank puts through the vision tower, and receives from another one, at a time: bounds
+    the memory of encoding."""
 
 
 @dataclass(frozen=True, kw_only=True)

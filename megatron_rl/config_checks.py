@@ -31,7 +31,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
         "parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.context parallel.expert "
         "rollout.tensor rollout.num_samples "
         "rollout.max_response_tokens rollout.max_num_seqs rollout.sync_buffer_mib data.max_frames data.min_pixels "
-        "data.max_pixels data.max_prompt_tokens data.decode_threads algorithm.max_filter_rounds train.num_steps "
+        "data.max_pixels data.max_prompt_tokens data.decode_threads data.frames_per_chunk "
+        "algorithm.max_filter_rounds train.num_steps "
         "train.prompts_per_step train.updates_per_step train.max_tokens_per_microbatch eval.batch_size checkpoint.keep",
     ),
     (

@@ -130,7 +130,12 @@ def _build_session(
             max_frames=cfg.data.max_frames,
             max_prompt_tokens=cfg.data.max_prompt_tokens,
         ),
-        vision=VisionCache(provider.build_vision(backend, device), decoder, provider.shape.hidden_size),
+        vision=VisionCache(
+            provider.build_vision(backend, device),
+            decoder,
+            provider.shape.hidden_size,
+            frames_per_chunk=cfg.data.frames_per_chunk,
+        ),
         policy=policy,
         quarantine=Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction),
         log=_open_log(cfg, mesh),

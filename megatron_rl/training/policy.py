@@ -7,7 +7,7 @@ the engine works. A `Reference` holds a second set of weights in host memory. Al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -83,9 +83,16 @@ class Policy:
         return outputs if self.mesh.is_last_stage else [None] * len(batches)
 
     def train(
-        self, batches: Sequence[ScoredBatch], embeds: Mapping[str, Tensor], loss: PolicyLoss, step: int
+        self,
+        batches: Sequence[ScoredBatch],
+        embeds: Mapping[str, Tensor],
+        loss: PolicyLoss,
+        step: int,
+        backward_vision: Callable[[], None] | None = None,
     ) -> dict[str, tuple[float, float]]:
-        """One update. Returns local sums {metric: (numerator, denominator)}; those of the optimizer have
+        """One update. Where the tower is trained, `backward_vision` takes the gradients of `embeds` through it.
+
+        Returns local sums {metric: (numerator, denominator)}; those of the optimizer have
         denominator 1."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()

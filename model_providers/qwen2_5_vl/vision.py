@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.device import Backend, define_torchvision_operators
+from megatron_rl.types import VisionPart
 from model_providers.hf_checkpoint import HfCheckpoint
 
 
@@ -54,20 +55,38 @@ class QwenVideoSpec:
 
 
 class VisionTower:
-    """The frozen tower: uint8 frames -> embeddings in the language model's width."""
+    """The tower with its projector (the merger): uint8 frames -> embeddings in the language model's width."""
 
-    def __init__(self, module: torch.nn.Module, spec: QwenVideoSpec, backend: Backend, device: torch.device):
-        self.module = module.to(device=device, dtype=backend.dtype).eval().requires_grad_(False)
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        spec: QwenVideoSpec,
+        backend: Backend,
+        device: torch.device,
+        trained: frozenset[VisionPart] = frozenset(),
+    ):
+        self.module = module.to(device=device, dtype=backend.dtype).eval()
+        for name, param in self.module.named_parameters():
+            param.requires_grad_(("projector" if name.startswith("merger.") else "tower") in trained)
         self.spec = spec
         self.device = device
         self.dtype = backend.dtype
+        self.is_trained = bool(trained)
+        self.version = 0
 
     @torch.inference_mode()
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 [F, 3, height, width], F a multiple of the temporal patch -> [N, H]."""
+        return self._forward(frames).clone()
+
+    def backward(self, frames: Tensor, grad: Tensor) -> None:
+        """Encode once more and give the parameters what `grad` [N, H] of the result means for them."""
+        self._forward(frames).backward(grad.to(self.dtype))
+
+    def _forward(self, frames: Tensor) -> Tensor:
         patches, grid = self.spec.patchify(frames.to(self.device))
         output = self.module(patches.to(self.dtype), grid_thw=torch.tensor([grid], device=self.device))
-        return output.pooler_output.clone()
+        return output.pooler_output
 
 
 def build_tower(
@@ -76,6 +95,7 @@ def build_tower(
     spec: QwenVideoSpec,
     backend: Backend,
     device: torch.device,
+    trained: frozenset[VisionPart] = frozenset(),
 ) -> VisionTower:
     """The tower with the checkpoint's weights; every missing or misshapen tensor is named in one WeightMismatch."""
     define_torchvision_operators()
@@ -88,4 +108,4 @@ def build_tower(
     state = module.state_dict()
     checkpoint.check({f"visual.{name}": tuple(tensor.shape) for name, tensor in state.items()})
     module.load_state_dict({name: checkpoint.tensor(f"visual.{name}") for name in state})
-    return VisionTower(module, spec, backend, device)
+    return VisionTower(module, spec, backend, device, trained)
