@@ -22,7 +22,7 @@ from megatron_rl.errors import raise_all
 from megatron_rl.rewards.registry import load_reward
 from model_providers.tables import TABLES
 
-Job = Literal["rl", "sft"]
+Job = Literal["rl", "sft", "cache"]
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value must be, the test for it, and the keys
     (
@@ -44,7 +44,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
     (
         "above 0",
         lambda value: value > 0,
-        "rollout.temperature algorithm.clip_high train.optimizer.eps train.optimizer.max_grad_norm",
+        "rollout.temperature data.cache_gib algorithm.clip_high train.optimizer.eps train.optimizer.max_grad_norm",
     ),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "rollout.gpu_memory_utilization"),
     ("between 0 and 1, both excluded", lambda value: 0 < value < 1, "algorithm.clip_low"),
@@ -60,7 +60,7 @@ def check(cfg: RunConfig, world_size: int, job: Job, require_files: bool = True)
     problems = [
         *_ranges(cfg),
         *_data(cfg),
-        *_parallel(cfg, world_size, job),
+        *(_cache(cfg) if job == "cache" else _parallel(cfg, world_size, job)),
         *_lengths(cfg),
         *_not_built(cfg),
         *_log(cfg),
@@ -68,7 +68,7 @@ def check(cfg: RunConfig, world_size: int, job: Job, require_files: bool = True)
     if job == "rl":
         problems += [*_rollout(cfg), *_algorithm(cfg)]
     if require_files:
-        problems += [*_files(cfg, job), *_model(cfg, job), *_checkpoints(cfg)]
+        problems += [*_files(cfg, job), *_model(cfg, job), *([] if job == "cache" else _checkpoints(cfg))]
     raise_all(problems, f"configuration of {cfg.run_dir}")
 
 
@@ -99,9 +99,20 @@ def _data(cfg: RunConfig) -> Iterator[str]:
         yield _problem(cfg, "data.num_frames", "data.fps is 0 as well; set one of them")
     if data.min_pixels > data.max_pixels:
         yield _problem(cfg, "data.min_pixels", f"exceeds data.max_pixels={data.max_pixels}; swap them")
+    if data.cache_dir and not cfg.model.freeze_vision:
+        why = "what it would hold is trained by model.freeze_vision=false and changes every step; unset one of them"
+        yield _problem(cfg, "data.cache_dir", why)
+    if data.cache_dir and Path(data.cache_dir).exists() and not Path(data.cache_dir).is_dir():
+        yield _problem(cfg, "data.cache_dir", "is a file; give a folder")
     if not data.eval and (cfg.eval.every > 0 or cfg.eval.blind):
         path = "eval.every" if cfg.eval.every > 0 else "eval.blind"
         yield _problem(cfg, path, "there is nothing to evaluate; set data.eval")
+
+
+def _cache(cfg: RunConfig) -> Iterator[str]:
+    """Filling the cache takes any number of ranks."""
+    if not cfg.data.cache_dir:
+        yield "data.cache_dir=: there is nothing to fill; set it to a folder"
 
 
 def _parallel(cfg: RunConfig, world_size: int, job: Job) -> Iterator[str]:

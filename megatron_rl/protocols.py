@@ -66,6 +66,9 @@ class VideoTower(Protocol):
     def is_trained(self) -> bool:
         """Whether any of its parameters is."""
 
+    def fingerprint(self) -> str:
+        """sha256 of all that decides what `encode` makes of given frames: weights, dtype, preprocessing."""
+
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 [F, 3, height, width], F a multiple of the temporal patch -> embeddings [num_tokens, H]."""
 

@@ -8,6 +8,7 @@ Shapes: F frames, P temporal patch, C=3, N language tokens, H language hidden si
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,16 @@ class VisionTower:
         self.dtype = backend.dtype
         self.is_trained = bool(trained)
         self.version = 0
+
+    def fingerprint(self) -> str:
+        """sha256 of all that decides what `encode` makes of given frames: weights, dtype, kind of device, patches."""
+        spec = self.spec
+        settings = (spec.patch_size, spec.temporal_patch_size, spec.merge_size, spec.mean, spec.std)
+        digest = hashlib.sha256(repr((settings, self.dtype, self.device.type, self.module.config.to_dict())).encode())
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy())
+        return digest.hexdigest()
 
     @torch.inference_mode()
     def encode(self, frames: Tensor) -> Tensor:
