@@ -26,7 +26,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Parameter and compute type; auto = bfloat16 on a GPU, float32 on a CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in the trainer."""
+    """Activation recomputation in the trainer: selective = the feed-forward part, full = whole layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,6 +117,8 @@ def transformer_config(
         apply_rope_fusion=False,
         mrope_section=list(shape.mrope_section),
         recompute_granularity=None if recompute == "none" else recompute,
+        # Megatron-core's own choice is core attention, from which a flash kernel keeps next to nothing.
+        recompute_modules=["moe" if shape.num_experts else "mlp"],
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
     )

@@ -91,33 +91,62 @@ def block_size(exports: Iterable[Interval]) -> int:
 def shard(segments: Sequence[Segment], num_ranks: int, attention_weight: float) -> tuple[Shard, ...]:
     """Deal the tokens so that every rank has equal work and, within 5 %, equally many of them.
 
-    A token's work is 1 + attention_weight * (number of tokens it attends to). All segments stand in one line that is
-    cut into stretches of equal work: whole segments where possible, so that short sequences stay on one rank and cost
-    no communication. Where this leaves the tokens uneven, the longest segments are taken from the line and dealt in
-    zigzag instead: of 2 n chunks, rank r takes r and 2 n - 1 - r, which is even in both.
+    A token's work is 1 + attention_weight * (number of tokens it attends to). Sequences (a prompt and its responses
+    count as one) stand in a line that is cut into stretches of equal work: whole where possible, so that short ones
+    stay on one rank and cost no communication. Where this leaves the tokens uneven, the costliest sequences are taken
+    from the line, and each is spread over all ranks by itself.
     """
-    longest_first = sorted(range(len(segments)), key=lambda i: (-segments[i].length, i))
-    total = sum(s.length for s in segments)
-    limit = math.ceil(total / num_ranks * (1 + MAX_TOKEN_EXCESS))
-    for num_zigzag in range(len(segments) + 1):
-        scattered = set(longest_first[:num_zigzag])
-        line = [i for i in range(len(segments)) if i not in scattered]
+    sequences = _sequences(segments)
+    work = [sum(_work(segments, i, segments[i].length, attention_weight) for i in members) for members in sequences]
+    order = sorted(range(len(sequences)), key=lambda i: (-work[i], i))
+    shards: tuple[Shard, ...] = ()
+    for num_spread in range(len(sequences) + 1):
+        spread = order[:num_spread]
+        line = [i for number, members in enumerate(sequences) if number not in spread for i in members]
         hands = _cut(segments, line, num_ranks, attention_weight)
-        for index in scattered:
-            for rank, run in _zigzag(index, segments[index], num_ranks):
-                hands[rank].append(run)
+        for number in spread:
+            for hand, more in zip(
+                hands, _spread(segments, sequences[number], num_ranks, attention_weight), strict=True
+            ):
+                hand += more
         shards = tuple(tuple(_joined(sorted(hand, key=lambda run: run.start))) for hand in hands)
-        if max(sum(run.length for run in hand) for hand in shards) <= limit:
-            return shards
+        if _is_even(shards):
+            break
     return shards
 
 
-def _zigzag(index: int, segment: Segment, num_ranks: int) -> Iterator[tuple[int, Run]]:
-    num_chunks = 2 * num_ranks
+def _sequences(segments: Sequence[Segment]) -> list[list[int]]:
+    """Indices of each segment without prefix, with those of the segments that ride on it."""
+    members: dict[int, list[int]] = {}
+    for index, segment in enumerate(segments):
+        members.setdefault(index if segment.prefix is None else segment.prefix, []).append(index)
+    return list(members.values())
+
+
+def _spread(segments: Sequence[Segment], members: Sequence[int], num_ranks: int, weight: float) -> list[list[Run]]:
+    """A sequence over all ranks: the prompt in zigzag (of 2 n chunks, rank r takes r and 2 n - 1 - r, which is even in
+    tokens and in work), the responses whole where that is even too, otherwise in zigzag as well."""
+    prompt, *responses = members
+    hands = _cut(segments, responses, num_ranks, weight)
+    if not _is_even(hands):
+        hands = [[] for _ in range(num_ranks)]
+        for index in responses:
+            _zigzag(index, segments[index], hands)
+    _zigzag(prompt, segments[prompt], hands)
+    return hands
+
+
+def _is_even(hands: Sequence[Sequence[Run]]) -> bool:
+    tokens = [sum(run.length for run in hand) for hand in hands]
+    return max(tokens) <= math.ceil(sum(tokens) / len(hands) * (1 + MAX_TOKEN_EXCESS))
+
+
+def _zigzag(index: int, segment: Segment, hands: Sequence[list[Run]]) -> None:
+    num_chunks = 2 * len(hands)
     bounds = [segment.start + segment.length * i // num_chunks for i in range(num_chunks + 1)]
     for chunk, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stop > start:
-            yield min(chunk, num_chunks - 1 - chunk), Run(index, start, stop)
+            hands[min(chunk, num_chunks - 1 - chunk)].append(Run(index, start, stop))
 
 
 def _cut(segments: Sequence[Segment], line: Sequence[int], num_ranks: int, weight: float) -> list[list[Run]]:
