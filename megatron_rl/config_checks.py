@@ -62,7 +62,6 @@ def check(cfg: RunConfig, world_size: int, job: Job, require_files: bool = True)
         *_data(cfg),
         *(_cache(cfg) if job == "cache" else _parallel(cfg, world_size, job)),
         *_lengths(cfg),
-        *_not_built(cfg),
         *_log(cfg),
     ]
     if job == "rl":
@@ -151,11 +150,6 @@ def _checkpoints(cfg: RunConfig) -> Iterator[str]:
         yield _problem(cfg, "checkpoint.resume", why)
 
 
-def _not_built(cfg: RunConfig) -> Iterator[str]:
-    if not cfg.model.freeze_vision:
-        yield _problem(cfg, "model.freeze_vision", "training the vision tower is not built yet; use true")
-
-
 def _rollout(cfg: RunConfig) -> Iterator[str]:
     rollout = cfg.rollout
     if rollout.only and not rollout.save_to:
@@ -213,6 +207,8 @@ def _model(cfg: RunConfig, job: Job) -> Iterator[str]:
         return
     yield from _fits_model(cfg, text)
     yield from _fits_provider(cfg, hf)
+    if not cfg.model.freeze_vision and "vision_config" not in hf:
+        yield _problem(cfg, "model.freeze_vision", "the model has no vision tower that could be trained; use true")
     patch = hf.get("vision_config", {}).get("temporal_patch_size", 1)
     if cfg.data.num_frames > 0:
         yield from frame_setting_problems(cfg.data.num_frames, cfg.data.fps, cfg.data.max_frames, patch)

@@ -59,12 +59,18 @@ class VideoTower(Protocol):
     dtype: torch.dtype
     device: torch.device
     module: torch.nn.Module
+    trained: frozenset[VisionPart]
+    """Which parts take part in training."""
     version: int
     """Counts the changes of its weights."""
+    is_original: bool
+    """Whether its weights are those of the Hugging Face folder."""
 
     @property
-    def is_trained(self) -> bool:
-        """Whether any of its parameters is."""
+    def is_trained(self) -> bool: ...
+
+    def named_weights(self) -> Mapping[str, torch.nn.Parameter]:
+        """All parameters, trained or not, by Hugging Face name."""
 
     def fingerprint(self) -> str:
         """sha256 of all that decides what `encode` makes of given frames: weights, dtype, preprocessing."""

@@ -25,14 +25,14 @@ from megatron_rl.config import RunConfig
 from megatron_rl.device import Backend, choose_backend, define_torchvision_operators
 from megatron_rl.metrics import MetricLog, Progress
 from megatron_rl.parallel import ParallelMesh
-from megatron_rl.protocols import ModelProvider, VideoDecoder
+from megatron_rl.protocols import ModelProvider, VideoDecoder, VideoTower
 from megatron_rl.quarantine import Quarantine
 from megatron_rl.rollout.embedding_store import DiskStore
 from megatron_rl.rollout.vision_cache import VisionCache
 from megatron_rl.signals import StopFlag
 from megatron_rl.training import checkpoint
 from megatron_rl.training.policy import Hyperparameters, Policy
-from megatron_rl.types import Row
+from megatron_rl.types import Row, VisionPart
 from megatron_rl.watchdog import Watchdog, watch_world
 from model_providers.registry import open_provider
 
@@ -110,7 +110,8 @@ def _build_session(
 ) -> Session:
     torch.manual_seed(cfg.seed)
     provider = open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels)
-    policy = _build_policy(cfg, temperature, backend, mesh, provider)
+    tower = open_tower(cfg, backend, provider)
+    policy = _build_policy(cfg, temperature, backend, mesh, provider, tower)
     decoder = open_decoder(cfg, backend)
     tokenizer = load_tokenizer(cfg.model.hf)
     return Session(
@@ -120,7 +121,7 @@ def _build_session(
         provider=provider,
         tokenizer=tokenizer,
         builder=open_builder(cfg, tokenizer, provider, decoder),
-        vision=open_vision(cfg, backend, provider, decoder),
+        vision=open_vision(cfg, tower, provider, decoder),
         policy=policy,
         quarantine=Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction),
         log=_open_log(cfg, mesh),
@@ -151,9 +152,22 @@ def open_builder(
     )
 
 
-def open_vision(cfg: RunConfig, backend: Backend, provider: ModelProvider, decoder: VideoDecoder) -> VisionCache:
-    """The tower of the model, if it has one, and what its embeddings are kept in."""
-    tower = provider.build_vision(backend, backend.local_device(parallel.local_rank()))
+def open_tower(cfg: RunConfig, backend: Backend, provider: ModelProvider) -> VideoTower | None:
+    """The vision tower of the model, if it has one, with the weights to start from. Collective."""
+    parts: tuple[VisionPart, ...] = (
+        ("tower", "projector") if cfg.model.train_vision == "all" else (cfg.model.train_vision,)
+    )
+    trained = frozenset(() if cfg.model.freeze_vision else parts)
+    tower = provider.build_vision(backend, backend.local_device(parallel.local_rank()), trained)
+    if cfg.model.weights_from and tower is not None:
+        checkpoint.load_tower(cfg.model.weights_from, tower)
+    return tower
+
+
+def open_vision(
+    cfg: RunConfig, tower: VideoTower | None, provider: ModelProvider, decoder: VideoDecoder
+) -> VisionCache:
+    """What encodes the videos of a step, and what their embeddings are kept in."""
     hidden, store = provider.shape.hidden_size, None
     if cfg.data.cache_dir and tower is not None:
         max_bytes = int(cfg.data.cache_gib * 2**30)
@@ -162,7 +176,12 @@ def open_vision(cfg: RunConfig, backend: Backend, provider: ModelProvider, decod
 
 
 def _build_policy(
-    cfg: RunConfig, temperature: float, backend: Backend, mesh: ParallelMesh, provider: ModelProvider
+    cfg: RunConfig,
+    temperature: float,
+    backend: Backend,
+    mesh: ParallelMesh,
+    provider: ModelProvider,
+    tower: VideoTower | None,
 ) -> Policy:
     model = provider.build_language(backend, mesh, temperature, cfg.model.recompute)
     provider.load_language(model, mesh)
@@ -176,7 +195,7 @@ def _build_policy(
         warmup_steps=optimizer.warmup_steps,
         max_grad_norm=optimizer.max_grad_norm,
     )
-    policy = Policy(model, backend, mesh, hyper)
+    policy = Policy(model, backend, mesh, hyper, tower)
     if cfg.model.weights_from:
         checkpoint.load_weights(cfg.model.weights_from, policy)
     return policy

@@ -116,7 +116,7 @@ def write_checkpoint(folder: Path, longest: int) -> None:
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = 256, 1408, 4
     text.num_attention_heads, text.num_key_value_heads = 8, 2
     text.layer_types = ["full_attention"] * text.num_hidden_layers
-    vision = config.vision_config
+    vision: Any = config.vision_config
     vision.depth, vision.hidden_size, vision.intermediate_size, vision.out_hidden_size = 4, 96, 256, 256
     vision.fullatt_block_indexes = [3]
     make_model(config, seed=0).save_pretrained(folder)
@@ -221,7 +221,7 @@ class Step:
         self._provider.load_language(model, mesh)
         hyper = Hyperparameters(1e-6, (0.9, 0.999), 1e-8, 0.0, 0, 1.0)
         self._policy = Policy(model, backend, mesh, hyper)
-        self._tower = self._provider.build_vision(backend, torch.device("cpu"))
+        self._tower: Any = self._provider.build_vision(backend, torch.device("cpu"))
         self.videos = [artifact(f"video {i}", num_frames) for i in range(PROMPTS)]
         generator = torch.Generator().manual_seed(0)
         shape = (num_frames, 3, SIDE, SIDE)
@@ -307,7 +307,8 @@ def measure_steps(folder: str, scratch: Path, setting: Setting) -> list[dict[str
     rows = []
     for num_frames in setting.frames:
         part = Setting((num_frames,), setting.video_frames, setting.responses, setting.repeat)
-        seconds, patches = {}, {}
+        seconds: dict[str, float] = {}
+        patches: dict[str, float] = {}
         for context in (1, WORLD):
             fork_world(WORLD, time_steps, folder, context, part, str(scratch / "steps.json"))
             record = json.loads((scratch / "steps.json").read_text())[str(num_frames)]

@@ -20,6 +20,8 @@ from megatron_rl.device import Backend, define_torchvision_operators
 from megatron_rl.types import VisionPart
 from model_providers.hf_checkpoint import HfCheckpoint
 
+HF_PREFIX = "visual."
+
 
 @dataclass(frozen=True, slots=True)
 class QwenVideoSpec:
@@ -72,8 +74,17 @@ class VisionTower:
         self.spec = spec
         self.device = device
         self.dtype = backend.dtype
-        self.is_trained = bool(trained)
+        self.trained = trained
         self.version = 0
+        self.is_original = not trained
+
+    @property
+    def is_trained(self) -> bool:
+        return bool(self.trained)
+
+    def named_weights(self) -> dict[str, torch.nn.Parameter]:
+        """All parameters, trained or not, by Hugging Face name."""
+        return {f"{HF_PREFIX}{name}": param for name, param in self.module.named_parameters()}
 
     def fingerprint(self) -> str:
         """sha256 of all that decides what `encode` makes of given frames: weights, dtype, kind of device, patches."""
@@ -117,6 +128,6 @@ def build_tower(
     config._attn_implementation = "sdpa"
     module = Qwen2_5_VisionTransformerPretrainedModel(config)
     state = module.state_dict()
-    checkpoint.check({f"visual.{name}": tuple(tensor.shape) for name, tensor in state.items()})
-    module.load_state_dict({name: checkpoint.tensor(f"visual.{name}") for name in state})
+    checkpoint.check({f"{HF_PREFIX}{name}": tuple(tensor.shape) for name, tensor in state.items()})
+    module.load_state_dict({name: checkpoint.tensor(f"{HF_PREFIX}{name}") for name in state})
     return VisionTower(module, spec, backend, device, trained)
