@@ -233,7 +233,8 @@ def _fits_provider(cfg: RunConfig, hf: dict[str, Any]) -> Iterator[str]:
     for pattern in cfg.model.freeze:
         if not fnmatch.filter(names, pattern):
             yield f"model.freeze={pattern}: matches no parameter; names look like {names[0]}"
-    if all(any(fnmatch.fnmatchcase(name, pattern) for pattern in cfg.model.freeze) for name in names):
+    all_frozen = all(any(fnmatch.fnmatchcase(name, pattern) for pattern in cfg.model.freeze) for name in names)
+    if all_frozen and cfg.model.freeze_vision:
         yield _problem(cfg, "model.freeze", "nothing is left to train; freeze less")
 
 

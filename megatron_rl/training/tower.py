@@ -40,8 +40,13 @@ class TowerTraining:
         ).chained_optimizers
 
     def join(self, language: ChainedOptimizer) -> ChainedOptimizer:
-        """One optimizer over both: one norm, one clipping, one step."""
-        return ChainedOptimizer([*language.chained_optimizers, *self.optimizers])
+        """One optimizer over both: one norm, one clipping, one step. Collective.
+
+        A language model that is frozen on all ranks has none: Megatron-core's stand-in for it cannot be saved.
+        """
+        is_trained = torch.tensor([float(not language.is_stub_optimizer)])
+        dist.all_reduce(is_trained)
+        return ChainedOptimizer([*(language.chained_optimizers if is_trained else ()), *self.optimizers])
 
     def finish_gradients(self, num_tokens: Tensor) -> None:
         """Sum over all ranks and divide by the tokens of the whole update, which `num_tokens` holds."""

@@ -46,6 +46,7 @@ class Case:
     share: bool = True
     budget: int = WHOLE
     recompute: str = "none"
+    freeze_language: bool = False
     hyper: Hyperparameters = tp.MEASURE
 
     @property
@@ -65,6 +66,7 @@ class Parts:
         provider = tp.open_provider(folder)
         model = provider.build_language(tp.BACKEND, mesh, 1.0, case.recompute)
         provider.load_language(model, mesh)
+        model.requires_grad_(not case.freeze_language)
         self.tower = provider.build_vision(tp.BACKEND, torch.device("cpu"), case.trained)
         policy = Policy(model, tp.BACKEND, mesh, case.hyper, self.tower)
         self.trainer = tp.Trainer(provider, mesh, policy)
@@ -165,6 +167,21 @@ def test_gradients_are_those_of_one_graph(tiny_checkpoint: Path, truth: Any, cas
     assert max(norms)[0] == pytest.approx(float(everything.norm()), rel=TOLERANCE) and len(norms) == 1
     encoded = sum(counts.encoded_patches for *_, counts in ranks)
     assert encoded == sum(counts.backward_patches for *_, counts in ranks), "one backward pass a patch"
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2), (1, 2, 1)])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_projector_alone_is_trained(
+    tiny_checkpoint: Path, truth: Any, sizes: tuple[int, int, int], recompute: str
+) -> None:
+    """The whole language model frozen, as when a new projector is fitted to it."""
+    case = Case(*sizes, trained=PROJECTOR, freeze_language=True, recompute=recompute)
+    expected = _expected(truth[1], PROJECTOR)
+    for metrics, pieces, gradients, _ in run_world(case.world, _measure, tiny_checkpoint, case):
+        errors = tp.relative_errors(gradients, expected)
+        assert pieces == [] and max(errors.values()) <= TOLERANCE, errors
+        norm = torch.cat([g.flatten() for g in expected.values()]).double().norm()
+        assert metrics["actor/grad_norm"][0] == pytest.approx(float(norm), rel=TOLERANCE)
 
 
 def test_every_tensor_of_the_tower_gets_a_gradient(truth: Any) -> None:
