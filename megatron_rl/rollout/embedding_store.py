@@ -65,13 +65,13 @@ class DiskStore:
             raise self._unwritable(error) from error
 
     def identify(self, videos: Sequence[VideoArtifact]) -> None:
-        """Find out what is in the files: each is read by one rank, unless it is known from before. Collective."""
+        """Find out what is in the files: each is read by one rank, unless it is known and unchanged. Collective."""
         rank, world = dist.get_rank(), dist.get_world_size()
-        unknown = [v for v in videos if v.key not in self._content]
-        mine = {v.key: self._content_of(v.path) for v in unknown[rank::world]}
+        mine = {v.key: self._content_of(v.path, self._content.get(v.key)) for v in videos[rank::world]}
         everyone: list[dict[str, _Content | None]] = [{} for _ in range(world)]
         dist.all_gather_object(everyone, mine)
-        self._content |= {key: found for part in everyone for key, found in part.items() if found is not None}
+        found = {key: content for part in everyone for key, content in part.items()}
+        self._content = {key: content for key, content in (self._content | found).items() if content is not None}
 
     def read(self, video: VideoArtifact, start: int, stop: int) -> tuple[Tensor | None, int]:
         """Embeddings of the temporal patches [start, stop), and how many entries were there but damaged."""
@@ -168,11 +168,13 @@ class DiskStore:
 
     # ----------------------------------------------------------------------------------------------------- video files
 
-    def _content_of(self, path: str) -> _Content | None:
+    def _content_of(self, path: str, before: _Content | None) -> _Content | None:
         """None where the file cannot be read: the decoder will say why."""
         identity = _identity(path)
         if identity is None:
             return None
+        if before is not None and before.identity == identity:
+            return before
         memo = self.folder / "files" / f"{hashlib.sha256(os.path.realpath(path).encode()).hexdigest()}.json"
         known = _read_memo(memo)
         if known is not None and known.identity == identity:

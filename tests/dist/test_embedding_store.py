@@ -121,6 +121,25 @@ def test_a_file_that_has_changed_is_encoded_anew(
     assert counts.cached_patches == 3 * 16, "the content counts, not the name"
 
 
+def test_a_file_that_changes_during_a_run(tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path) -> None:
+    """Nothing of what it was is used, and nothing is kept under its old content."""
+
+    def work(rank: int) -> tuple[int, int]:
+        cache = _open(tiny_checkpoint, tmp_path / "cache")
+        cache.encode(videos[:1])
+        cache.forget()
+        _rewrite(Path(videos[0].path), "CONTENT of a")
+        cache.encode(videos[:1])
+        store = cache._store
+        _rewrite(Path(videos[0].path), "Content of a")
+        before = len(_entries(tmp_path / "cache"))
+        store.write(videos[0], 0, torch.zeros(8 * 4, tp.HIDDEN))
+        assert len(_entries(tmp_path / "cache")) == before
+        return cache.take_counts().encoded_patches, before
+
+    assert run_world(1, work) == [(2 * 20 * 16, 6)]
+
+
 def test_other_frames_sizes_weights_or_dtypes_are_others(
     tiny_checkpoint: Path, tied_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path
 ) -> None:
@@ -156,19 +175,28 @@ DAMAGE: dict[str, Callable[[Path, Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", DAMAGE)
 def test_a_damaged_or_foreign_entry_is_never_used(
-    how: str, tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path
+    tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "cache"
-    _, made = _run(1, tiny_checkpoint, folder, videos[:1])
-    first, second, _ = _entries(folder)
-    DAMAGE[how](first, second)
-    counts, again = _run(1, tiny_checkpoint, folder, videos[:1])
-    assert counts.damaged_entries == 1 and counts.encoded_patches in (8 * 16, 4 * 16)
-    _assert_equal(again, made)
-    counts, _ = _run(1, tiny_checkpoint, folder, videos[:1])
-    assert (counts.damaged_entries, counts.encoded_patches) == (0, 0), "it was not written anew"
+    def work(rank: int) -> None:
+        cache, folder = _open(tiny_checkpoint, tmp_path / "cache"), tmp_path / "cache"
+
+        def encode() -> tuple[VisionCounts, dict[str, Tensor]]:
+            cache.forget()
+            cache.encode(videos[:1])
+            return cache.take_counts(), cache.fetch(videos[:1])
+
+        _, made = encode()
+        first, second, _ = _entries(folder)
+        for how, damage in DAMAGE.items():
+            damage(first, second)
+            counts, again = encode()
+            assert counts.damaged_entries == 1 and counts.encoded_patches in (8 * 16, 4 * 16), how
+            _assert_equal(again, made)
+            counts, _ = encode()
+            assert (counts.damaged_entries, counts.encoded_patches) == (0, 0), f"{how}: it was not written anew"
+
+    run_world(1, work)
 
 
 def test_what_was_used_longest_ago_goes_first(
