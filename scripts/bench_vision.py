@@ -13,13 +13,12 @@ import argparse
 import json
 import logging
 import os
-import random
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the scripts beside t
 import numpy as np
 import torch
 import torch.distributed as dist
-from make_tiny_checkpoint import make_config, make_model, make_tokenizer
+from bench_vision_parts import RESPONSE_TOKENS, SIDE, EncodedOnUse, Frames, artifact, make_groups, write_checkpoint
 from make_videos import encode as write_video
+from megatron.core import parallel_state
 from torch import Tensor
 
 from data.dali import DaliVideoDecoder
@@ -44,12 +44,10 @@ from megatron_rl.rollout.vision_cache import VisionCache
 from megatron_rl.training.batch import pack
 from megatron_rl.training.microbatch import MicroBatch, localize
 from megatron_rl.training.policy import Hyperparameters, Policy, ScoredBatch
-from megatron_rl.types import Prompt, Row, TrainSample, VideoArtifact, VideoInfo
+from megatron_rl.types import VideoArtifact
 from model_providers.registry import open_provider
 
-SIDE = 112  # pixels: 64 patches, 16 tokens for two frames
-PATCH, MERGE = 14, 2
-WORLD, PROMPTS, RESPONSE_TOKENS = 2, 2, 32
+WORLD, PROMPTS = 2, 2
 # Seconds of a step in Long-RL's figure (assets/Efficiency-comparison2.png), by frames: without MR-SP, and the better of
 # its two lines with it.
 FRAMES = (8, 16, 32, 64, 128, 256, 512)
@@ -76,74 +74,7 @@ class Setting:
     repeat: int
 
 
-class Frames:
-    """A decoder (protocol VideoDecoder) of videos that lie in memory."""
-
-    def __init__(self, videos: Mapping[str, Tensor]):
-        self._videos = videos
-
-    def probe(self, path: str) -> VideoInfo:
-        raise NotImplementedError
-
-    def decode(self, path: str, frame_indices: Sequence[int], size_hw: tuple[int, int]) -> Tensor:
-        return self._videos[path][list(frame_indices)]
-
-
-class EncodedOnUse(Mapping[str, Tensor]):
-    """The embeddings of whole videos, made each time they are asked for."""
-
-    def __init__(self, cache_of_one: Callable[[str], Tensor], keys: Sequence[str]):
-        self._encode, self._keys = cache_of_one, keys
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._encode(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-
 # -------------------------------------------------------------------------------------------------------------- set-up
-
-
-def write_checkpoint(folder: Path, longest: int) -> None:
-    """A language model and a tower whose costs for a video token are as 1 to 0.4, as they are in Qwen2.5-VL-7B."""
-    tokenizer = make_tokenizer()
-    config = make_config(tokenizer, max_positions=longest)
-    text = config.get_text_config()
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 256, 1408, 4
-    text.num_attention_heads, text.num_key_value_heads = 8, 2
-    text.layer_types = ["full_attention"] * text.num_hidden_layers
-    vision: Any = config.vision_config
-    vision.depth, vision.hidden_size, vision.intermediate_size, vision.out_hidden_size = 4, 96, 256, 256
-    vision.fullatt_block_indexes = [3]
-    make_model(config, seed=0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def artifact(path: str, num_frames: int) -> VideoArtifact:
-    grid = (num_frames // 2, SIDE // PATCH, SIDE // PATCH)
-    times = tuple(i / 2 for i in range(num_frames))
-    tokens = grid[0] * grid[1] * grid[2] // MERGE**2
-    return VideoArtifact(path, path, tuple(range(num_frames)), times, (SIDE, SIDE), grid, 1.0, tokens)
-
-
-def make_groups(provider: Any, videos: Sequence[VideoArtifact], num_responses: int) -> list[list[TrainSample]]:
-    rng = random.Random(0)
-    groups = []
-    for number, video in enumerate(videos):
-        text = [rng.randrange(256) for _ in range(16)]
-        ids = (*text, *[provider.video_token_id] * video.num_tokens, *text)
-        prompt = Prompt(number, Row(f"made:{number}", "", ""), ids, (video,))
-        groups.append([_response(rng, prompt) for _ in range(num_responses)])
-    return groups
-
-
-def _response(rng: random.Random, prompt: Prompt) -> TrainSample:
-    ids = tuple(rng.randrange(256) for _ in range(RESPONSE_TOKENS))
-    return TrainSample(prompt, ids, rng.uniform(-1, 1), tuple(rng.uniform(-6.5, -5.0) for _ in ids))
 
 
 def join(rank: int, world: int, port: int, context: int = 1) -> parallel.ParallelMesh:
@@ -274,47 +205,70 @@ class Step:
         return torch.cat([self._tower.encode(part) for part in self._frames[video.path].split(64)])
 
 
-def time_steps(rank: int, world: int, port: int, folder: str, context: int, setting: Setting, out: str) -> None:
+class Grids:
+    """Two layouts of the trainer in the same processes, so that their steps can take turns.
+
+    Megatron-core keeps its groups in module variables; these are exchanged.
+    """
+
+    def __init__(self, rank: int, world: int, port: int):
+        unset = self._variables()
+        self._saved = {}
+        self.meshes = {}
+        for context in (1, world):
+            vars(parallel_state).update(unset)
+            self.meshes[context] = join(rank, world, port, context)
+            self._saved[context] = self._variables()
+
+    def enter(self, context: int) -> None:
+        vars(parallel_state).update(self._saved[context])
+
+    @staticmethod
+    def _variables() -> dict[str, Any]:
+        return {name: value for name, value in vars(parallel_state).items() if name[0] == "_" and name.isupper()}
+
+
+VARIANTS = {  # context parallel size, method of Step
+    "every_pass": (1, Step.every_pass),
+    "reused": (1, Step.reused),
+    "reused_cp": (WORLD, Step.reused),
+    "ours": (1, Step.ours),
+    "ours_cp": (WORLD, Step.ours),
+}
+
+
+def time_steps(rank: int, world: int, port: int, folder: str, num_frames: int, setting: Setting, out: str) -> None:
     """Variants interleaved; the slowest rank's seconds, and the patches that all ranks encoded in one step."""
-    mesh = join(rank, world, port, context)
-    names = (
-        {"reused": "reused_cp", "ours": "ours_cp"} if context > 1 else dict.fromkeys(("every_pass", "reused", "ours"))
-    )
-    results = {}
-    for num_frames in setting.frames:
-        step = Step(folder, mesh, num_frames, setting.responses)
-        seconds: dict[str, list[float]] = {}
-        patches: dict[str, float] = {}
-        for turn in range(setting.repeat + 1):
-            for method, name in names.items():
-                step.num_encoded = 0
-                dist.barrier()
-                start = time.perf_counter()
-                getattr(step, method)()
-                elapsed = parallel.reduce_max(time.perf_counter() - start)
-                if turn:  # the first one warms up
-                    seconds.setdefault(name or method, []).append(elapsed)
-                    patches[name or method] = float(sum(parallel.gather_lists([step.num_encoded])))
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        results[str(num_frames)] = {"seconds": medians, "encoded_patches": patches}
+    grids, steps = Grids(rank, world, port), {}
+    for context, mesh in grids.meshes.items():
+        grids.enter(context)
+        steps[context] = Step(folder, mesh, num_frames, setting.responses)
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    patches: dict[str, int] = {}
+    for turn in range(1 + setting.repeat * (3 if num_frames < 64 else 1)):  # short steps are the noisier ones
+        for name, (context, run) in VARIANTS.items():
+            grids.enter(context)
+            step = steps[context]
+            step.num_encoded = 0
+            dist.barrier()
+            start = time.perf_counter()
+            run(step)
+            elapsed = parallel.reduce_max(time.perf_counter() - start)
+            patches[name] = sum(parallel.gather_lists([step.num_encoded]))
+            seconds[name] += [elapsed] if turn else []  # the first one warms up
     if rank == 0:
-        Path(out).write_text(json.dumps(results))
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        ranges = {name: [min(values), max(values)] for name, values in seconds.items()}
+        Path(out).write_text(json.dumps({"seconds": medians, "ranges": ranges, "encoded_patches": patches}))
     dist.barrier()
 
 
 def measure_steps(folder: str, scratch: Path, setting: Setting) -> list[dict[str, Any]]:
-    """One world for data parallel variants, one for context parallel ones, in turn for every number of frames."""
     rows = []
     for num_frames in setting.frames:
-        part = Setting((num_frames,), setting.video_frames, setting.responses, setting.repeat)
-        seconds: dict[str, float] = {}
-        patches: dict[str, float] = {}
-        for context in (1, WORLD):
-            fork_world(WORLD, time_steps, folder, context, part, str(scratch / "steps.json"))
-            record = json.loads((scratch / "steps.json").read_text())[str(num_frames)]
-            seconds |= record["seconds"]
-            patches |= record["encoded_patches"]
-        rows.append({"frames": num_frames, "encoded_patches": patches, **relative(num_frames, seconds)})
+        fork_world(WORLD, time_steps, folder, num_frames, setting, str(scratch / "steps.json"))
+        record = json.loads((scratch / "steps.json").read_text())
+        rows.append({"frames": num_frames, **record, **relative(num_frames, record["seconds"])})
         print(render_row(rows[-1]), flush=True)
     return rows
 
@@ -328,7 +282,6 @@ def relative(num_frames: int, seconds: Mapping[str, float]) -> dict[str, Any]:
         at = FRAMES.index(num_frames)
         theirs = {model: with_it[at] / without[at] for model, (without, with_it) in LONG_RL.items()}
     return {
-        "seconds": dict(seconds),
         "over_every_pass": ratios,
         "best_of_ours": best,
         "long_rl_best": theirs,

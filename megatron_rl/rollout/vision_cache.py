@@ -175,13 +175,19 @@ class VisionCache:
 
     def fetch(self, videos: Sequence[VideoArtifact]) -> dict[str, Tensor]:
         """{key: [num_tokens, H]} of the videos this rank asks for. Collective; every rank may ask for other videos."""
-        return dict(self.fetch_tokens({v.key: ((0, v.num_tokens),) for v in videos}).tables)
+        return self._fetch({v.key: ((0, v.num_tokens),) for v in videos})
 
     def fetch_tokens(self, wanted: Wanted) -> VideoEmbeds:
         """The tokens this rank asks for; leaves of the autograd graph, in fp32, where the tower is trained. Collective;
         every rank may ask for others."""
+        tables = self._fetch(wanted)
+        if self._tower is not None and self._tower.is_trained:
+            tables = {key: table.float().requires_grad_() for key, table in tables.items()}
+        return VideoEmbeds(tables, {key: tuple(runs) for key, runs in wanted.items()}, self._step.version)
+
+    def _fetch(self, wanted: Wanted) -> dict[str, Tensor]:
         requests = self._everyones(wanted)
-        step, trained = self._step, self._tower is not None and self._tower.is_trained
+        step = self._step
         assert not any(requests) or step.version == self._tower.version, "made by another tower; use `refreshed`"
         tables = {key: self._empty(num_tokens(runs)) for key, runs in wanted.items()}
         for number, messages in enumerate(self._plan(requests)):
@@ -195,9 +201,7 @@ class VisionCache:
                 lambda m: step.made[m.piece][m.in_piece],
                 lambda m: tables[m.piece.key][m.in_table],
             )
-        if trained:
-            tables = {key: table.float().requires_grad_() for key, table in tables.items()}
-        return VideoEmbeds(tables, {key: tuple(runs) for key, runs in wanted.items()}, step.version)
+        return tables
 
     def refreshed(self, embeds: VideoEmbeds) -> VideoEmbeds:
         """`embeds` itself or, if the tower has changed since, the same tokens of the tower as it is. Collective."""
