@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the scripts beside t
 import numpy as np
 import torch
 import torch.distributed as dist
-from bench_vision_parts import RESPONSE_TOKENS, SIDE, EncodedOnUse, Frames, artifact, make_groups, write_checkpoint
+from bench_vision_parts import RESPONSE_TOKENS, EncodedOnUse, Frames, artifact, make_groups, write_checkpoint
 from make_videos import encode as write_video
 from megatron.core import parallel_state
 from torch import Tensor
@@ -72,6 +72,8 @@ class Setting:
     video_frames: int
     responses: int
     repeat: int
+    side: int
+    """Of a frame, in pixels; 112 makes 64 patches and 16 tokens of two frames."""
 
 
 # -------------------------------------------------------------------------------------------------------------- set-up
@@ -126,10 +128,10 @@ def encode_one_video(rank: int, world: int, port: int, folder: str, video: Video
     dist.barrier()
 
 
-def measure_encoding(folder: str, scratch: Path, num_frames: int) -> list[dict[str, Any]]:
+def measure_encoding(folder: str, scratch: Path, num_frames: int, side: int) -> list[dict[str, Any]]:
     path = scratch / "long.mp4"
     write_video(path, np.random.default_rng(0).integers(0, 256, (num_frames, 64, 64, 3), dtype=np.uint8), "h264")
-    video, results = artifact(str(path), num_frames), []
+    video, results = artifact(str(path), num_frames, side), []
     patches = video.grid_thw[0] * video.grid_thw[1] * video.grid_thw[2]
     for world in (1, 2, 4):
         fork_world(world, encode_one_video, folder, video, str(scratch / "encoded.json"))
@@ -145,7 +147,7 @@ def measure_encoding(folder: str, scratch: Path, num_frames: int) -> list[dict[s
 class Step:
     """The passes of one training step on this rank, in each variant."""
 
-    def __init__(self, folder: str, mesh: parallel.ParallelMesh, num_frames: int, num_responses: int):
+    def __init__(self, folder: str, mesh: parallel.ParallelMesh, num_frames: int, setting: Setting):
         self._mesh, self._provider = mesh, open_provider(folder)
         backend = choose_backend("cpu", "float32")
         model = self._provider.build_language(backend, mesh)
@@ -153,15 +155,15 @@ class Step:
         hyper = Hyperparameters(1e-6, (0.9, 0.999), 1e-8, 0.0, 0, 1.0)
         self._policy = Policy(model, backend, mesh, hyper)
         self._tower: Any = self._provider.build_vision(backend, torch.device("cpu"))
-        self.videos = [artifact(f"video {i}", num_frames) for i in range(PROMPTS)]
+        self.videos = [artifact(f"video {i}", num_frames, setting.side) for i in range(PROMPTS)]
         generator = torch.Generator().manual_seed(0)
-        shape = (num_frames, 3, SIDE, SIDE)
+        shape = (num_frames, 3, setting.side, setting.side)
         self._frames = {
             v.path: torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for v in self.videos
         }
         hidden = self._provider.shape.hidden_size
         self._cache = VisionCache(self._tower, Frames(self._frames), hidden)
-        self._groups = make_groups(self._provider, self.videos, num_responses)
+        self._groups = make_groups(self._provider, self.videos, setting.responses)
         self.num_encoded = 0
 
     def every_pass(self) -> None:
@@ -242,7 +244,7 @@ def time_steps(rank: int, world: int, port: int, folder: str, num_frames: int, s
     grids, steps = Grids(rank, world, port), {}
     for context, mesh in grids.meshes.items():
         grids.enter(context)
-        steps[context] = Step(folder, mesh, num_frames, setting.responses)
+        steps[context] = Step(folder, mesh, num_frames, setting)
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     patches: dict[str, int] = {}
     for turn in range(1 + setting.repeat * (3 if num_frames < 64 else 1)):  # short steps are the noisier ones
@@ -316,21 +318,23 @@ def parse_arguments() -> tuple[Setting, Path]:
     parser.add_argument("--video-frames", type=int, default=512, help="of the video encoded by 1, 2, 4 ranks")
     parser.add_argument("--responses", type=int, default=5, help="to each prompt (default: 5)")
     parser.add_argument("--repeat", type=int, default=3, help="timed runs of each variant (default: 3)")
+    parser.add_argument("--side", type=int, default=112, help="of a frame in pixels, a multiple of 56 (default: 112)")
     args = parser.parse_args()
     frames = tuple(int(part) for part in args.frames.split(","))
-    return Setting(frames, args.video_frames, args.responses, args.repeat), args.json
+    return Setting(frames, args.video_frames, args.responses, args.repeat, args.side), args.json
 
 
 def main() -> None:
     warnings.simplefilter("ignore")  # the libraries' notices to each other
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     setting, json_path = parse_arguments()
-    longest = max(*setting.frames, setting.video_frames) * 8 + 128
+    tokens_per_frame = (setting.side // 28) ** 2 // 2
+    longest = max(*setting.frames, setting.video_frames) * tokens_per_frame + 128
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         checkpoint = str(scratch / "model")
         write_checkpoint(Path(checkpoint), longest)
-        encoding = measure_encoding(checkpoint, scratch, setting.video_frames)
+        encoding = measure_encoding(checkpoint, scratch, setting.video_frames, setting.side)
         print(render_encoding(encoding, setting.video_frames), flush=True)
         record = {"setting": asdict(setting), "labels": LABELS, "encoding": encoding}
         record["steps"] = measure_steps(checkpoint, scratch, setting)

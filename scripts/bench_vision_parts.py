@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_rl.types import Prompt, Row, TrainSample, VideoArtifact, VideoInfo
 
-SIDE = 112  # pixels: 64 patches, 16 tokens for two frames
 PATCH, MERGE = 14, 2
 RESPONSE_TOKENS = 32
 
@@ -33,11 +32,11 @@ def write_checkpoint(folder: Path, longest: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def artifact(path: str, num_frames: int) -> VideoArtifact:
-    grid = (num_frames // 2, SIDE // PATCH, SIDE // PATCH)
+def artifact(path: str, num_frames: int, side: int) -> VideoArtifact:
+    grid = (num_frames // 2, side // PATCH, side // PATCH)
     times = tuple(i / 2 for i in range(num_frames))
     tokens = grid[0] * grid[1] * grid[2] // MERGE**2
-    return VideoArtifact(path, path, tuple(range(num_frames)), times, (SIDE, SIDE), grid, 1.0, tokens)
+    return VideoArtifact(path, path, tuple(range(num_frames)), times, (side, side), grid, 1.0, tokens)
 
 
 def make_groups(provider: Any, videos: Sequence[VideoArtifact], num_responses: int) -> list[list[TrainSample]]:
