@@ -84,7 +84,11 @@ def _inspect_mcore(folder: Path) -> Summary:
     trained = [
         (key, tuple(stored[key].size), stored[key].properties.dtype) for key in sorted(stored) if _is_weight(key)
     ]
-    frozen = [(f"hf/{name}", weights.shape(name), weights.dtype(name)) for name in weights.frozen_names()]
+    frozen = [
+        (f"hf/{name}", weights.shape(name), weights.dtype(name))
+        for name in weights.frozen_names()
+        if not weights.holds_trained(name)
+    ]
     state = folder / "state.json"
     return Summary(
         folder=str(folder),

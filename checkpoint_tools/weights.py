@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from checkpoint_tools.frozen import FROZEN_FILE
-from checkpoint_tools.mcore_file import McoreFile, place_of
+from checkpoint_tools.mcore_file import McoreFile, Place, place_of
 from megatron_rl.errors import WeightMismatch
 from model_providers.hf_checkpoint import HfCheckpoint, load_shard
 from model_providers.registry import open_provider
@@ -101,6 +101,11 @@ class McoreWeights:
     def frozen_names(self) -> list[str]:
         return list(self._frozen.keys())
 
+    def holds_trained(self, name: str) -> bool:
+        """Whether a tensor outside the weight table (of the vision tower) was trained: then the file has it, under its
+        HF name, and what `hf/` holds is what it began as."""
+        return self.file.shape(Place(name)) is not None
+
     def is_readable(self, name: str) -> bool:
         """Whether the parameter that holds this tensor is there and has its shape."""
         name = self._tied_to.get(name, name)
@@ -108,19 +113,23 @@ class McoreWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         name = self._tied_to.get(name, name)
-        return self._shape[name] if name in self._shape else tuple(self._frozen.get_slice(name).get_shape())
+        if name in self._shape:
+            return self._shape[name]
+        return self.file.shape(Place(name)) or tuple(self._frozen.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
         name = self._tied_to.get(name, name)
         if name in self._entry:
             return self.file.dtype(place_of(self._entry[name].mcore))
+        if self.holds_trained(name):
+            return self.file.dtype(Place(name))
         return self._frozen.get_tensor(name).dtype
 
     def tensor(self, name: str) -> Tensor:
         if name in self._tied_to:
             return self.tensor(self._tied_to[name]).clone()
         if name not in self._entry:
-            return self._frozen.get_tensor(name)
+            return self.file.read(Place(name)) if self.holds_trained(name) else self._frozen.get_tensor(name)
         entry = self._entry[name]
         if self._last[0] != entry.mcore:
             self._last = (entry.mcore, split(entry, self.file.read(place_of(entry.mcore))))

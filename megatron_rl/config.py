@@ -18,7 +18,9 @@ class ModelConfig:
     weights_from: str = ""
     """Megatron checkpoint folder (a `step_N` or a run's `checkpoints`) to start from; empty = the weights in `hf`."""
     freeze_vision: bool = True
-    """Keep the vision tower fixed: it is never trained, synced or moved."""
+    """Keep the vision tower and its projector fixed; false trains what `train_vision` names."""
+    train_vision: Literal["all", "tower", "projector"] = "all"
+    """What is trained where freeze_vision is false: the tower, the projector behind it, or both."""
     freeze: tuple[str, ...] = ()
     """Language-model parameters that are not trained, by Megatron name with wildcards: "embedding.*"."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -55,6 +57,13 @@ class DataConfig:
     """The run stops when more than this part of a batch had to be set aside."""
     decode_threads: int = 1
     """Decoder threads per rank."""
+    frames_per_chunk: int = 64
+    """Frames of a video that a rank puts through the vision tower, and receives from another one, at a time: bounds
+    the memory of encoding."""
+    cache_dir: str = ""
+    """Folder that keeps video embeddings for later steps and runs, which may share it; empty = none are kept."""
+    cache_gib: float = 100.0
+    """Size that the cache folder may grow to, in GiB; what was used longest ago goes first."""
 
 
 @dataclass(frozen=True, kw_only=True)

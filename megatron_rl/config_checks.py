@@ -22,7 +22,7 @@ from megatron_rl.errors import raise_all
 from megatron_rl.rewards.registry import load_reward
 from model_providers.tables import TABLES
 
-Job = Literal["rl", "sft"]
+Job = Literal["rl", "sft", "cache"]
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value must be, the test for it, and the keys
     (
@@ -31,7 +31,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
         "parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.context parallel.expert "
         "rollout.tensor rollout.num_samples "
         "rollout.max_response_tokens rollout.max_num_seqs rollout.sync_buffer_mib data.max_frames data.min_pixels "
-        "data.max_pixels data.max_prompt_tokens data.decode_threads algorithm.max_filter_rounds train.num_steps "
+        "data.max_pixels data.max_prompt_tokens data.decode_threads data.frames_per_chunk "
+        "algorithm.max_filter_rounds train.num_steps "
         "train.prompts_per_step train.updates_per_step train.max_tokens_per_microbatch eval.batch_size checkpoint.keep",
     ),
     (
@@ -43,7 +44,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
     (
         "above 0",
         lambda value: value > 0,
-        "rollout.temperature algorithm.clip_high train.optimizer.eps train.optimizer.max_grad_norm",
+        "rollout.temperature data.cache_gib algorithm.clip_high train.optimizer.eps train.optimizer.max_grad_norm",
     ),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "rollout.gpu_memory_utilization"),
     ("between 0 and 1, both excluded", lambda value: 0 < value < 1, "algorithm.clip_low"),
@@ -59,15 +60,14 @@ def check(cfg: RunConfig, world_size: int, job: Job, require_files: bool = True)
     problems = [
         *_ranges(cfg),
         *_data(cfg),
-        *_parallel(cfg, world_size, job),
+        *(_cache(cfg) if job == "cache" else _parallel(cfg, world_size, job)),
         *_lengths(cfg),
-        *_not_built(cfg),
         *_log(cfg),
     ]
     if job == "rl":
         problems += [*_rollout(cfg), *_algorithm(cfg)]
     if require_files:
-        problems += [*_files(cfg, job), *_model(cfg, job), *_checkpoints(cfg)]
+        problems += [*_files(cfg, job), *_model(cfg, job), *([] if job == "cache" else _checkpoints(cfg))]
     raise_all(problems, f"configuration of {cfg.run_dir}")
 
 
@@ -103,9 +103,20 @@ def _data(cfg: RunConfig) -> Iterator[str]:
         yield _problem(cfg, "data.num_frames", "data.fps is 0 as well; set one of them")
     if data.min_pixels > data.max_pixels:
         yield _problem(cfg, "data.min_pixels", f"exceeds data.max_pixels={data.max_pixels}; swap them")
+    if data.cache_dir and not cfg.model.freeze_vision:
+        why = "what it would hold is trained by model.freeze_vision=false and changes every step; unset one of them"
+        yield _problem(cfg, "data.cache_dir", why)
+    if data.cache_dir and Path(data.cache_dir).exists() and not Path(data.cache_dir).is_dir():
+        yield _problem(cfg, "data.cache_dir", "is a file; give a folder")
     if not data.eval and (cfg.eval.every > 0 or cfg.eval.blind):
         path = "eval.every" if cfg.eval.every > 0 else "eval.blind"
         yield _problem(cfg, path, "there is nothing to evaluate; set data.eval")
+
+
+def _cache(cfg: RunConfig) -> Iterator[str]:
+    """Filling the cache takes any number of ranks."""
+    if not cfg.data.cache_dir:
+        yield "data.cache_dir=: there is nothing to fill; set it to a folder"
 
 
 def _parallel(cfg: RunConfig, world_size: int, job: Job) -> Iterator[str]:
@@ -142,11 +153,6 @@ def _checkpoints(cfg: RunConfig) -> Iterator[str]:
     if old and not cfg.checkpoint.resume:
         why = f"{cfg.run_dir} holds checkpoints of another run ({old[0]} ...); use a new run_dir or remove them"
         yield _problem(cfg, "checkpoint.resume", why)
-
-
-def _not_built(cfg: RunConfig) -> Iterator[str]:
-    if not cfg.model.freeze_vision:
-        yield _problem(cfg, "model.freeze_vision", "training the vision tower is not built yet; use true")
 
 
 def _rollout(cfg: RunConfig) -> Iterator[str]:
@@ -206,6 +212,8 @@ def _model(cfg: RunConfig, job: Job) -> Iterator[str]:
         return
     yield from _fits_model(cfg, text)
     yield from _fits_provider(cfg, hf)
+    if not cfg.model.freeze_vision and "vision_config" not in hf:
+        yield _problem(cfg, "model.freeze_vision", "the model has no vision tower that could be trained; use true")
     patch = hf.get("vision_config", {}).get("temporal_patch_size", 1)
     if cfg.data.num_frames > 0:
         yield from frame_setting_problems(cfg.data.num_frames, cfg.data.fps, cfg.data.max_frames, patch)
@@ -230,7 +238,8 @@ def _fits_provider(cfg: RunConfig, hf: dict[str, Any]) -> Iterator[str]:
     for pattern in cfg.model.freeze:
         if not fnmatch.filter(names, pattern):
             yield f"model.freeze={pattern}: matches no parameter; names look like {names[0]}"
-    if all(any(fnmatch.fnmatchcase(name, pattern) for pattern in cfg.model.freeze) for name in names):
+    all_frozen = all(any(fnmatch.fnmatchcase(name, pattern) for pattern in cfg.model.freeze) for name in names)
+    if all_frozen and cfg.model.freeze_vision:
         yield _problem(cfg, "model.freeze", "nothing is left to train; freeze less")
 
 

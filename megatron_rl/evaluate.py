@@ -13,7 +13,7 @@ from megatron_rl.report import SampleRollout
 from megatron_rl.rollout.phase import generate
 from megatron_rl.rollout.store import RolloutStore
 from megatron_rl.session import Session
-from megatron_rl.step_metrics import sync_metrics
+from megatron_rl.step_metrics import sync_metrics, vision_metrics
 from megatron_rl.types import Group, Row, Sampling
 
 
@@ -41,7 +41,7 @@ def evaluate(
             prompts = usable_prompts(seeing, pairs, cfg.data.eval)
             groups += generate(prompts, seeing.vision, rollout.engine, rollout.reward, sampling, session.mesh)
         seeing.vision.forget()
-    return groups, sync_metrics(report)
+    return groups, sync_metrics(report) | vision_metrics(seeing.vision.take_counts(), "eval_vision")
 
 
 def accuracy(groups: Sequence[Group]) -> float:

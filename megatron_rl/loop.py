@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.groups import keep_informative
@@ -19,10 +20,11 @@ from megatron_rl.rollout.phase import build_prompts, encode_videos, generate
 from megatron_rl.rollout.resharder import Resharder
 from megatron_rl.rollout.store import RolloutStore
 from megatron_rl.session import Session
-from megatron_rl.step_metrics import GapWatch, Totals, rollout_metrics, sync_metrics
+from megatron_rl.step_metrics import GapWatch, Totals, rollout_metrics, sync_metrics, vision_metrics
 from megatron_rl.training.batch import make_samples, pack
+from megatron_rl.training.microbatch import MicroBatch, localize
 from megatron_rl.training.policy import Reference, ScoredBatch
-from megatron_rl.types import Group, Prompt, Row, Sampling, SyncReport
+from megatron_rl.types import Group, Prompt, Row, Sampling, SyncReport, VideoEmbeds
 
 NextRows = Callable[[], list[tuple[int, Row]]]
 
@@ -54,7 +56,7 @@ def rl_step(
         store.save(step, groups)
     if not session.cfg.rollout.only:
         metrics |= train_on(session, groups, loss, reference, step)
-    return metrics
+    return metrics | vision_metrics(session.vision.take_counts())
 
 
 def replay_step(
@@ -68,7 +70,8 @@ def replay_step(
         prompts = usable_prompts(session, pairs, f"replayed step {step}")
     store.check_unchanged(groups, prompts)
     metrics = rollout_metrics(groups, groups, session.quarantine.total)
-    return metrics | train_on(session, groups, loss, reference, step)
+    metrics |= train_on(session, groups, loss, reference, step)
+    return metrics | vision_metrics(session.vision.take_counts())
 
 
 @contextmanager
@@ -137,6 +140,15 @@ def collect_groups(
     )
 
 
+def fetch_embeds(
+    session: Session, updates: Sequence[Sequence[MicroBatch]]
+) -> tuple[list[list[MicroBatch]], list[VideoEmbeds]]:
+    """The updates, and for each the embeddings of those video tokens that this rank puts into its micro-batches."""
+    local = [localize(batches) for batches in updates]
+    asks = session.mesh.is_first_stage
+    return [batches for batches, _ in local], [session.vision.fetch_tokens(w if asks else {}) for _, w in local]
+
+
 def train_on(
     session: Session, groups: Sequence[Group], loss: PolicyLoss, reference: Reference | None, step: int
 ) -> dict[str, float]:
@@ -152,20 +164,21 @@ def train_on(
         cfg.algorithm.loss_average,
         cfg.train.share_prefix,
     )
-    wanted = [v for u in updates for b in u for v in b.videos] if session.mesh.is_first_stage else []
-    embeds = session.vision.fetch(wanted)
+    updates, embeds = fetch_embeds(session, updates)
     old = [[None] * len(batches) for batches in updates]
     if len(updates) > 1:  # a single update starts at the weights that sampled: its own log-probabilities are the old
         with progress.phase(step, "old"):
-            old = [policy.logprobs(batches, embeds) for batches in updates]
+            old = [policy.logprobs(batches, made.tables) for batches, made in zip(updates, embeds, strict=True)]
     ref = [[None] * len(batches) for batches in updates]
     if reference is not None:
         with progress.phase(step, "ref"), reference.swapped_in():
-            ref = [policy.logprobs(batches, embeds) for batches in updates]
+            seen = (session.vision.refreshed(made).tables for made in embeds)
+            ref = [policy.logprobs(batches, tables) for batches, tables in zip(updates, seen, strict=True)]
     totals, watched = Totals(), GapWatch(loss)
     with progress.phase(step, "update_actor"):
-        for batches, old_logprobs, ref_logprobs in zip(updates, old, ref, strict=True):
+        for batches, made, old_logprobs, ref_logprobs in zip(updates, embeds, old, ref, strict=True):
             scored = [ScoredBatch(*parts) for parts in zip(batches, old_logprobs, ref_logprobs, strict=True)]
-            totals.add(policy.train(scored, embeds, watched, step))
+            now = session.vision.refreshed(made)
+            totals.add(policy.train(scored, now.tables, watched, step, partial(session.vision.backward, now)))
     skipped = {"actor/skipped_updates": float(cfg.train.updates_per_step - len(updates))}
     return totals.reduced() | watched.metrics() | skipped

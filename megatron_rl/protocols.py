@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 
     from megatron_rl.device import Backend
     from megatron_rl.parallel import ParallelMesh
-    from megatron_rl.types import Completion, LossInputs, LossOutput, Prompt, Sampling, VideoArtifact, VideoInfo
+    from megatron_rl.types import (
+        Completion,
+        LossInputs,
+        LossOutput,
+        Prompt,
+        Sampling,
+        VideoArtifact,
+        VideoInfo,
+        VisionPart,
+    )
     from model_providers.shape import TransformerShape
     from model_providers.transformer import ChunkedStage, LanguageModel
     from model_providers.weight_map import WeightMap
@@ -43,14 +52,53 @@ class VideoDecoder(Protocol):
 
 
 class VideoTower(Protocol):
-    """The frozen vision tower of a family."""
+    """The vision tower and projector of a family. No temporal patch may look at another, so that a video can be cut
+    between any two of them."""
 
     spec: VideoSpec
     dtype: torch.dtype
     device: torch.device
+    module: torch.nn.Module
+    trained: frozenset[VisionPart]
+    """Which parts take part in training."""
+    version: int
+    """Counts the changes of its weights."""
+    is_original: bool
+    """Whether its weights are those of the Hugging Face folder."""
+
+    @property
+    def is_trained(self) -> bool: ...
+
+    def named_weights(self) -> Mapping[str, torch.nn.Parameter]:
+        """All parameters, trained or not, by Hugging Face name."""
+
+    def fingerprint(self) -> str:
+        """sha256 of all that decides what `encode` makes of given frames: weights, dtype, preprocessing."""
 
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 [F, 3, height, width], F a multiple of the temporal patch -> embeddings [num_tokens, H]."""
+
+    def backward(self, frames: Tensor, grad: Tensor) -> None:
+        """Encode the frames again and add what `grad` [num_tokens, H] of their embeddings means for the parameters."""
+
+
+class EmbeddingStore(Protocol):
+    """Keeps embeddings between steps and runs, in entries of `patches_per_entry` temporal patches."""
+
+    patches_per_entry: int
+
+    def identify(self, videos: Sequence[VideoArtifact]) -> None:
+        """Called with every video before it is read or written. Collective."""
+
+    def read(self, video: VideoArtifact, start: int, stop: int) -> tuple[Tensor | None, int]:
+        """Embeddings of the temporal patches [start, stop), or None where they are not all there; and the number of
+        entries that turned out to be damaged."""
+
+    def write(self, video: VideoArtifact, start: int, embeds: Tensor) -> None:
+        """Keep embeddings of temporal patches start, start + 1 ..."""
+
+    def trim(self) -> None:
+        """Called after the writes of a step. Collective."""
 
 
 class ModelProvider(Protocol):
@@ -74,7 +122,10 @@ class ModelProvider(Protocol):
     def load_language(self, model: LanguageModel | ChunkedStage, mesh: ParallelMesh) -> None:
         """Fill a stage with its part of the Hugging Face weights."""
 
-    def build_vision(self, backend: Backend, device: torch.device) -> VideoTower | None: ...
+    def build_vision(
+        self, backend: Backend, device: torch.device, trained: frozenset[VisionPart] = frozenset()
+    ) -> VideoTower | None:
+        """The tower with its projector, weights loaded; only the parts in `trained` take part in training."""
 
     def position_ids(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> Tensor:
         """int64 [3, len(token_ids)]."""

@@ -25,13 +25,14 @@ from megatron_rl.config import RunConfig
 from megatron_rl.device import Backend, choose_backend, define_torchvision_operators
 from megatron_rl.metrics import MetricLog, Progress
 from megatron_rl.parallel import ParallelMesh
-from megatron_rl.protocols import ModelProvider
+from megatron_rl.protocols import ModelProvider, VideoDecoder, VideoTower
 from megatron_rl.quarantine import Quarantine
+from megatron_rl.rollout.embedding_store import DiskStore
 from megatron_rl.rollout.vision_cache import VisionCache
 from megatron_rl.signals import StopFlag
 from megatron_rl.training import checkpoint
 from megatron_rl.training.policy import Hyperparameters, Policy
-from megatron_rl.types import Row
+from megatron_rl.types import Row, VisionPart
 from megatron_rl.watchdog import Watchdog, watch_world
 from model_providers.registry import open_provider
 
@@ -109,28 +110,18 @@ def _build_session(
 ) -> Session:
     torch.manual_seed(cfg.seed)
     provider = open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels)
-    device = backend.local_device(parallel.local_rank())
-    policy = _build_policy(cfg, temperature, backend, mesh, provider)
-    decoder = DaliVideoDecoder(backend.decoder_device, cfg.data.decode_threads, backend.native_codecs)
-    tokenizer = _load_tokenizer(cfg.model.hf)
+    tower = open_tower(cfg, backend, provider)
+    policy = _build_policy(cfg, temperature, backend, mesh, provider, tower)
+    decoder = open_decoder(cfg, backend)
+    tokenizer = load_tokenizer(cfg.model.hf)
     return Session(
         cfg=cfg,
         backend=backend,
         mesh=mesh,
         provider=provider,
         tokenizer=tokenizer,
-        builder=PromptBuilder(
-            tokenizer,
-            provider.video_spec,
-            decoder,
-            video_placeholder_id=provider.video_token_id,
-            format_prompt=cfg.data.format_prompt,
-            num_frames=cfg.data.num_frames,
-            fps=cfg.data.fps,
-            max_frames=cfg.data.max_frames,
-            max_prompt_tokens=cfg.data.max_prompt_tokens,
-        ),
-        vision=VisionCache(provider.build_vision(backend, device), decoder, provider.shape.hidden_size),
+        builder=open_builder(cfg, tokenizer, provider, decoder),
+        vision=open_vision(cfg, tower, provider, decoder),
         policy=policy,
         quarantine=Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction),
         log=_open_log(cfg, mesh),
@@ -141,8 +132,56 @@ def _build_session(
     )
 
 
+def open_decoder(cfg: RunConfig, backend: Backend) -> DaliVideoDecoder:
+    return DaliVideoDecoder(backend.decoder_device, cfg.data.decode_threads, backend.native_codecs)
+
+
+def open_builder(
+    cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, provider: ModelProvider, decoder: VideoDecoder
+) -> PromptBuilder:
+    return PromptBuilder(
+        tokenizer,
+        provider.video_spec,
+        decoder,
+        video_placeholder_id=provider.video_token_id,
+        format_prompt=cfg.data.format_prompt,
+        num_frames=cfg.data.num_frames,
+        fps=cfg.data.fps,
+        max_frames=cfg.data.max_frames,
+        max_prompt_tokens=cfg.data.max_prompt_tokens,
+    )
+
+
+def open_tower(cfg: RunConfig, backend: Backend, provider: ModelProvider) -> VideoTower | None:
+    """The vision tower of the model, if it has one, with the weights to start from. Collective."""
+    parts: tuple[VisionPart, ...] = (
+        ("tower", "projector") if cfg.model.train_vision == "all" else (cfg.model.train_vision,)
+    )
+    trained = frozenset(() if cfg.model.freeze_vision else parts)
+    tower = provider.build_vision(backend, backend.local_device(parallel.local_rank()), trained)
+    if cfg.model.weights_from and tower is not None:
+        checkpoint.load_tower(cfg.model.weights_from, tower)
+    return tower
+
+
+def open_vision(
+    cfg: RunConfig, tower: VideoTower | None, provider: ModelProvider, decoder: VideoDecoder
+) -> VisionCache:
+    """What encodes the videos of a step, and what their embeddings are kept in."""
+    hidden, store = provider.shape.hidden_size, None
+    if cfg.data.cache_dir and tower is not None:
+        max_bytes = int(cfg.data.cache_gib * 2**30)
+        store = DiskStore(cfg.data.cache_dir, max_bytes, tower.fingerprint(), tower.dtype, hidden)
+    return VisionCache(tower, decoder, hidden, frames_per_chunk=cfg.data.frames_per_chunk, store=store)
+
+
 def _build_policy(
-    cfg: RunConfig, temperature: float, backend: Backend, mesh: ParallelMesh, provider: ModelProvider
+    cfg: RunConfig,
+    temperature: float,
+    backend: Backend,
+    mesh: ParallelMesh,
+    provider: ModelProvider,
+    tower: VideoTower | None,
 ) -> Policy:
     model = provider.build_language(backend, mesh, temperature, cfg.model.recompute)
     provider.load_language(model, mesh)
@@ -156,7 +195,7 @@ def _build_policy(
         warmup_steps=optimizer.warmup_steps,
         max_grad_norm=optimizer.max_grad_norm,
     )
-    policy = Policy(model, backend, mesh, hyper)
+    policy = Policy(model, backend, mesh, hyper, tower)
     if cfg.model.weights_from:
         checkpoint.load_weights(cfg.model.weights_from, policy)
     return policy
@@ -175,7 +214,7 @@ def frozen_in_engine(weights: WeightMap, patterns: Sequence[str]) -> frozenset[s
     return frozenset(e.engine for e in weights.entries.values()) - trained
 
 
-def _load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     define_torchvision_operators()
     from transformers import AutoTokenizer
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_rl.config import RunConfig
@@ -51,8 +52,8 @@ def run_session(session: Session) -> None:
 def sft_step(session: Session, pairs: Sequence, step: int) -> dict[str, float]:
     """One pass over a batch of rows in `updates_per_step` updates. Collective."""
     from megatron_rl.algorithms.losses import NllLoss
-    from megatron_rl.loop import usable_prompts
-    from megatron_rl.step_metrics import Totals
+    from megatron_rl.loop import fetch_embeds, usable_prompts
+    from megatron_rl.step_metrics import Totals, vision_metrics
     from megatron_rl.training.batch import pack
     from megatron_rl.training.policy import ScoredBatch
 
@@ -69,14 +70,15 @@ def sft_step(session: Session, pairs: Sequence, step: int) -> dict[str, float]:
         cfg.algorithm.loss_average,
         cfg.train.share_prefix,
     )
-    wanted = [v for u in updates for b in u for v in b.videos] if session.mesh.is_first_stage else []
-    embeds = session.vision.fetch(wanted)
+    updates, embeds = fetch_embeds(session, updates)
     totals = Totals()
     with session.progress.phase(step, "update_actor"):
-        for batches in updates:
-            totals.add(policy.train([ScoredBatch(b, None, None) for b in batches], embeds, NllLoss(), step))
+        for batches, made in zip(updates, embeds, strict=True):
+            scored = [ScoredBatch(b, None, None) for b in batches]
+            now = session.vision.refreshed(made)
+            totals.add(policy.train(scored, now.tables, NllLoss(), step, partial(session.vision.backward, now)))
     metrics = {"data/quarantined": float(session.quarantine.total), "sft/num_samples": float(len(prompts))}
-    return totals.reduced() | metrics
+    return totals.reduced() | metrics | vision_metrics(session.vision.take_counts())
 
 
 def reference_samples(session: Session, prompts: Sequence[Prompt]) -> list[list[TrainSample]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from megatron_rl.types import Group, LossInputs, LossOutput, SyncReport
 
 if TYPE_CHECKING:
     from megatron_rl.protocols import PolicyLoss
+    from megatron_rl.rollout.vision_cache import VisionCounts
 
 
 class Totals:
@@ -89,6 +91,15 @@ def sync_metrics(report: SyncReport | None) -> dict[str, float]:
         "sync/max_sent_bytes": float(max(r.sent for r in reports)),
         "timing_s/reshard": max(r.seconds for r in reports),
     }
+
+
+def vision_metrics(counts: VisionCounts, prefix: str = "vision") -> dict[str, float]:
+    """What all ranks together encoded, read from the cache and received; `vision/max_encoded_patches` is the most that
+    one rank encoded. Collective."""
+    everyone: list[VisionCounts] = [counts] * dist.get_world_size()
+    dist.all_gather_object(everyone, counts)
+    totals = {f"{prefix}/{f.name}": float(sum(getattr(c, f.name) for c in everyone)) for f in fields(counts)}
+    return totals | {f"{prefix}/max_encoded_patches": float(max(c.encoded_patches for c in everyone))}
 
 
 def bytes_over_minimum(received: int, minimum: int) -> float:

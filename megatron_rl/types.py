@@ -8,8 +8,9 @@ H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 FORBIDDEN_BIAS = -100.0
 """Added to the logits of tokens that must not be sampled, by trainer and engine; vLLM clamps biases to it."""
+
+
+VisionPart = Literal["tower", "projector"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,16 @@ class VideoArtifact:
     grid_thw: tuple[int, int, int]
     seconds_per_grid: float
     num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class VideoEmbeds:
+    """Embeddings of the video tokens that a rank asked for: `tables[key]` [n, H] holds the tokens of `wanted[key]`, its
+    runs [start, stop) one behind the other. `version` is that of the tower that made them."""
+
+    tables: Mapping[str, Tensor]
+    wanted: Mapping[str, tuple[tuple[int, int], ...]]
+    version: int
 
 
 @dataclass(frozen=True, slots=True)

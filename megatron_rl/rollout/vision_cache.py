@@ -1,54 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every video is decoded and encoded once a step: its frames split over all ranks, the pieces fetched by who needs
+"""Every video is decoded and encoded once a step: its frames split over all ranks, the tokens fetched by who needs
 them.
 
-`encode` leaves each piece on the rank that made it; `fetch` moves pieces to the ranks that ask (the rollout replica
-before generation, the trainer's first stage before the passes). A faulty file fails for all ranks alike and is
-reported.
+`encode` leaves each piece on the rank that made it; `fetch` moves tokens to the ranks that ask: whole videos to the
+rollout replica, to a rank of the trainer's first stage the tokens of its own rows. Where the tower is trained,
+`backward` takes the same way back. A faulty file fails for all ranks alike and is reported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.errors import VideoDecodeError
-from megatron_rl.protocols import VideoDecoder, VideoTower
-from megatron_rl.types import VideoArtifact
+from megatron_rl.protocols import EmbeddingStore, VideoDecoder, VideoTower
+from megatron_rl.rollout.vision_routes import (
+    Message,
+    Piece,
+    Wanted,
+    exchange,
+    num_tokens,
+    plan_messages,
+    split_over_ranks,
+)
+from megatron_rl.types import VideoArtifact, VideoEmbeds
+
+DECODED_BYTES = 1 << 30  # of resized frames that a rank holds at a time
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Temporal patches [start, stop) of a video, encoded by `owner`."""
+@dataclass(slots=True)
+class VisionCounts:
+    """What this rank did since the counts were taken last; patches are the tower's, before they are merged."""
 
-    key: str
-    start: int
-    stop: int
-    owner: int
+    encoded_patches: int = 0
+    backward_patches: int = 0
+    cached_patches: int = 0
+    """Read from the store on disk instead of being encoded."""
+    damaged_entries: int = 0
+    received_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Step:
+    """All that is known of the videos of the current step."""
+
+    videos: dict[str, VideoArtifact] = field(default_factory=dict)
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    made: dict[Piece, Tensor] = field(default_factory=dict)
+    frames: dict[Piece, Tensor] = field(default_factory=dict)
+    """Kept in host memory where the tower is trained: it encodes them again."""
+    failed: dict[str, str] = field(default_factory=dict)
+    version: int = 0
+    """Of the tower that made `made`."""
 
 
 class VisionCache:
-    """Embeddings of the current step. Without a tower, it refuses every video."""
+    """Embeddings of the current step. Without a tower, it refuses every video.
 
-    def __init__(self, tower: VideoTower | None, decoder: VideoDecoder, hidden_size: int, blank: bool = False):
+    `frames_per_chunk` bounds the frames that go through the tower together and the tokens that a rank receives at a
+    time. `store` keeps embeddings on disk.
+    """
+
+    def __init__(
+        self,
+        tower: VideoTower | None,
+        decoder: VideoDecoder,
+        hidden_size: int,
+        blank: bool = False,
+        frames_per_chunk: int = 64,
+        store: EmbeddingStore | None = None,
+    ):
+        assert store is None or tower is None or not tower.is_trained, "what is trained is not kept on disk"
         self._tower, self._decoder, self._hidden = tower, decoder, hidden_size
-        self._blank = blank
+        self._blank, self._frames_per_chunk, self._store = blank, frames_per_chunk, store
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._pieces: dict[str, list[Piece]] = {}
-        self._made: dict[tuple[str, int], Tensor] = {}
-        self._failed: dict[str, str] = {}
+        self._step = _Step()
+        self.counts = VisionCounts()
 
     def blanked(self) -> VisionCache:
         """A second cache over the same tower, which sees black frames."""
-        return VisionCache(self._tower, self._decoder, self._hidden, blank=True)
+        return VisionCache(self._tower, self._decoder, self._hidden, True, self._frames_per_chunk)
+
+    def take_counts(self) -> VisionCounts:
+        """The counts, which start again at zero."""
+        counts, self.counts = self.counts, VisionCounts()
+        return counts
 
     def forget(self) -> None:
         """Drop all embeddings: the step they were made for is over."""
-        self._pieces, self._made, self._failed = {}, {}, {}
+        self._step = _Step()
+
+    # ---------------------------------------------------------------------------------------------------------- encode
 
     def encode(self, videos: Sequence[VideoArtifact]) -> dict[str, str]:
         """Encode what is not there yet (equal keys once). Returns {key: reason} of those videos that cannot be used.
@@ -57,73 +104,183 @@ class VisionCache:
         """
         if videos and self._tower is None:
             raise ValueError(f"{videos[0].path}: this model takes no video; use a model that does")
-        unique = list({v.key: v for v in videos if v.key not in self._pieces}.values())
-        self._pieces |= split_over_ranks(unique, self._world)
-        failed: dict[str, str] = {}
-        for video in unique:
-            for piece in self._pieces[video.key]:
-                if piece.owner == self._rank and video.key not in failed:
-                    try:
-                        self._made[piece.key, piece.start] = self._encode_piece(video, piece)
-                    except VideoDecodeError as error:
-                        failed[video.key] = error.reason
-        self._failed |= self._agree_on_failures(failed)
-        return {v.key: self._failed[v.key] for v in videos if v.key in self._failed}
+        step = self._step
+        unique = {v.key: v for v in videos if v.key not in step.videos}
+        if unique:
+            step.videos |= unique
+            step.pieces |= self._split(list(unique.values()))
+            step.version = self._tower.version
+            if self._store is not None:
+                self._store.identify(list(unique.values()))
+            failed = {}
+            for key, video in unique.items():
+                try:
+                    self._make(video, [p for p in step.pieces[key] if p.owner == self._rank])
+                except VideoDecodeError as error:
+                    failed[key] = error.reason
+            step.failed |= self._agree_on_failures(failed)
+            if self._store is not None:
+                self._store.trim()
+        return {v.key: step.failed[v.key] for v in videos if v.key in step.failed}
 
-    def fetch(self, videos: Sequence[VideoArtifact]) -> dict[str, Tensor]:
-        """{key: [num_tokens, H]} of the videos this rank asks for. Collective; every rank may ask for other videos."""
-        wanted = {v.key: v for v in videos}
-        requests: list[list[str]] = [[] for _ in range(self._world)]
-        dist.all_gather_object(requests, list(wanted))
-        operations, arriving = [], {}
-        for peer, keys in enumerate(requests):
-            for key in keys:
-                for piece in self._pieces[key]:
-                    if piece.owner == self._rank != peer:
-                        operations.append(dist.P2POp(dist.isend, self._made[key, piece.start], peer))
-        for key, video in wanted.items():
-            for piece in self._pieces[key]:
-                if piece.owner != self._rank:
-                    arriving[key, piece.start] = self._empty(video, piece)
-                    operations.append(dist.P2POp(dist.irecv, arriving[key, piece.start], piece.owner))
-        for work in dist.batch_isend_irecv(operations) if operations else []:
-            work.wait()
-        have = self._made | arriving
-        return {key: torch.cat([have[key, p.start] for p in self._pieces[key]]) for key in wanted}
+    def _split(self, videos: Sequence[VideoArtifact]) -> dict[str, list[Piece]]:
+        most = max(1, self._frames_per_chunk // self._tower.spec.temporal_patch_size)
+        unit = self._store.patches_per_entry if self._store is not None else 1
+        return split_over_ranks(videos, self._world, most, unit)
 
-    def _encode_piece(self, video: VideoArtifact, piece: Piece) -> Tensor:
+    def _make(self, video: VideoArtifact, pieces: Sequence[Piece]) -> None:
+        """Embeddings of this rank's pieces of a video, from the store or from the file."""
+        stored = self._read_stored(video, pieces)
+        self._step.made |= stored
+        for piece, frames in self._decode(video, [p for p in pieces if p not in stored]):
+            self._step.made[piece] = embeds = self._tower.encode(frames)
+            self.counts.encoded_patches += _patches(video, piece)
+            if self._tower.is_trained:
+                self._step.frames[piece] = frames.cpu()
+            if self._store is not None:
+                self._store.write(video, piece.start, embeds)
+
+    def _read_stored(self, video: VideoArtifact, pieces: Sequence[Piece]) -> dict[Piece, Tensor]:
+        if self._store is None:
+            return {}
+        found = {}
+        for piece in pieces:
+            embeds, num_damaged = self._store.read(video, piece.start, piece.stop)
+            self.counts.damaged_entries += num_damaged
+            if embeds is not None:
+                found[piece] = embeds.to(self._tower.device)
+                self.counts.cached_patches += _patches(video, piece)
+        return found
+
+    def _decode(self, video: VideoArtifact, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+        """The frames of each piece. Pieces that follow each other are decoded together, as many as memory allows:
+        some decoders read every file from its start."""
         patch = self._tower.spec.temporal_patch_size
-        indices = video.frame_indices[piece.start * patch : piece.stop * patch]
-        frames = self._decoder.decode(video.path, indices, video.size_hw)
-        return self._tower.encode(torch.zeros_like(frames) if self._blank else frames)
-
-    def _empty(self, video: VideoArtifact, piece: Piece) -> Tensor:
-        rows = video.num_tokens // video.grid_thw[0] * (piece.stop - piece.start)
-        return torch.empty(rows, self._hidden, dtype=self._tower.dtype, device=self._tower.device)
+        bytes_per_patch = patch * 3 * video.size_hw[0] * video.size_hw[1]
+        most = max(1, DECODED_BYTES // bytes_per_patch)
+        for _, group in groupby(pieces, key=lambda p: (p.start - pieces[0].start) // most):
+            together = list(group)
+            indices = [i for p in together for i in video.frame_indices[p.start * patch : p.stop * patch]]
+            frames = self._decoder.decode(video.path, indices, video.size_hw)
+            sizes = [(p.stop - p.start) * patch for p in together]
+            for piece, part in zip(together, frames.split(sizes), strict=True):
+                yield piece, torch.zeros_like(part) if self._blank else part
 
     def _agree_on_failures(self, failed: dict[str, str]) -> dict[str, str]:
         everyone: list[dict[str, str]] = [{} for _ in range(self._world)]
         dist.all_gather_object(everyone, failed)
         return {key: reason for part in everyone for key, reason in part.items()}
 
+    # ----------------------------------------------------------------------------------------------------------- fetch
 
-def split_over_ranks(videos: Sequence[VideoArtifact], world: int) -> dict[str, list[Piece]]:
-    """Cut all temporal patches of a batch into `world` contiguous, equally expensive shares.
+    def fetch(self, videos: Sequence[VideoArtifact]) -> dict[str, Tensor]:
+        """{key: [num_tokens, H]} of the videos this rank asks for. Collective; every rank may ask for other videos."""
+        return self._fetch({v.key: ((0, v.num_tokens),) for v in videos})
 
-    Contiguous, so that a rank decodes a stretch of few videos and does not seek all over every file.
-    """
-    total = sum(v.num_tokens for v in videos)
-    pieces: dict[str, list[Piece]] = {v.key: [] for v in videos}
-    done = 0
-    for video in videos:
-        grid_t = video.grid_thw[0]
-        per_patch = video.num_tokens // grid_t
-        start = 0
-        while start < grid_t:
-            owner = min((done * world) // total, world - 1)
-            room = -(-((owner + 1) * total - done * world) // (world * per_patch)) if owner < world - 1 else grid_t
-            stop = min(grid_t, start + max(1, room))
-            pieces[video.key].append(Piece(video.key, start, stop, owner))
-            done += (stop - start) * per_patch
-            start = stop
-    return pieces
+    def fetch_tokens(self, wanted: Wanted) -> VideoEmbeds:
+        """The tokens this rank asks for; leaves of the autograd graph, in fp32, where the tower is trained. Collective;
+        every rank may ask for others."""
+        tables = self._fetch(wanted)
+        if self._tower is not None and self._tower.is_trained:
+            tables = {key: table.float().requires_grad_() for key, table in tables.items()}
+        return VideoEmbeds(tables, {key: tuple(runs) for key, runs in wanted.items()}, self._step.version)
+
+    def _fetch(self, wanted: Wanted) -> dict[str, Tensor]:
+        requests = self._everyones(wanted)
+        step = self._step
+        assert not any(requests) or step.version == self._tower.version, "made by another tower; use `refreshed`"
+        tables = {key: self._empty(num_tokens(runs)) for key, runs in wanted.items()}
+        for number, messages in enumerate(self._plan(requests)):
+            if number == 0:
+                for m in messages:
+                    if m.target == self._rank:
+                        tables[m.piece.key][m.in_table] = step.made[m.piece][m.in_piece]
+            self.counts.received_bytes += exchange(
+                messages,
+                self._rank,
+                lambda m: step.made[m.piece][m.in_piece],
+                lambda m: tables[m.piece.key][m.in_table],
+            )
+        return tables
+
+    def refreshed(self, embeds: VideoEmbeds) -> VideoEmbeds:
+        """`embeds` itself or, if the tower has changed since, the same tokens of the tower as it is. Collective."""
+        if self._tower is None or embeds.version == self._tower.version:
+            return embeds
+        keys = {key for request in self._everyones(embeds.wanted) for key in request}
+        self._encode_again(keys)
+        return self.fetch_tokens(embeds.wanted)
+
+    def _encode_again(self, keys: set[str]) -> None:
+        """Pieces of these videos with the present tower; those of others, made with another one, are dropped."""
+        step = self._step
+        step.made = {}
+        for piece, frames in step.frames.items():
+            if piece.key in keys:
+                step.made[piece] = self._tower.encode(frames)
+                self.counts.encoded_patches += _patches(step.videos[piece.key], piece)
+        step.version = self._tower.version
+
+    # -------------------------------------------------------------------------------------------------------- backward
+
+    def backward(self, embeds: VideoEmbeds) -> None:
+        """Take the gradients of `embeds` to the ranks that encoded them and through the tower, encoding once more.
+
+        The tower's parameters get their gradients as in any backward pass; they are summed over ranks by who owns them.
+        Collective.
+        """
+        step = self._step
+        assert embeds.version == self._tower.version, "the tower has changed since these embeddings were made"
+        rounds = self._plan(self._everyones(embeds.wanted))
+        asked = {m.piece for messages in rounds for m in messages if m.source == self._rank}
+        grads = {piece: self._no_gradient(piece) for piece in asked}
+        for messages in rounds:
+            self._collect_gradients(messages, embeds.tables, grads)
+        for piece in sorted(asked, key=lambda p: (p.key, p.start)):
+            self._tower.backward(step.frames[piece], grads.pop(piece))
+            self.counts.backward_patches += _patches(step.videos[piece.key], piece)
+
+    def _collect_gradients(
+        self, messages: Sequence[Message], tables: Mapping[str, Tensor], grads: Mapping[Piece, Tensor]
+    ) -> None:
+        """One round: add what the targets of the messages have to the gradients of this rank's pieces."""
+        arriving: dict[Message, Tensor] = {}
+
+        def incoming(message: Message) -> Tensor:
+            arriving[message] = torch.empty_like(grads[message.piece][message.in_piece])
+            return arriving[message]
+
+        def outgoing(message: Message) -> Tensor:
+            grad = tables[message.piece.key].grad
+            assert grad is not None, "every token that was asked for stands in some micro-batch"
+            return grad[message.in_table]
+
+        self.counts.received_bytes += exchange(messages, self._rank, outgoing, incoming, backwards=True)
+        for message in messages:
+            if message.source == message.target == self._rank:
+                arriving[message] = outgoing(message)
+        for message, grad in arriving.items():
+            grads[message.piece][message.in_piece] += grad
+
+    # --------------------------------------------------------------------------------------------------------- helpers
+
+    def _everyones(self, wanted: Wanted) -> list[Wanted]:
+        requests: list[Wanted] = [{} for _ in range(self._world)]
+        dist.all_gather_object(requests, dict(wanted))
+        return requests
+
+    def _plan(self, requests: Sequence[Wanted]) -> list[list[Message]]:
+        videos = self._step.videos.items()
+        return plan_messages(self._step.pieces, {key: v.num_tokens // v.grid_thw[0] for key, v in videos}, requests)
+
+    def _no_gradient(self, piece: Piece) -> Tensor:
+        video = self._step.videos[piece.key]
+        rows = (piece.stop - piece.start) * (video.num_tokens // video.grid_thw[0])
+        return torch.zeros(rows, self._hidden, device=self._tower.device)
+
+    def _empty(self, rows: int) -> Tensor:
+        return torch.empty(rows, self._hidden, dtype=self._tower.dtype, device=self._tower.device)
+
+
+def _patches(video: VideoArtifact, piece: Piece) -> int:
+    return (piece.stop - piece.start) * video.grid_thw[1] * video.grid_thw[2]

@@ -62,6 +62,8 @@ def pack(
         rank=mesh.here.cp,
         num_ranks=mesh.context,
         pad_multiple=mesh.tensor,
+        slice_rank=mesh.here.tp,
+        num_slices=mesh.tensor,
         attention_weight=attention_weight(hidden_size),
         by_heads=mesh.context_comm == "a2a",
     )

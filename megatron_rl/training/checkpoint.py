@@ -5,7 +5,7 @@
         *.distcp, common.pt    model and optimizer (Megatron-core's format)
         state.json             step, loader position, best metric ...
         rng/rank_0.safetensors random number generators of each rank
-        hf/                    config, tokenizer, and the frozen vision tower: what an export needs besides
+        hf/                    config, tokenizer, and what is not trained: what an export needs besides
 
 Old checkpoints go only after a newer one is complete.
 """
@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -28,9 +28,11 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.parallel import ParallelMesh
+from megatron_rl.protocols import VideoTower
 from megatron_rl.training.policy import Policy
+from megatron_rl.training.tower import load_tower_state, tower_state
 
-OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 STATE_FILE = "state.json"
 HF_FOLDER = "hf"
 
@@ -65,9 +67,9 @@ def save(
     save_file({"torch": torch.get_rng_state()}, partial / "rng" / f"rank_{mesh.rank}.safetensors")
     dist.barrier()
     if mesh.rank == 0:
-        (partial / STATE_FILE).write_text(
-            json.dumps({"step": step, "version": policy.version, **state}, indent=2) + "\n"
-        )
+        vision = {"vision": vision_of(policy.tower)} if holds_tower(policy.tower) else {}
+        whole = {"step": step, "version": policy.version, **vision, **state}
+        (partial / STATE_FILE).write_text(json.dumps(whole, indent=2) + "\n")
         _flush(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -87,28 +89,67 @@ def collect_write_results_in_process() -> None:
 
 def load(folder: str | Path, policy: Policy, mesh: ParallelMesh) -> dict[str, Any]:
     """Restore model, optimizer and random state; returns what `save` was given as `state`, with step and version."""
+    state = json.loads((Path(folder) / STATE_FILE).read_text())
+    _check_same_vision(state.pop("vision", None), policy.tower)
     with policy.backend.mcore_scope():
         loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(folder))
         policy.language_model.load_state_dict(loaded["model"])
+        if "tower" in loaded:
+            load_tower_state(policy.tower, loaded["tower"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
     rng = Path(folder) / "rng" / f"rank_{mesh.rank}.safetensors"
     if rng.is_file():  # a larger world has ranks that were not there; nothing they draw is used across a resume
         torch.set_rng_state(load_file(rng)["torch"])
-    state = json.loads((Path(folder) / STATE_FILE).read_text())
     policy.version = state["version"]
     return state
 
 
+def vision_of(tower: VideoTower | None) -> list[str] | None:
+    """What a checkpoint says of the tower that it holds: the parts that were trained."""
+    return sorted(tower.trained) if holds_tower(tower) else None
+
+
+def holds_tower(tower: VideoTower | None) -> TypeGuard[VideoTower]:
+    """Whether a checkpoint must hold the tower: the Hugging Face folder has other weights."""
+    return tower is not None and not tower.is_original
+
+
+def _check_same_vision(saved: list[str] | None, tower: VideoTower | None) -> None:
+    ours = vision_of(tower)
+    if saved != ours:
+        was, now = (
+            f"its own tower, of which {v or 'nothing'} is trained" if v is not None else "that of model.hf"
+            for v in (saved, ours)
+        )
+        raise ValueError(
+            f"model.freeze_vision: the checkpoint was made with {was}; this run has {now}; use the same settings, or "
+            "start a new run_dir with model.weights_from"
+        )
+
+
 def load_weights(folder: str | Path, policy: Policy) -> None:
-    """Start from the model weights of a checkpoint: of one `step_N`, or of the newest in a folder of them."""
-    steps = list_steps(folder)
-    path = step_folder(folder, steps[-1]) if steps else Path(folder)
-    if not (path / "metadata.json").is_file():
-        raise ValueError(f"model.weights_from={folder}: holds no checkpoint; give a step_N folder or a folder of them")
+    """Start from the model weights of a checkpoint: of one `step_N`, or of the newest in a folder of them. The tower
+    has a function of its own."""
+    path = _find(folder)
     with policy.backend.mcore_scope():
         loaded = dist_checkpointing.load({"model": policy.language_model.sharded_state_dict()}, str(path))
         policy.language_model.load_state_dict(loaded["model"])
     policy.optimizer.reload_model_params()
+
+
+def load_tower(folder: str | Path, tower: VideoTower) -> None:
+    """As `load_weights`, for the vision tower; it stays that of `model.hf` where the checkpoint holds none."""
+    path, state = _find(folder), tower_state(tower)
+    if state.keys() <= dist_checkpointing.load_tensors_metadata(str(path)).keys():
+        load_tower_state(tower, dist_checkpointing.load({"tower": state}, str(path))["tower"])
+
+
+def _find(folder: str | Path) -> Path:
+    steps = list_steps(folder)
+    path = step_folder(folder, steps[-1]) if steps else Path(folder)
+    if not (path / "metadata.json").is_file():
+        raise ValueError(f"model.weights_from={folder}: holds no checkpoint; give a step_N folder or a folder of them")
+    return path
 
 
 def prune(root: str | Path, keep: int, best: int | None) -> None:
@@ -120,9 +161,11 @@ def prune(root: str | Path, keep: int, best: int | None) -> None:
 
 
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
-    model = policy.language_model.sharded_state_dict()
-    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
-    return {"model": model, "optimizer": optimizer}
+    state: dict[str, Any] = {"model": policy.language_model.sharded_state_dict()}
+    if holds_tower(policy.tower):
+        state["tower"] = tower_state(policy.tower)
+    optimizer = policy.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
+    return {**state, "optimizer": optimizer}
 
 
 def _newest(root: str | Path) -> Path | None:

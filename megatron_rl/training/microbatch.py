@@ -7,8 +7,8 @@ among them. "Packed" positions are those in the whole micro-batch, before it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,11 +24,14 @@ VideoStarts = Callable[[Sequence[int], Sequence[VideoArtifact]], list[int]]
 @dataclass(frozen=True, slots=True)
 class Cut:
     """Which part of a micro-batch a rank holds. `attention_weight` is that of `segments.shard`; with `by_heads` all
-    ranks compute attention for all tokens, so only their number counts. `pad_multiple`: rows are padded to it."""
+    ranks compute attention for all tokens, so only their number counts. `pad_multiple`: rows are padded to it.
+    Under sequence parallelism `num_slices` ranks share the rows, and this one embeds the slice `slice_rank` of them."""
 
     rank: int = 0
     num_ranks: int = 1
     pad_multiple: int = 1
+    slice_rank: int = 0
+    num_slices: int = 1
     attention_weight: float = 0.0
     by_heads: bool = False
 
@@ -39,8 +42,8 @@ class MicroBatch:
 
     logit_rows: the row that predicts each response token; response_index: which token of the micro-batch's responses
         it is, these standing one behind the other in the order of `samples` (indices of the step's samples)
-    video_rows [n]: rows that hold video tokens; video_index [n]: which token of `videos` each is, these standing one
-        behind the other; only videos that have a token here are listed
+    video_rows [n]: rows that hold video tokens, of the slice that this rank embeds; video_index [n]: which token of
+        `videos` each is, these standing one behind the other; only videos that have a token there are listed
     """
 
     token_ids: Tensor
@@ -133,7 +136,9 @@ def build_microbatch(
 
     logit_rows = row_of[torch.tensor(packed.predictors, dtype=torch.int64)]
     mine = (logit_rows >= 0).nonzero().squeeze(1)
-    videos, video_rows, video_index = _videos_here(packed, row_of)
+    num_embedded = (len(here) + padding) // cut.num_slices
+    first = cut.slice_rank * num_embedded
+    videos, video_rows, video_index = _videos_here(packed, row_of, first, first + num_embedded)
     positions = torch.cat([torch.zeros(3, 0, dtype=torch.int64), *packed.positions], dim=1)[:, here]
     return MicroBatch(
         token_ids=_padded(torch.tensor(packed.tokens, dtype=torch.int64)[here], padding),
@@ -156,13 +161,15 @@ def _padded(tensor: Tensor, padding: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, padding))
 
 
-def _videos_here(packed: _Packed, row_of: Tensor) -> tuple[tuple[VideoArtifact, ...], Tensor, Tensor]:
-    """(videos, video_rows, video_index) of the rows that `row_of` knows."""
+def _videos_here(
+    packed: _Packed, row_of: Tensor, first: int, last: int
+) -> tuple[tuple[VideoArtifact, ...], Tensor, Tensor]:
+    """(videos, video_rows, video_index) of the rows [first, last)."""
     videos, rows, indices = [], [], []
     offset = 0
     for video, start in packed.videos:
         found = row_of[start : start + video.num_tokens]
-        here = (found >= 0).nonzero().squeeze(1)
+        here = ((found >= first) & (found < last)).nonzero().squeeze(1)
         if len(here):
             videos.append(video)
             rows.append(found[here])
@@ -170,6 +177,42 @@ def _videos_here(packed: _Packed, row_of: Tensor) -> tuple[tuple[VideoArtifact, 
             offset += video.num_tokens
     none = torch.zeros(0, dtype=torch.int64)
     return tuple(videos), torch.cat([none, *rows]), torch.cat([none, *indices])
+
+
+def localize(batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], dict[str, tuple[tuple[int, int], ...]]]:
+    """The same micro-batches over tables that hold their own video tokens only, and what stands in these tables.
+
+    {video key: runs [start, stop) of its tokens}, ascending; the table of a video has one row for each of them.
+    """
+    held: dict[str, Tensor] = {}
+    for batch in batches:
+        for video, tokens in _tokens_by_video(batch):
+            held.setdefault(video.key, torch.zeros(video.num_tokens, dtype=torch.bool))[tokens] = True
+    row_of = {key: mask.cumsum(0) - 1 for key, mask in held.items()}
+    local = []
+    for batch in batches:
+        offset, index = 0, [torch.zeros(0, dtype=torch.int64)]
+        for video, tokens in _tokens_by_video(batch):
+            index.append(row_of[video.key][tokens] + offset)
+            offset += int(held[video.key].sum())
+        local.append(replace(batch, video_index=torch.cat(index)))
+    return local, {key: _runs(mask) for key, mask in held.items()}
+
+
+def _tokens_by_video(batch: MicroBatch) -> Iterator[tuple[VideoArtifact, Tensor]]:
+    """Which tokens of each of `batch.videos` stand in it, in the order of the rows."""
+    first = 0
+    for video in batch.videos:
+        here = (batch.video_index >= first) & (batch.video_index < first + video.num_tokens)
+        yield video, batch.video_index[here] - first
+        first += video.num_tokens
+
+
+def _runs(mask: Tensor) -> tuple[tuple[int, int], ...]:
+    outside = torch.zeros(1, dtype=torch.int8)
+    edges = torch.diff(mask.to(torch.int8), prepend=outside, append=outside)
+    starts, stops = (edges == 1).nonzero().squeeze(1), (edges == -1).nonzero().squeeze(1)
+    return tuple(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 def gather_embeds(batch: MicroBatch, embeds: Mapping[str, Tensor]) -> Tensor | None:

@@ -7,7 +7,7 @@ the engine works. A `Reference` holds a second set of weights in host memory. Al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +21,15 @@ from torch import Tensor
 
 from megatron_rl.device import Backend
 from megatron_rl.parallel import ParallelMesh
-from megatron_rl.protocols import PolicyLoss
+from megatron_rl.protocols import PolicyLoss, VideoTower
 from megatron_rl.training.adamw import install_group_step_adamw
 from megatron_rl.training.microbatch import MicroBatch, gather_embeds
+from megatron_rl.training.tower import TowerTraining
 from megatron_rl.types import LossInputs
 from model_providers.attention.core import BatchLayout
 from model_providers.transformer import ChunkedStage, LanguageModel
+
+REFERENCE_VERSION = -1  # of a tower that holds the reference's weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +60,15 @@ class Policy:
     """Owns the model of this rank. `version` counts optimizer updates; the resharder syncs by it."""
 
     def __init__(
-        self, model: LanguageModel | ChunkedStage, backend: Backend, mesh: ParallelMesh, hyper: Hyperparameters
+        self,
+        model: LanguageModel | ChunkedStage,
+        backend: Backend,
+        mesh: ParallelMesh,
+        hyper: Hyperparameters,
+        tower: VideoTower | None = None,
     ):
         self.backend, self.mesh, self.hyper = backend, mesh, hyper
-        self.language_model = model
+        self.language_model, self.tower = model, tower
         self.device = next(model.parameters()).device
         self.version = 0
         if backend.optimizer == "adamw":
@@ -71,8 +79,14 @@ class Policy:
         with backend.mcore_scope():
             chunks = list(model) if isinstance(model, ChunkedStage) else [model]
             self.chunks = [DistributedDataParallel(model.config, ddp, chunk) for chunk in chunks]
-            self.optimizer = get_megatron_optimizer(_optimizer_config(hyper, backend), self.chunks)
-        model.config.finalize_model_grads_func = finalize_model_grads
+            settings = _optimizer_config(hyper, backend)
+            self.optimizer = get_megatron_optimizer(settings, self.chunks)
+            self.tower_training: TowerTraining | None = None
+            if tower is not None and tower.is_trained:
+                self.tower_training = TowerTraining(tower, model.config, ddp, settings)
+                self.optimizer = self.tower_training.join(self.optimizer)
+        self._backward_vision: Callable[[], None] | None = None
+        model.config.finalize_model_grads_func = self._finalize
         model.config.grad_scale_func = self.optimizer.scale_loss
         self._forward_backward = get_forward_backward_func()
 
@@ -83,12 +97,21 @@ class Policy:
         return outputs if self.mesh.is_last_stage else [None] * len(batches)
 
     def train(
-        self, batches: Sequence[ScoredBatch], embeds: Mapping[str, Tensor], loss: PolicyLoss, step: int
+        self,
+        batches: Sequence[ScoredBatch],
+        embeds: Mapping[str, Tensor],
+        loss: PolicyLoss,
+        step: int,
+        backward_vision: Callable[[], None] | None = None,
     ) -> dict[str, tuple[float, float]]:
-        """One update. Returns local sums {metric: (numerator, denominator)}; those of the optimizer have
+        """One update. Where the tower is trained, `backward_vision` takes the gradients of `embeds` through it.
+
+        Returns local sums {metric: (numerator, denominator)}; those of the optimizer have
         denominator 1."""
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
+        assert self.tower_training is None or backward_vision is not None, "a trained tower must get its gradients"
+        self._backward_vision = backward_vision
+        for part in self._ddp_parts:
+            part.zero_grad_buffer()
         self.optimizer.zero_grad()
         lr = self.hyper.lr_at(step)
         for group in self.optimizer.param_groups:
@@ -99,10 +122,33 @@ class Policy:
         if not updated:
             raise FloatingPointError(f"step {step}: gradient norm {grad_norm} is not finite; lower the learning rate")
         self.version += 1
+        if self.tower_training is not None:
+            self.tower_training.stepped()
         metrics: dict[str, tuple[float, float]] = {"actor/grad_norm": (float(grad_norm), 1.0), "actor/lr": (lr, 1.0)}
         if self.mesh.is_last_stage and self.mesh.here.tp == 0:
             metrics |= _sum_metrics(outputs)
         return metrics
+
+    @property
+    def _ddp_parts(self) -> list[DistributedDataParallel]:
+        return [*self.chunks, *([self.tower_training.ddp] if self.tower_training is not None else [])]
+
+    def _finalize(
+        self,
+        model: list[Any],
+        num_tokens: Tensor,
+        pg_collection: Any = None,
+        force_all_reduce: bool = False,
+    ) -> None:
+        """Called by the schedule after its last backward pass: the tower's backward pass, then all reductions."""
+        if self.tower_training is None:
+            finalize_model_grads(model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+            return
+        assert self._backward_vision is not None
+        self._backward_vision()
+        # Leaves in num_tokens the tokens of all ranks.
+        finalize_model_grads(model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+        self.tower_training.finish_gradients(num_tokens)
 
     def _run(
         self, batches: Sequence[MicroBatch], embeds: Mapping[str, Tensor], loss_func: Any, forward_only: bool
@@ -146,32 +192,43 @@ class Policy:
     def parked(self) -> Iterator[None]:
         """Gradient buffers freed and optimizer state in host memory for the length of the block."""
         with self.backend.mcore_scope():
-            for chunk in self.chunks:
-                chunk.offload_grad_buffers()
+            for part in self._ddp_parts:
+                part.offload_grad_buffers()
             self.optimizer.offload_to_cpu()
         yield
         with self.backend.mcore_scope():
             self.optimizer.restore_from_cpu()
-            for chunk in self.chunks:
-                chunk.restore_grad_buffers()
+            for part in self._ddp_parts:
+                part.restore_grad_buffers()
 
 
 class Reference:
     """A frozen copy of the policy's weights, at home in host memory: one shard per rank, in the model's dtype."""
 
     def __init__(self, policy: Policy):
-        self._params = list(policy.language_model.parameters())
+        self._tower = policy.tower if policy.tower_training is not None else None
+        tower_params = self._tower.module.parameters() if self._tower is not None else ()
+        self._params = [*policy.language_model.parameters(), *tower_params]
         self._weights = [p.detach().to("cpu", copy=True) for p in self._params]
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The policy's model computes with the reference weights inside the block; its own come back bit for bit."""
         own = [p.detach().to("cpu", copy=True) for p in self._params]
+        version = self._set_tower_version(REFERENCE_VERSION)
         self._write(self._weights)
         try:
             yield
         finally:
             self._write(own)
+            self._set_tower_version(version)
+
+    def _set_tower_version(self, version: int) -> int:
+        """Say which weights the tower holds; returns what it was."""
+        if self._tower is None:
+            return 0
+        before, self._tower.version = self._tower.version, version
+        return before
 
     @torch.no_grad()
     def _write(self, weights: Sequence[Tensor]) -> None:

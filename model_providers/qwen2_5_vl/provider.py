@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.device import Backend
 from megatron_rl.parallel import ParallelMesh
-from megatron_rl.types import Prompt, VideoArtifact
+from megatron_rl.types import Prompt, VideoArtifact, VisionPart
 from model_providers.hf_checkpoint import HfCheckpoint, load_stage
 from model_providers.qwen2_5_vl.positions import rope_positions
 from model_providers.qwen2_5_vl.vision import QwenVideoSpec, VisionTower, build_tower
@@ -63,8 +63,10 @@ class Qwen2_5_VL:
         """Fill this stage with its part of the HF weights, reading only that part."""
         load_stage(model, self.weight_map, self.checkpoint, mesh)
 
-    def build_vision(self, backend: Backend, device: torch.device) -> VisionTower:
-        return build_tower(self._vision, self.checkpoint, self.video_spec, backend, device)
+    def build_vision(
+        self, backend: Backend, device: torch.device, trained: frozenset[VisionPart] = frozenset()
+    ) -> VisionTower:
+        return build_tower(self._vision, self.checkpoint, self.video_spec, backend, device, trained)
 
     def position_ids(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> Tensor:
         """int64 [3, len(token_ids)] rotary positions; response tokens may follow the prompt's."""

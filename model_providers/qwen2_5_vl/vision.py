@@ -8,6 +8,7 @@ Shapes: F frames, P temporal patch, C=3, N language tokens, H language hidden si
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_rl.device import Backend, define_torchvision_operators
+from megatron_rl.types import VisionPart
 from model_providers.hf_checkpoint import HfCheckpoint
+
+HF_PREFIX = "visual."
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +58,57 @@ class QwenVideoSpec:
 
 
 class VisionTower:
-    """The frozen tower: uint8 frames -> embeddings in the language model's width."""
+    """The tower with its projector (the merger): uint8 frames -> embeddings in the language model's width."""
 
-    def __init__(self, module: torch.nn.Module, spec: QwenVideoSpec, backend: Backend, device: torch.device):
-        self.module = module.to(device=device, dtype=backend.dtype).eval().requires_grad_(False)
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        spec: QwenVideoSpec,
+        backend: Backend,
+        device: torch.device,
+        trained: frozenset[VisionPart] = frozenset(),
+    ):
+        self.module = module.to(device=device, dtype=backend.dtype).eval()
+        for name, param in self.module.named_parameters():
+            param.requires_grad_(("projector" if name.startswith("merger.") else "tower") in trained)
         self.spec = spec
         self.device = device
         self.dtype = backend.dtype
+        self.trained = trained
+        self.version = 0
+        self.is_original = not trained
+
+    @property
+    def is_trained(self) -> bool:
+        return bool(self.trained)
+
+    def named_weights(self) -> dict[str, torch.nn.Parameter]:
+        """All parameters, trained or not, by Hugging Face name."""
+        return {f"{HF_PREFIX}{name}": param for name, param in self.module.named_parameters()}
+
+    def fingerprint(self) -> str:
+        """sha256 of all that decides what `encode` makes of given frames: weights, dtype, kind of device, patches."""
+        spec = self.spec
+        settings = (spec.patch_size, spec.temporal_patch_size, spec.merge_size, spec.mean, spec.std)
+        digest = hashlib.sha256(repr((settings, self.dtype, self.device.type, self.module.config.to_dict())).encode())
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy())
+        return digest.hexdigest()
 
     @torch.inference_mode()
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 [F, 3, height, width], F a multiple of the temporal patch -> [N, H]."""
+        return self._forward(frames).clone()
+
+    def backward(self, frames: Tensor, grad: Tensor) -> None:
+        """Encode once more and give the parameters what `grad` [N, H] of the result means for them."""
+        self._forward(frames).backward(grad.to(self.dtype))
+
+    def _forward(self, frames: Tensor) -> Tensor:
         patches, grid = self.spec.patchify(frames.to(self.device))
         output = self.module(patches.to(self.dtype), grid_thw=torch.tensor([grid], device=self.device))
-        return output.pooler_output.clone()
+        return output.pooler_output
 
 
 def build_tower(
@@ -76,6 +117,7 @@ def build_tower(
     spec: QwenVideoSpec,
     backend: Backend,
     device: torch.device,
+    trained: frozenset[VisionPart] = frozenset(),
 ) -> VisionTower:
     """The tower with the checkpoint's weights; every missing or misshapen tensor is named in one WeightMismatch."""
     define_torchvision_operators()
@@ -86,6 +128,6 @@ def build_tower(
     config._attn_implementation = "sdpa"
     module = Qwen2_5_VisionTransformerPretrainedModel(config)
     state = module.state_dict()
-    checkpoint.check({f"visual.{name}": tuple(tensor.shape) for name, tensor in state.items()})
-    module.load_state_dict({name: checkpoint.tensor(f"visual.{name}") for name in state})
-    return VisionTower(module, spec, backend, device)
+    checkpoint.check({f"{HF_PREFIX}{name}": tuple(tensor.shape) for name, tensor in state.items()})
+    module.load_state_dict({name: checkpoint.tensor(f"{HF_PREFIX}{name}") for name in state})
+    return VisionTower(module, spec, backend, device, trained)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_rl.device import Backend
 from megatron_rl.parallel import ParallelMesh
-from megatron_rl.types import Prompt, VideoArtifact
+from megatron_rl.types import Prompt, VideoArtifact, VisionPart
 from model_providers.hf_checkpoint import HfCheckpoint, load_stage
 from model_providers.qwen3.weights import shape_of, weight_map
 from model_providers.transformer import ChunkedStage, LanguageModel, TokenPolicy, build_language_model
@@ -48,7 +48,9 @@ class QwenText:
         """Fill this stage with its part of the HF weights, reading only that part."""
         load_stage(model, self.weight_map, self.checkpoint, mesh)
 
-    def build_vision(self, backend: Backend, device: torch.device) -> None:
+    def build_vision(
+        self, backend: Backend, device: torch.device, trained: frozenset[VisionPart] = frozenset()
+    ) -> None:
         """There is no tower."""
 
     def position_ids(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from data.dali import DaliVideoDecoder
 from megatron_rl.device import DALI_CPU_CODECS, choose_backend
-from megatron_rl.rollout.vision_cache import Piece, VisionCache, split_over_ranks
+from megatron_rl.rollout.vision_cache import VisionCache
+from megatron_rl.rollout.vision_routes import Piece, split_over_ranks
 from megatron_rl.types import VideoArtifact
 from model_providers.registry import open_provider
 from tests.world import run_world

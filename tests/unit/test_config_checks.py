@@ -79,7 +79,8 @@ def test_the_defaults_pass(make):
         ("rollout.max_model_len=5119", "data.max_prompt_tokens + rollout.max_response_tokens = 5120"),
         ("train.max_tokens_per_microbatch=5119", "the longest sequence has 5120 tokens and must fit"),
         ("train.updates_per_step=3", "train.prompts_per_step=128: is not a multiple of train.updates_per_step=3"),
-        ("model.freeze_vision=false", "model.freeze_vision=false: training the vision tower is not built yet"),
+        ("data.frames_per_chunk=0", "data.frames_per_chunk=0: out of range; it must be at least 1"),
+        ("data.cache_gib=0", "data.cache_gib=0.0: out of range; it must be above 0"),
         ("rollout.only=true", "rollout.only=true: the rollouts would be lost; set rollout.save_to"),
         ("rollout.num_samples=1", "algorithm.advantage=grpo compares the responses of a prompt; use 2 or more"),
         ("algorithm.clip_low=1", "algorithm.clip_low=1.0: out of range; it must be between 0 and 1"),
@@ -192,7 +193,7 @@ def test_a_wandb_login_is_seen(make, monkeypatch, tmp_path):
 
 
 def test_everything_wrong_is_said_at_once(make):
-    cfg = make("seed=-1", "model.hf=none", "data.train=none", "rollout.tensor=3", "model.freeze_vision=false")
+    cfg = make("seed=-1", "model.hf=none", "data.train=none", "rollout.tensor=3", "eval.every=5")
     assert len(problems(cfg, world_size=2)) == 5
 
 
@@ -246,3 +247,24 @@ def test_a_fresh_start_beside_old_checkpoints_is_refused(make, tmp_path):
     assert problems(make(f"run_dir={tmp_path}/run")) == []
     (problem,) = problems(make(f"run_dir={tmp_path}/run", "checkpoint.resume=false"))
     assert "holds checkpoints of another run (step_90 ...)" in problem
+
+
+def test_what_is_trained_is_not_cached(make, tmp_path):
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | {"vision_config": {}}))
+    cache = f"data.cache_dir={tmp_path}/cache"
+    assert problems(make(cache)) == problems(make("model.freeze_vision=false")) == []
+    (trained,) = problems(make(cache, "model.freeze_vision=false", "model.train_vision=projector"))
+    assert "what it would hold is trained by model.freeze_vision=false" in trained
+    (tmp_path / "file").write_text("")
+    (file,) = problems(make(f"data.cache_dir={tmp_path}/file"))
+    assert file.endswith("is a file; give a folder")
+    (nothing,) = problems(make(), job="cache")
+    assert nothing.startswith("data.cache_dir=: there is nothing to fill")
+    assert problems(make(cache, "parallel.tensor=2"), world_size=3, job="cache") == [], "any number of ranks can fill"
+
+
+def test_only_a_tower_that_exists_is_trained(make, tmp_path):
+    (missing,) = problems(make("model.freeze_vision=false"))
+    assert missing.startswith("model.freeze_vision=false: the model has no vision tower")
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | {"vision_config": {}}))
+    assert problems(make("model.freeze_vision=false", "model.freeze=['*']")) == [], "the tower alone is enough"

@@ -48,6 +48,7 @@ FLOORS = {  # the longest prefix wins; a package stands on one floor, and phases
     "megatron_rl.loop": 8,
     "megatron_rl.evaluate": 9,
     "megatron_rl.sft": 9,
+    "megatron_rl.cache_videos": 9,
     "megatron_rl.train": 10,
 }
 

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode every video of a recipe ahead of training: `scripts/launch.sh megatron_rl.cache_videos RECIPE.yaml`.
+
+Fills `data.cache_dir` with what the training and evaluation rows will ask for, on any number of ranks. What is there
+already is checked and left alone, so a job that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_rl.config import RunConfig
+from megatron_rl.launch import run_job
+
+FOLDER = "cache_videos"  # in run_dir: what could not be used
+
+
+def main(argv: Sequence[str]) -> None:
+    summary = "Encode the videos of a recipe into data.cache_dir, ahead of training."
+    run_job(argv, "cache", "python -m megatron_rl.cache_videos", summary, run)
+
+
+def run(cfg: RunConfig) -> dict[str, float]:
+    """The whole job on this rank; returns the counts of all ranks together."""
+    from checkpoint_tools.console import follow, note
+    from megatron_rl import parallel
+    from megatron_rl.device import choose_backend
+    from megatron_rl.quarantine import Quarantine
+    from megatron_rl.rollout.phase import build_prompts, encode_videos
+    from megatron_rl.session import load_tokenizer, open_builder, open_decoder, open_tower, open_vision, read_rows
+    from megatron_rl.step_metrics import vision_metrics
+    from megatron_rl.watchdog import watch_world
+    from model_providers.registry import open_provider
+
+    backend = choose_backend(cfg.device, cfg.model.dtype)
+    mesh = parallel.initialize(backend, tensor=1, pipeline=1, context=1, rollout_tensor=1)
+    with watch_world():
+        provider = open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels)
+        decoder = open_decoder(cfg, backend)
+        builder = open_builder(cfg, load_tokenizer(cfg.model.hf), provider, decoder)
+        vision = open_vision(cfg, open_tower(cfg, backend, provider), provider, decoder)
+        quarantine = Quarantine(Path(cfg.run_dir) / FOLDER, mesh.rank == 0, max_fraction=1.0)
+        files = [(path, name) for path, name in ((cfg.data.train, "data.train"), (cfg.data.eval, "data.eval")) if path]
+        rows = [row for path, name in files for row in read_rows(path, cfg.data.media_root, name, quarantine)]
+        starts = range(0, len(rows), cfg.train.prompts_per_step)
+        for start in follow(starts, len(starts), "encoding") if mesh.rank == 0 else starts:
+            pairs = list(enumerate(rows))[start : start + cfg.train.prompts_per_step]
+            prompts, bad_rows = build_prompts(pairs, builder, mesh)
+            _, bad_videos = encode_videos(prompts, vision)
+            quarantine.add([*bad_rows, *bad_videos], len(pairs), cfg.data.train)
+            vision.forget()
+        counts = vision_metrics(vision.take_counts())
+    parallel.shut_down()
+    if mesh.rank == 0:
+        note(_report(cfg, len(rows), counts, quarantine.total))
+    return counts
+
+
+def _report(cfg: RunConfig, num_rows: int, counts: dict[str, float], num_bad: int) -> str:
+    encoded, cached = int(counts["vision/encoded_patches"]), int(counts["vision/cached_patches"])
+    text = f"{cfg.data.cache_dir}: videos of {num_rows} rows; {encoded} patches encoded, {cached} were there"
+    return f"{text}; {num_bad} rows set aside, see {cfg.run_dir}/{FOLDER}/quarantine.jsonl" if num_bad else text
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

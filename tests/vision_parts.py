@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of the vision side share: frames without files, and the tower of a checkpoint in a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_rl.rollout.vision_cache import VisionCache
+from megatron_rl.types import VideoInfo, VisionPart
+from tests import tiny_policy as tp
+
+
+class MadeFrames:
+    """A decoder (protocol VideoDecoder) of files that do not exist: noise that depends on path, frame and size."""
+
+    def __init__(self) -> None:
+        self.num_decoded = 0
+
+    def probe(self, path: str) -> VideoInfo:
+        raise NotImplementedError
+
+    def decode(self, path: str, frame_indices: Sequence[int], size_hw: tuple[int, int]) -> Tensor:
+        self.num_decoded += len(frame_indices)
+        return torch.stack([_noise(path, index, size_hw) for index in frame_indices])
+
+
+def _noise(path: str, index: int, size_hw: tuple[int, int]) -> Tensor:
+    seed = int.from_bytes(path.encode(), "big") % 2**31 + index
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, *size_hw), generator=generator, dtype=torch.uint8)
+
+
+def open_cache(folder: Path, trained: frozenset[VisionPart] = frozenset(), frames_per_chunk: int = 8) -> VisionCache:
+    """Over `folder`'s tower, in chunks so small that the samples of tiny_policy take several."""
+    provider = tp.open_provider(folder)
+    tower = provider.build_vision(tp.BACKEND, torch.device("cpu"), trained)
+    return VisionCache(tower, MadeFrames(), provider.shape.hidden_size, frames_per_chunk=frames_per_chunk)
