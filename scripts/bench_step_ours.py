@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from bench_step_task import (
     CLIP_HIGH,
@@ -13,10 +14,10 @@ from bench_step_task import (
     MAX_GRAD_NORM,
     TEMPERATURE,
     Channel,
+    Clock,
     Seen,
     Task,
     even_share,
-    now,
     weight_change,
 )
 
@@ -50,7 +51,7 @@ def config(task: Task) -> RunConfig:
             temperature=TEMPERATURE,
             max_response_tokens=task.response_tokens,
             max_num_seqs=task.samples_per_step,
-            kv_cache_gib=0.5,
+            kv_cache_gib=0.5,  # as TRL is given
             enforce_eager=True,
         ),
         algorithm=AlgorithmConfig(clip_low=CLIP_LOW, clip_high=CLIP_HIGH),
@@ -68,6 +69,7 @@ def config(task: Task) -> RunConfig:
 
 def run(task: Task, channel: Channel) -> None:
     from megatron_rl.loop import rl_step
+    from megatron_rl.rewards.registry import UserReward
     from megatron_rl.session import open_loader, open_session
     from megatron_rl.train import build_loss, build_rollout
 
@@ -80,22 +82,25 @@ def run(task: Task, channel: Channel) -> None:
             seen.prompts, seen.responses = prompts, [c.token_ids for c in completions]
             return [{"overall": even_share(response)} for response in seen.responses]
 
-        rollout = replace(build_rollout(session), reward=reward)
+        rollout = replace(build_rollout(session), reward=UserReward("even_share", reward))
+        engine: Any = rollout.engine
         loader, loss = open_loader(session), build_loss(cfg.algorithm)
         weights = session.policy.language_model.named_weights()
         channel.ready()
         for step in range(task.num_steps):
             before = {name: weight.detach().clone() for name, weight in weights.items()}
             channel.wait_for_turn()
-            start = now()
+            clock = Clock()
             metrics = rl_step(session, rollout, loader.next_batch, loss, None, None, step)
-            seconds = now() - start
+            times = clock.read()
+            phases = session.progress.end_step(step)
+            phases.pop("timing_s/step")  # it includes the other sides' turns
             channel.report(
-                seconds,
-                phases=session.progress.end_step(step),
+                times,
+                phases=phases,
                 logprob_gap_max=metrics["rollout/logprob_gap_max"],
                 reward=metrics["critic/score/mean"],
                 **seen.counts(lambda prompt: prompt.token_ids),
                 **weight_change(before, weights.items()),
             )
-        rollout.engine.close()
+        engine.close()

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What both sides of bench_step.py are given (one model folder, one list of prompts, one reward) and what they report.
 
-The tokenizer's end-of-turn token lies just beyond the model's vocabulary, so neither side can sample it: every response
-has full length without a logits processor on either side.
+The model never ends its turn, so every response has full length without a logits processor on either side.
 """
 
 from __future__ import annotations
@@ -16,13 +15,14 @@ import string
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+MODEL = "model"
 LEARNING_RATE, TEMPERATURE, CLIP_LOW, CLIP_HIGH, MAX_GRAD_NORM = 1e-4, 1.0, 0.2, 0.3, 1.0
 
 
@@ -32,7 +32,9 @@ class Task:
     times by `response_tokens`."""
 
     folder: str
+    """Holds the model, the prompts and what a side writes; made and removed by bench_step.py."""
     side: str
+    """`ours` or the name of a variant of TRL."""
     prompt_tokens: int
     num_steps: int
     num_prompts: int = 8
@@ -45,7 +47,7 @@ class Task:
 
     @property
     def model(self) -> Path:
-        return Path(self.folder) / "model"
+        return Path(self.folder) / MODEL
 
     @property
     def rows(self) -> Path:
@@ -63,7 +65,10 @@ def write_model(folder: Path) -> None:
     -80, the others' a few units.
     """
     import torch
-    from make_tiny_checkpoint import VOCAB_SIZE, make_tokenizer  # declares what transformers' models ask torchvision for
+    from make_tiny_checkpoint import (
+        VOCAB_SIZE,
+        make_tokenizer,
+    )  # declares what transformers' models ask torchvision for
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     from model_providers.qwen3.tiny import tiny
@@ -93,8 +98,12 @@ def write_rows(task: Task) -> None:
     tokenizer, letters = make_tokenizer(), random.Random(0)
     length = task.prompt_tokens - len(prompt_ids(tokenizer, ""))
     if length < 1:
-        raise ValueError(f"--prompts {task.prompt_tokens}: the chat template alone takes {task.prompt_tokens - length}")
-    problems = ("".join(letters.choices(string.ascii_letters, k=length)) for _ in range(task.num_steps * task.num_prompts))
+        least = task.prompt_tokens - length + 1
+        raise ValueError(
+            f"--prompt-tokens {task.prompt_tokens}: the chat template takes {least - 1}; use {least} or more"
+        )
+    count = task.num_steps * task.num_prompts
+    problems = ("".join(letters.choices(string.ascii_letters, k=length)) for _ in range(count))
     task.rows.write_text("".join(json.dumps({"problem": problem, "answer": "-"}) + "\n" for problem in problems))
 
 
@@ -138,6 +147,17 @@ def weight_change(before: Mapping[str, Tensor], after: Iterable[tuple[str, Tenso
     }
 
 
+class Clock:
+    """Seconds by the wall, and those that all threads of this process ran: the others of a shared machine weigh less in
+    the latter."""
+
+    def __init__(self) -> None:
+        self._start, self._cpu_start = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self._start, "cpu_seconds": time.process_time() - self._cpu_start}
+
+
 class Channel:
     """The child's end of the pipes to bench_step.py: a step is made when a line comes in, its record goes back as JSON.
 
@@ -162,17 +182,6 @@ class Channel:
         if not sys.stdin.readline():
             raise SystemExit("bench_step.py has gone")
 
-    def report(self, seconds: float, **facts: Any) -> None:
+    def report(self, times: Mapping[str, float], **facts: Any) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.send({"seconds": seconds, "peak_resident_bytes": peak, **facts})
-
-
-def task_from_json(text: str) -> Task:
-    return Task(**json.loads(text))
-
-
-def task_to_json(task: Task) -> str:
-    return json.dumps(asdict(task))
-
-
-now = time.perf_counter
+        self.send({**times, "peak_resident_bytes": peak, **facts})
