@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import jinja2
 import jinja2.meta
 
-from data.frames import choose_frames, frame_setting_problems, seconds_per_grid
+from data.frames import FrameSettings, choose_frames, seconds_per_grid
 from megatron_rl.errors import BadSample, VideoDecodeError, raise_all
 from megatron_rl.protocols import VideoDecoder, VideoSpec
 from megatron_rl.types import Prompt, Row, VideoArtifact, VideoInfo
@@ -38,12 +38,10 @@ class PromptBuilder:
         *,
         video_placeholder_id: int | None,
         format_prompt: str = "",
-        num_frames: int,
-        fps: float,
-        max_frames: int,
+        frames: FrameSettings,
         max_prompt_tokens: int,
     ):
-        problems = frame_setting_problems(num_frames, fps, max_frames, spec.temporal_patch_size) if spec else []
+        problems = frames.problems(spec.temporal_patch_size) if spec else []
         if not tokenizer.chat_template:
             problems.append("model.hf: the tokenizer has no chat template; use an instruction-tuned checkpoint")
         if format_prompt:
@@ -54,9 +52,7 @@ class PromptBuilder:
         self._spec = spec
         self._decoder = decoder
         self._template = _template(format_prompt)
-        self._num_frames = num_frames
-        self._fps = fps
-        self._max_frames = max_frames
+        self._frames = frames
         self._max_prompt_tokens = max_prompt_tokens
         self._special = sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
 
@@ -113,9 +109,13 @@ class PromptBuilder:
             raise BadSample(row.source, f"{path}: {error.reason}") from error
         except OSError as error:
             raise BadSample(row.source, f"{path}: {error.strerror}") from error
-        indices = choose_frames(info, self._num_frames, self._fps, self._max_frames, self._spec.temporal_patch_size)
+        spec = self._spec
         try:
-            size_hw = self._spec.size_hw(len(indices), info.height, info.width)
+            indices = choose_frames(info, self._frames, spec.temporal_patch_size, spec.frame_family, row.span)
+        except ValueError as error:  # a range in which the video shows nothing
+            raise BadSample(row.source, f"{path}: {error}") from error
+        try:
+            size_hw = spec.size_hw(len(indices), info.height, info.width)
         except ValueError as error:  # such as a picture 300 times wider than high
             raise BadSample(row.source, f"{path}: {info.width}x{info.height}: {error}") from error
         return self._describe(info, indices, size_hw, (stat.st_size, stat.st_mtime_ns))

@@ -41,12 +41,18 @@ class DataConfig:
     """Frames taken uniformly from each video; 0 = use `fps`."""
     fps: float = 0.0
     """Frames a second to take when num_frames is 0."""
+    min_frames: int = 4
+    """Lower bound on the frames taken by `fps` (a clip with fewer gives each once)."""
     max_frames: int = 8192
     """Upper bound on the frames taken by `fps`."""
+    frame_rule: Literal["time", "processor"] = "time"
+    """time: by timestamp; processor: the very frames that the Hugging Face processor of the model would take."""
     min_pixels: int = 100_352
     """Smallest frame area after resizing."""
     max_pixels: int = 602_112
     """Largest frame area after resizing."""
+    total_pixels: int = 0
+    """Largest area of all frames of a video together: long videos get smaller frames; 0 = no such bound."""
     max_prompt_tokens: int = 4096
     """Prompts longer than this (video tokens included) are set aside and counted, never cut."""
     shuffle: bool = True

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from data.frames import frame_setting_problems
+from data.frames import FrameSettings
 from data.prompts import template_problems
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import raise_all
@@ -29,7 +29,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
         "at least 1",
         lambda value: value >= 1,
         "parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.context parallel.expert "
-        "rollout.tensor rollout.num_samples "
+        "rollout.tensor rollout.num_samples data.min_frames "
         "rollout.max_response_tokens rollout.max_num_seqs rollout.sync_buffer_mib data.max_frames data.min_pixels "
         "data.max_pixels data.max_prompt_tokens data.decode_threads algorithm.max_filter_rounds train.num_steps "
         "train.prompts_per_step train.updates_per_step train.max_tokens_per_microbatch eval.batch_size checkpoint.keep",
@@ -37,6 +37,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
     (
         "at least 0",
         lambda value: value >= 0,
+        "data.total_pixels "
         "seed data.num_frames data.fps rollout.max_model_len rollout.kv_cache_gib algorithm.kl_coef eval.every "
         "eval.show train.optimizer.lr train.optimizer.weight_decay train.optimizer.warmup_steps checkpoint.every",
     ),
@@ -205,7 +206,7 @@ def _model(cfg: RunConfig, job: Job) -> Iterator[str]:
     yield from _fits_provider(cfg, hf)
     patch = hf.get("vision_config", {}).get("temporal_patch_size", 1)
     if cfg.data.num_frames > 0:
-        yield from frame_setting_problems(cfg.data.num_frames, cfg.data.fps, cfg.data.max_frames, patch)
+        yield from FrameSettings(cfg.data.num_frames).problems(patch)
     if job == "rl":
         yield from _fits_engine(cfg, text)
 

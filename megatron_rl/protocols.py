@@ -5,7 +5,7 @@ exist."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,8 @@ class VideoSpec(Protocol):
     patch_size: int
     temporal_patch_size: int
     merge_size: int
+    frame_family: Literal["stride", "linspace"]
+    """How the Hugging Face processor of the family counts frames (data/frames.py)."""
 
     def size_hw(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         """Height and width to which frames are resized: multiples of patch_size * merge_size."""

@@ -18,6 +18,7 @@ import torch
 
 from data.dali import DaliVideoDecoder
 from data.dataset import read_jsonl
+from data.frames import FrameSettings
 from data.loader import RowLoader
 from data.prompts import PromptBuilder
 from megatron_rl import parallel
@@ -107,7 +108,7 @@ def _build_session(
     cfg: RunConfig, temperature: float, backend: Backend, mesh: ParallelMesh, watchdog: Watchdog, stop: StopFlag
 ) -> Session:
     torch.manual_seed(cfg.seed)
-    provider = open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels)
+    provider = open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels, cfg.data.total_pixels)
     device = backend.local_device(parallel.local_rank())
     policy = _build_policy(cfg, temperature, backend, mesh, provider)
     decoder = DaliVideoDecoder(backend.decoder_device, cfg.data.decode_threads, backend.native_codecs)
@@ -124,9 +125,9 @@ def _build_session(
             decoder,
             video_placeholder_id=provider.video_token_id,
             format_prompt=cfg.data.format_prompt,
-            num_frames=cfg.data.num_frames,
-            fps=cfg.data.fps,
-            max_frames=cfg.data.max_frames,
+            frames=FrameSettings(
+                cfg.data.num_frames, cfg.data.fps, cfg.data.min_frames, cfg.data.max_frames, cfg.data.frame_rule
+            ),
             max_prompt_tokens=cfg.data.max_prompt_tokens,
         ),
         vision=VisionCache(provider.build_vision(backend, device), decoder, provider.shape.hidden_size),

@@ -8,6 +8,7 @@ H hidden.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,17 @@ FORBIDDEN_BIAS = -100.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One checked line of a JSONL file. `source` is "file.jsonl:12"; video paths are absolute."""
+    """One checked line of a data file. `source` is "file.jsonl:12"; video paths are absolute.
+
+    `span` (start, end) is the range of seconds of its videos that is looked at.
+    """
 
     source: str
     problem: str
     answer: str
     videos: tuple[str, ...] = ()
     problem_type: str = ""
+    span: tuple[float, float] = (0.0, math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +46,26 @@ class BadRow:
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
     """What one demux pass tells about a file. `timestamps[i]` is the presentation time of frame i in seconds, first
-    frame 0."""
+    frame 0. `width` and `height` are those of the picture as shown, rotation applied. `average_fps` is what the header
+    says; 0 where it says nothing."""
 
     path: str
     codec: str
     width: int
     height: int
     timestamps: tuple[float, ...]
+    average_fps: float = 0.0
 
     @property
     def num_frames(self) -> int:
         return len(self.timestamps)
+
+    @property
+    def rate(self) -> float:
+        """Frames a second, by the header or else by the timestamps; 1 for a single frame."""
+        if self.average_fps > 0:
+            return self.average_fps
+        return (self.num_frames - 1) / self.timestamps[-1] if self.timestamps[-1] > 0 else 1.0
 
 
 @dataclass(frozen=True, slots=True)

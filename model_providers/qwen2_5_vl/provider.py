@@ -28,11 +28,12 @@ OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Qwen2_5_VL:
-    """Provider of one checkpoint folder. `min_pixels`, `max_pixels` bound the frame area after resizing."""
+    """Provider of one checkpoint folder. `min_pixels`, `max_pixels` bound the frame area after resizing,
+    `total_pixels` (0 = not) that of all frames of a video together."""
 
     model_type = "qwen2_5_vl"
 
-    def __init__(self, folder: str | Path, min_pixels: int, max_pixels: int):
+    def __init__(self, folder: str | Path, min_pixels: int, max_pixels: int, total_pixels: int = 0):
         self.folder = Path(folder)
         config = json.loads((self.folder / "config.json").read_text())
         self._text: dict[str, Any] = config.get("text_config") or config
@@ -41,7 +42,7 @@ class Qwen2_5_VL:
         self.video_token_id: int = config["video_token_id"]
         self.shape = shape_of(config)
         self.weight_map = weight_map(self.shape)
-        self.video_spec = self._video_spec(min_pixels, max_pixels)
+        self.video_spec = self._video_spec(min_pixels, max_pixels, total_pixels)
 
     @property
     def forbidden_tokens(self) -> tuple[int, ...]:
@@ -103,7 +104,7 @@ class Qwen2_5_VL:
             request["multi_modal_uuids"] = {"video": [_identity(tensor, video) for tensor, video in pairs]}
         return request
 
-    def _video_spec(self, min_pixels: int, max_pixels: int) -> QwenVideoSpec:
+    def _video_spec(self, min_pixels: int, max_pixels: int, total_pixels: int) -> QwenVideoSpec:
         processor: dict[str, Any] = {}
         for file in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
             if (self.folder / file).is_file():
@@ -115,6 +116,7 @@ class Qwen2_5_VL:
             merge_size=self._vision["spatial_merge_size"],
             min_pixels=min_pixels,
             max_pixels=max_pixels,
+            total_pixels=total_pixels,
             placeholder_id=self.video_token_id,
             mean=tuple(processor.get("image_mean", OPENAI_CLIP_MEAN)),
             std=tuple(processor.get("image_std", OPENAI_CLIP_STD)),

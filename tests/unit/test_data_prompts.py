@@ -11,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from data.frames import FrameSettings
 from data.prompts import PromptBuilder
 from megatron_rl.errors import BadSample, VideoDecodeError
 from megatron_rl.types import Row, VideoInfo
@@ -42,6 +43,7 @@ class FakeSpec:
     """Patches of 4 pixels, 2 frames, merged 2x2; a frame keeps its size, rounded down to a multiple of 8."""
 
     patch_size, temporal_patch_size, merge_size = 4, 2, 2
+    frame_family = "linspace"
 
     def __init__(self, pad: int):
         self.pad = pad
@@ -77,7 +79,7 @@ def paths(tmp_path) -> tuple[str, ...]:
 def make(tokenizer):
     def build(decoder=None, **settings) -> PromptBuilder:
         pad = tokenizer.convert_tokens_to_ids(VIDEO_PAD)
-        defaults = {"num_frames": 4, "fps": 0.0, "max_frames": 8, "max_prompt_tokens": 500}
+        defaults = {"frames": FrameSettings(4), "max_prompt_tokens": 500}
         return PromptBuilder(
             settings.pop("tokenizer", tokenizer),
             FakeSpec(pad),
@@ -145,8 +147,15 @@ def test_videos_of_different_lengths_get_their_own_number_of_tokens(make, tokeni
 
 
 def test_frames_by_rate(make, paths):
-    (video,) = make(num_frames=0, fps=2.0, max_frames=6).build(0, row("p", paths[0])).videos
+    (video,) = make(frames=FrameSettings(0, 2.0, 4, 6)).build(0, row("p", paths[0])).videos
     assert len(video.frame_indices) == 6
+
+
+def test_a_range_of_seconds(make, paths):
+    (video,) = make().build(0, replace(row("p", paths[0]), span=(1.0, 3.0))).videos
+    assert video.timestamps == (1.0, 1.6, 2.3, 2.9)
+    with pytest.raises(BadSample, match="a.mp4: video_start=5.0: the last frame is shown at 3.900 s"):
+        make().build(0, replace(row("p", paths[0]), span=(5.0, 6.0)))
 
 
 def test_format_prompt(make, tokenizer, tmp_path, paths):
@@ -170,7 +179,7 @@ def test_a_wrong_format_prompt_is_found_at_the_start(make, tmp_path, template, r
     if template is not None:
         path.write_text(template)
     with pytest.raises(ValueError, match=reason) as refused:
-        make(format_prompt=str(path), num_frames=3)
+        make(format_prompt=str(path), frames=FrameSettings(3))
     assert "data.format_prompt=" in str(refused.value) and "data.num_frames=3" in str(refused.value)
 
 
@@ -223,7 +232,7 @@ def test_the_key_is_that_of_the_file_and_everything_done_with_it(make, paths):
     assert make().build(5, row("another question", paths[0])).videos[0].key == key
     others = {
         make().build(0, row("p", paths[1])).videos[0].key,
-        make(num_frames=6).build(0, row("p", paths[0])).videos[0].key,
+        make(frames=FrameSettings(6)).build(0, row("p", paths[0])).videos[0].key,
         make(FakeDecoder(width=33)).build(0, row("p", paths[0])).videos[0].key,
     }
     os.utime(paths[0], ns=(1, 1))
