@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data.dali import DaliVideoDecoder
 from data.dataset import read_jsonl
 from data.frames import FrameSettings
 from data.loader import RowLoader
 from data.prompts import PromptBuilder
+from data.video import open_video_decoder
 from megatron_rl import parallel
 from megatron_rl.config import RunConfig
 from megatron_rl.device import Backend, choose_backend, define_torchvision_operators
@@ -111,7 +111,7 @@ def _build_session(
     provider = open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels, cfg.data.total_pixels)
     device = backend.local_device(parallel.local_rank())
     policy = _build_policy(cfg, temperature, backend, mesh, provider)
-    decoder = DaliVideoDecoder(backend.decoder_device, cfg.data.decode_threads, backend.native_codecs)
+    decoder = open_video_decoder(backend.decoder_device, cfg.data.decode_threads)
     tokenizer = _load_tokenizer(cfg.model.hf)
     return Session(
         cfg=cfg,
