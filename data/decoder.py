@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import av
 
 from data.gop_plan import GopRun, earlier_start, plan_runs, split_runs
-from data.video_index import VideoIndex, cause
+from data.video_index import VideoIndex, cause, decode_all, demux
 from megatron_rl.errors import VideoDecodeError
 
 Deliver = Callable[[int, av.VideoFrame], None]
@@ -127,6 +127,8 @@ def _take(index: VideoIndex, run: GopRun, reader: PacketReader, missing: dict[in
     for number, packet in reader.packets(run.start, run.stop):
         if packet is not None:
             pts = packet.pts
+            if packet.is_corrupt:
+                raise _Damaged("data that it needs is damaged or missing in the file")
             if index.is_droppable[number] and pts not in run.wanted:
                 continue
             if index.is_shown[number] and pts >= key_pts:
@@ -193,10 +195,7 @@ class PacketReader:
 
     def _read(self) -> av.Packet | None:
         assert self._demux is not None
-        while True:
-            packet = next(self._demux, None)
-            if packet is None or packet.size:
-                return packet
+        return next(self._demux, None)
 
     def _find(self, number: int) -> av.Packet | None:
         """Packet `number`: read on to it if it is near, else seek; if that misses, earlier, at last from the start."""
@@ -210,7 +209,7 @@ class PacketReader:
         for seconds_earlier in (0, 2, 10):
             target = pts - int(seconds_earlier / self._index.time_base)
             self._container.seek(target, stream=self.stream, backward=True)
-            self._demux = self._container.demux(self.stream)
+            self._demux = demux(self._container, self.stream)
             packet = self._read()
             # A seek lands on a keyframe, or in some containers on any packet, before or behind the wanted one.
             for _ in range(len(self._index.packet_pts)):
@@ -220,14 +219,14 @@ class PacketReader:
                     packet = None
                     break
                 packet = self._read()
-            if packet is not None:
+            if packet is not None and packet.pts == pts:
                 return packet
         return None
 
     def _from_beginning(self, number: int) -> av.Packet | None:
         self._container.close()
         self._open()
-        self._demux = self._container.demux(self.stream)
+        self._demux = demux(self._container, self.stream)
         return self._skip(number)
 
     def _skip(self, count: int) -> av.Packet | None:
@@ -251,7 +250,7 @@ def _decode_by_number(index: VideoIndex, wanted: Sequence[int], deliver: Deliver
     members, last = set(wanted), wanted[-1]
     try:
         with _open_strict(index.path) as container:
-            for number, frame in enumerate(container.decode(video=0)):
+            for number, frame in enumerate(decode_all(container)):
                 if frame.is_corrupt:
                     break
                 if number in members:

@@ -17,6 +17,7 @@ import jinja2
 import jinja2.meta
 
 from data.frames import FrameSettings, choose_frames, seconds_per_grid
+from data.manifest import Manifest
 from megatron_rl.errors import BadSample, VideoDecodeError, raise_all
 from megatron_rl.protocols import VideoDecoder, VideoSpec
 from megatron_rl.types import Prompt, Row, VideoArtifact, VideoInfo
@@ -40,6 +41,7 @@ class PromptBuilder:
         format_prompt: str = "",
         frames: FrameSettings,
         max_prompt_tokens: int,
+        manifest: Manifest | None = None,
     ):
         problems = frames.problems(spec.temporal_patch_size) if spec else []
         if not tokenizer.chat_template:
@@ -54,6 +56,7 @@ class PromptBuilder:
         self._template = _template(format_prompt)
         self._frames = frames
         self._max_prompt_tokens = max_prompt_tokens
+        self._manifest = manifest
         self._special = sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
 
     def build(self, prompt_id: int, row: Row) -> Prompt:
@@ -103,6 +106,8 @@ class PromptBuilder:
 
     def _artifact(self, row: Row, path: str) -> VideoArtifact:
         try:
+            if self._manifest:
+                self._manifest.check(path)
             info = self._decoder.probe(path)
             stat = os.stat(path)
         except VideoDecodeError as error:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from typing import Literal
 
@@ -21,6 +23,7 @@ from megatron_rl.types import VideoInfo
 
 # Less than this missing at the end is how some muxers round, not a cut file.
 _TRUNCATION_SECONDS, _TRUNCATION_FRACTION = 1.0, 0.02
+_CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 _NUM_REMEMBERED = 128  # a two-hour film takes 3 MB
 _IDENTITY = (1, 0, 0, 1)
 
@@ -108,8 +111,28 @@ def _index(path: str, mtime_ns: int, size: int) -> VideoIndex:
 
 
 def cause(error: Exception) -> str:
-    """FFmpeg's own words for an error, without the number that PyAV puts before them."""
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    """An error in FFmpeg's own words, without the number that PyAV puts before them."""
+    if isinstance(error, UnicodeDecodeError):
+        return "text in its header is garbled"
+    return error.strerror if isinstance(error, av.FFmpegError | OSError) and error.strerror else str(error)
+
+
+def demux(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """The stream's packets that hold data, to the end of the file.
+
+    PyAV 18 ends with an IndexError where a damaged file brings up streams that its header did not name: at the end it
+    goes through all streams of libavformat, and has objects only for those of the header.
+    """
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except IndexError:
+            return
+        if packet is None:
+            return
+        if packet.size and packet.stream is stream:
+            yield packet
 
 
 def _video_stream(path: str, container: av.container.InputContainer) -> av.VideoStream:
@@ -167,9 +190,7 @@ def _read(path: str, container: av.container.InputContainer, stream: av.VideoStr
     parser = PacketParser(context.name, context.extradata)
     packets = _Packets()
     first: av.VideoFrame | None = None
-    for packet in container.demux(stream):
-        if not packet.size:
-            continue
+    for packet in demux(container, stream):
         packets.add(packet, parser)
         if packet.is_keyframe and first is None:
             first = _first_frame(path, packet)
@@ -241,10 +262,18 @@ def _assemble(about: _About, packets: _Packets) -> VideoIndex:
     )
 
 
+def decode_all(container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+    """Every frame, from the first to the last."""
+    stream = container.streams.video[0]
+    for packet in demux(container, stream):
+        yield from stream.codec_context.decode(packet)
+    yield from stream.codec_context.decode(None)
+
+
 def _by_number(about: _About) -> VideoIndex:
     """Count the frames by decoding all: raw streams, AVI with B-frames, repeated timestamps."""
     with av.open(about.path) as container:
-        count = sum(1 for _ in container.decode(video=0))
+        count = sum(1 for _ in decode_all(container))
     if not count:
         raise VideoDecodeError(about.path, "no video frames")
     numbers, yes = np.arange(count), np.ones(count, bool)
@@ -266,8 +295,10 @@ def _stated_end(container: av.container.InputContainer, stream: av.VideoStream) 
     if stream.duration is not None:
         return start + float(stream.duration * stream.time_base)
     if tag := stream.metadata.get("DURATION"):  # Matroska, WebM
-        hours, minutes, seconds = tag.split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        found = _CLOCK.fullmatch(tag.strip("\0"))
+        if not found:
+            raise VideoDecodeError(container.name, f"garbled: its header says DURATION={tag!r}")
+        return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
     if container.duration is not None and len(container.streams) == 1:
         return start + container.duration / av.time_base
     return 0.0

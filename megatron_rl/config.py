@@ -59,6 +59,8 @@ class DataConfig:
     """Reshuffle every epoch, by (seed, epoch)."""
     max_bad_fraction: float = 0.2
     """The run stops when more than this part of a batch had to be set aside."""
+    manifest: str = ""
+    """File of sha256 sums (as `sha256sum` writes it) that every media file must match; empty = not checked."""
     decode_threads: int = 1
     """Decoder threads per rank."""
 

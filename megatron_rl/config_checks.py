@@ -173,7 +173,7 @@ def _algorithm(cfg: RunConfig) -> Iterator[str]:
 def _files(cfg: RunConfig, job: Job) -> Iterator[str]:
     if not cfg.data.train and not (job == "rl" and cfg.rollout.replay_from):
         yield "data.train=: there is nothing to train on; set it to a JSONL file"
-    for path in ("data.train", "data.eval", "data.format_prompt"):
+    for path in ("data.train", "data.eval", "data.format_prompt", "data.manifest"):
         if _at(cfg, path) and not Path(_at(cfg, path)).is_file():
             yield _problem(cfg, path, "no such file; check the path")
     if cfg.data.format_prompt and Path(cfg.data.format_prompt).is_file():

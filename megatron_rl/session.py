@@ -19,6 +19,7 @@ import torch
 from data.dataset import read_jsonl
 from data.frames import FrameSettings
 from data.loader import RowLoader
+from data.manifest import Manifest
 from data.prompts import PromptBuilder
 from data.video import open_video_decoder
 from megatron_rl import parallel
@@ -129,6 +130,7 @@ def _build_session(
                 cfg.data.num_frames, cfg.data.fps, cfg.data.min_frames, cfg.data.max_frames, cfg.data.frame_rule
             ),
             max_prompt_tokens=cfg.data.max_prompt_tokens,
+            manifest=Manifest(cfg.data.manifest) if cfg.data.manifest else None,
         ),
         vision=VisionCache(provider.build_vision(backend, device), decoder, provider.shape.hidden_size),
         policy=policy,

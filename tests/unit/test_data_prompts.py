@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data.frames import FrameSettings
+from data.manifest import Manifest
 from data.prompts import PromptBuilder
 from megatron_rl.errors import BadSample, VideoDecodeError
 from megatron_rl.types import Row, VideoInfo
@@ -225,6 +227,16 @@ def test_a_video_that_cannot_be_used_names_the_row_and_the_file(make, tmp_path, 
         assert refused.value.source == "train.jsonl:7" and path in refused.value.reason
     with pytest.raises(BadSample, match="2000x16: too wide"):
         make(FakeDecoder(width=2000)).build(0, row("p", paths[0]))
+
+
+def test_a_file_that_is_not_as_the_manifest_says_is_refused(make, tmp_path, paths):
+    sums = tmp_path / "sums.txt"
+    sums.write_text(f"{hashlib.sha256(b'a' * 10).hexdigest()}  a.mp4\n")
+    builder = make(manifest=Manifest(str(sums)))
+    assert builder.build(0, row("p", paths[0])).videos
+    with pytest.raises(BadSample, match="b.mp4: not listed in data.manifest=") as refused:
+        builder.build(0, row("p", *paths))
+    assert refused.value.source == "train.jsonl:7"
 
 
 def test_the_key_is_that_of_the_file_and_everything_done_with_it(make, paths):
