@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 _HEVC_LAST_SUBLAYER_PICTURE = 15
-_HEVC_LAST_PICTURE, _H264_PICTURES = 31, (1, 2, 3, 4, 5)
+_HEVC_LAST_PICTURE, _H264_PICTURES, _NAL_REF_IDC = 31, (1, 2, 3, 4, 5), 0x60
 _MPEG4_VOP, _MPEG4_B = b"\0\0\1\xb6", 2
 _MPEG2_PICTURE, _MPEG2_B = b"\0\0\1\0", 3
 
@@ -27,12 +27,9 @@ class PacketParser:
         """None for a picture that others may refer to. Otherwise its temporal sub-layer: only pictures of a higher
         sub-layer can refer to it, so in the highest one of the stream nothing does."""
         if self._codec == "h264":
-            return 0 if all(header >> 5 & 3 == 0 for header in self._pictures(packet, _is_h264_picture)) else None
+            return self._h264_sublayer(packet)
         if self._codec == "hevc":
-            headers = list(self._pictures(packet, _is_hevc_picture))
-            if any(_hevc_type(h) > _HEVC_LAST_SUBLAYER_PICTURE or _hevc_type(h) % 2 for h in headers):
-                return None
-            return (headers[0] & 7) - 1 if headers else None
+            return self._hevc_sublayer(packet)
         if self._codec == "mpeg4":
             return _all_b(bytes(packet), _MPEG4_VOP, lambda data: data[0] >> 6 == _MPEG4_B)
         if self._codec == "mpeg2video":
@@ -48,14 +45,29 @@ class PacketParser:
             return is_superframe or bool(packet[0] & 0b1000) or bool(packet[0] & 0b10)
         return True
 
-    def _pictures(self, packet: memoryview, is_picture) -> Iterator[int]:
-        """NAL unit headers of the slices: one byte for H.264, two for HEVC as one number."""
-        hevc, end = self._codec == "hevc", len(packet) - 2
-        for start in self._length_prefixed(packet) if self._length_size else _after_start_codes(packet):
-            if start <= end:
-                header = packet[start] << 8 | packet[start + 1] if hevc else packet[start]
-                if is_picture(header):
-                    yield header
+    def _h264_sublayer(self, packet: memoryview) -> int | None:
+        found = None
+        for start in self._nal_units(packet):
+            header = packet[start]
+            if header & 31 in _H264_PICTURES:
+                if header & _NAL_REF_IDC:
+                    return None
+                found = 0
+        return found
+
+    def _hevc_sublayer(self, packet: memoryview) -> int | None:
+        found = None
+        for start in self._nal_units(packet):
+            kind = packet[start] >> 1 & 63
+            if kind <= _HEVC_LAST_PICTURE:
+                if kind > _HEVC_LAST_SUBLAYER_PICTURE or kind % 2 or start + 1 >= len(packet):
+                    return None
+                found = (packet[start + 1] & 7) - 1
+        return found
+
+    def _nal_units(self, packet: memoryview) -> Iterator[int]:
+        """Where their headers stand."""
+        return self._length_prefixed(packet) if self._length_size else _after_start_codes(packet)
 
     def _length_prefixed(self, packet: memoryview) -> Iterator[int]:
         size, position = self._length_size, 0
@@ -76,21 +88,9 @@ def _length_size(codec: str, extradata: bytes) -> int:
 def _after_start_codes(packet: memoryview) -> Iterator[int]:
     data = bytes(packet)
     position = data.find(b"\0\0\1")
-    while position >= 0:
+    while 0 <= position < len(data) - 3:
         yield position + 3
         position = data.find(b"\0\0\1", position + 3)
-
-
-def _is_h264_picture(header: int) -> bool:
-    return header & 31 in _H264_PICTURES
-
-
-def _hevc_type(header: int) -> int:
-    return header >> 9 & 63
-
-
-def _is_hevc_picture(header: int) -> bool:
-    return _hevc_type(header) <= _HEVC_LAST_PICTURE
 
 
 def _all_b(data: bytes, start_code: bytes, is_b) -> int | None:
