@@ -72,6 +72,7 @@ class PromptBuilder:
                 row.source,
                 f"prompt of {len(ids)} tokens ({num_video} of them video) is over "
                 f"data.max_prompt_tokens={self._max_prompt_tokens}",
+                "overlong",
             )
         return Prompt(prompt_id, row, ids, videos)
 
@@ -111,9 +112,9 @@ class PromptBuilder:
             info = self._decoder.probe(path)
             stat = os.stat(path)
         except VideoDecodeError as error:
-            raise BadSample(row.source, f"{path}: {error.reason}") from error
+            raise BadSample(row.source, f"{path}: {error.reason}", "media") from error
         except OSError as error:
-            raise BadSample(row.source, f"{path}: {error.strerror}") from error
+            raise BadSample(row.source, f"{path}: {error.strerror}", "media") from error
         spec = self._spec
         try:
             indices = choose_frames(info, self._frames, spec.temporal_patch_size, spec.frame_family, row.span)

@@ -30,11 +30,15 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str = ""
-    """JSONL file with the fields `problem`, `answer`, and optionally `videos`, `problem_type`."""
+    """Data sets with commas between: a JSONL, JSON or Parquet file, a folder of them, or owner/name on the Hugging Face
+    hub; `@split` behind the last two. Fields: `problem`, `answer`; optionally `videos`, `video_start` and `video_end`
+    (seconds), `problem_type`."""
+    weights: tuple[float, ...] = ()
+    """How often rows of each data set in `train` are drawn, relative; empty = each row once an epoch."""
     eval: str = ""
-    """JSONL file to evaluate on; empty = no evaluation."""
+    """Data sets to evaluate on, as in `train`; empty = no evaluation."""
     media_root: str = ""
-    """Folder against which relative video paths are resolved; empty = the folder of the JSONL file."""
+    """Folder against which relative video paths are resolved; empty = the folder of the data set."""
     format_prompt: str = ""
     """Jinja file rendered with `content` = the problem; empty = the problem as it is."""
     num_frames: int = 32

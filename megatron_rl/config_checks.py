@@ -16,7 +16,9 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from data.frames import FrameSettings
+from data.loader import weight_problems
 from data.prompts import template_problems
+from data.sources import source_names, source_problems
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import raise_all
 from megatron_rl.rewards.registry import load_reward
@@ -173,7 +175,10 @@ def _algorithm(cfg: RunConfig) -> Iterator[str]:
 def _files(cfg: RunConfig, job: Job) -> Iterator[str]:
     if not cfg.data.train and not (job == "rl" and cfg.rollout.replay_from):
         yield "data.train=: there is nothing to train on; set it to a JSONL file"
-    for path in ("data.train", "data.eval", "data.format_prompt", "data.manifest"):
+    for path in ("data.train", "data.eval"):
+        yield from source_problems(_at(cfg, path), path)
+    yield from weight_problems(len(source_names(cfg.data.train)), cfg.data.weights)
+    for path in ("data.format_prompt", "data.manifest"):
         if _at(cfg, path) and not Path(_at(cfg, path)).is_file():
             yield _problem(cfg, path, "no such file; check the path")
     if cfg.data.format_prompt and Path(cfg.data.format_prompt).is_file():

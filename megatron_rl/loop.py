@@ -49,7 +49,7 @@ def rl_step(
     session.vision.forget()
     with rollout_phase(session, rollout, step) as report:
         sampled, groups = collect_groups(session, rollout, next_rows, step)
-    metrics = rollout_metrics(sampled, groups, session.quarantine.total) | sync_metrics(report)
+    metrics = rollout_metrics(sampled, groups, session.quarantine.metrics()) | sync_metrics(report)
     if store is not None:
         store.save(step, groups)
     if not session.cfg.rollout.only:
@@ -67,7 +67,7 @@ def replay_step(
         pairs = [(g.prompt.prompt_id, g.prompt.row) for g in groups]
         prompts = usable_prompts(session, pairs, f"replayed step {step}")
     store.check_unchanged(groups, prompts)
-    metrics = rollout_metrics(groups, groups, session.quarantine.total)
+    metrics = rollout_metrics(groups, groups, session.quarantine.metrics())
     return metrics | train_on(session, groups, loss, reference, step)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data.dataset import read_jsonl
+from data.dataset import read_rows
 from data.frames import FrameSettings
 from data.loader import RowLoader
 from data.manifest import Manifest
@@ -188,22 +188,24 @@ def _open_log(cfg: RunConfig, mesh: ParallelMesh) -> MetricLog:
     return MetricLog(cfg.run_dir, mesh.rank == 0, cfg.log.wandb, cfg.log.project, cfg.log.tensorboard, asdict(cfg))
 
 
-def read_rows(path: str, media_root: str, field: str, quarantine: Quarantine) -> list[Row]:
-    """Usable rows of a JSONL file; the others are counted and listed."""
-    rows, bad = read_jsonl(path, media_root, field)
-    quarantine.add(bad, len(rows) + len(bad), where=path)
-    return rows
+def usable_rows(setting: str, media_root: str, field: str, quarantine: Quarantine) -> list[list[Row]]:
+    """Usable rows of each data set that the setting lists; the others are counted and listed."""
+    found = read_rows(setting, media_root, field)
+    for rows, bad in found:
+        quarantine.add(bad, len(rows) + len(bad), where=f"{field}={setting}")
+    return [rows for rows, _ in found]
 
 
 def open_loader(session: Session) -> RowLoader:
     cfg = session.cfg
-    rows = read_rows(cfg.data.train, cfg.data.media_root, "data.train", session.quarantine)
-    return RowLoader(rows, cfg.train.prompts_per_step, cfg.seed, cfg.data.shuffle)
+    rows = usable_rows(cfg.data.train, cfg.data.media_root, "data.train", session.quarantine)
+    return RowLoader(rows, cfg.train.prompts_per_step, cfg.seed, cfg.data.shuffle, cfg.data.weights)
 
 
 def read_eval_rows(session: Session) -> list[Row]:
     cfg = session.cfg.data
-    return read_rows(cfg.eval, cfg.media_root, "data.eval", session.quarantine) if cfg.eval else []
+    found = usable_rows(cfg.eval, cfg.media_root, "data.eval", session.quarantine) if cfg.eval else []
+    return [row for rows in found for row in rows]
 
 
 def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:

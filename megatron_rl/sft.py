@@ -74,7 +74,7 @@ def sft_step(session: Session, pairs: Sequence, step: int) -> dict[str, float]:
     with session.progress.phase(step, "update_actor"):
         for batches in updates:
             totals.add(policy.train([ScoredBatch(b, None, None) for b in batches], embeds, NllLoss(), step))
-    metrics = {"data/quarantined": float(session.quarantine.total), "sft/num_samples": float(len(prompts))}
+    metrics = session.quarantine.metrics() | {"sft/num_samples": float(len(prompts))}
     return totals.reduced() | metrics
 
 
@@ -88,7 +88,7 @@ def reference_samples(session: Session, prompts: Sequence[Prompt]) -> list[list[
         answer = tokenizer.encode(prompt.row.answer, add_special_tokens=False) + [tokenizer.eos_token_id]
         if len(answer) > longest:
             reason = f"answer of {len(answer)} tokens is over rollout.max_response_tokens={longest}"
-            bad.append(BadRow(prompt.row.source, reason))
+            bad.append(BadRow(prompt.row.source, reason, "overlong"))
         else:
             samples.append([TrainSample(prompt, tuple(answer), advantage=0.0, rollout_logprobs=(0.0,) * len(answer))])
     session.quarantine.add(bad, len(prompts), "a batch of reference answers")

