@@ -8,6 +8,7 @@ On a CPU the same pipeline decodes VP8, VP9 and MJPEG, which is how it is tested
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Literal
 
@@ -45,6 +46,8 @@ class DaliVideoDecoder:
         self._on_gpu = device == "gpu"
         self._num_threads = num_threads
         self._pipeline: Pipeline | None = None
+        self._device_id = torch.cuda.current_device() if self._on_gpu else None  # of this thread; others have their own
+        self._lock = threading.Lock()
 
     def probe(self, path: str) -> VideoInfo:
         return index_video(path).info()
@@ -60,7 +63,8 @@ class DaliVideoDecoder:
         room = max(_CALL_BYTES // (index.width * index.height * 3), 1)
         for runs in clip_parts(index, plan_runs(index, index.sorted_unique(frame_indices)), room):
             clip = cut_clip(index, runs)
-            rows |= zip(clip.frames, self._run(index, clip, stored_hw), strict=True)
+            with self._lock:
+                rows |= zip(clip.frames, self._run(index, clip, stored_hw), strict=True)
         frames = torch.stack([rows[frame] for frame in frame_indices])
         return upright(recolour(frames, index.colour_matrix), index.turn)
 
@@ -88,7 +92,7 @@ class DaliVideoDecoder:
             self._on_gpu,
             batch_size=1,
             num_threads=self._num_threads,
-            device_id=torch.cuda.current_device() if self._on_gpu else None,
+            device_id=self._device_id,
             prefetch_queue_depth=1,
         )
         pipeline.build()

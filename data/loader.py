@@ -55,6 +55,13 @@ class RowLoader:
         """The next `batch_size` rows, each with its prompt id."""
         return [self._next() for _ in range(self.batch_size)]
 
+    def peek_batch(self) -> list[tuple[int, Row]]:
+        """What `next_batch` will give, without dealing it."""
+        dealt = list(self._dealt)
+        batch = self.next_batch()
+        self._dealt = dealt
+        return batch
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "dealt": list(self._dealt),

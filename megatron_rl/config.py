@@ -65,6 +65,8 @@ class DataConfig:
     """The run stops when more than this part of a batch had to be set aside."""
     manifest: str = ""
     """File of sha256 sums (as `sha256sum` writes it) that every media file must match; empty = not checked."""
+    prefetch_mib: int = 1024
+    """Decoded frames of the next batch that a rank may hold while the engine generates; 0 = decode when needed."""
     decode_threads: int = 1
     """Decoder threads per rank."""
 

@@ -20,15 +20,17 @@ from data.dataset import read_rows
 from data.frames import FrameSettings
 from data.loader import RowLoader
 from data.manifest import Manifest
+from data.prefetch import FramePrefetcher
 from data.prompts import PromptBuilder
 from data.video import open_video_decoder
 from megatron_rl import parallel
-from megatron_rl.config import RunConfig
+from megatron_rl.config import DataConfig, RunConfig
 from megatron_rl.device import Backend, choose_backend, define_torchvision_operators
 from megatron_rl.metrics import MetricLog, Progress
 from megatron_rl.parallel import ParallelMesh
-from megatron_rl.protocols import ModelProvider
+from megatron_rl.protocols import ModelProvider, VideoDecoder
 from megatron_rl.quarantine import Quarantine
+from megatron_rl.rollout.lookahead import Lookahead
 from megatron_rl.rollout.vision_cache import VisionCache
 from megatron_rl.signals import StopFlag
 from megatron_rl.training import checkpoint
@@ -57,6 +59,7 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     builder: PromptBuilder
     vision: VisionCache
+    ahead: Lookahead
     policy: Policy
     quarantine: Quarantine
     log: MetricLog
@@ -101,6 +104,7 @@ def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
     with watch_world() as watchdog:
         session = _build_session(cfg, temperature, backend, mesh, watchdog, stop)
         yield session
+        session.vision.close()
         session.log.close()
     parallel.shut_down()
 
@@ -114,25 +118,18 @@ def _build_session(
     policy = _build_policy(cfg, temperature, backend, mesh, provider)
     decoder = open_video_decoder(backend.decoder_device, cfg.data.decode_threads)
     tokenizer = _load_tokenizer(cfg.model.hf)
+    builder = _build_prompt_builder(cfg.data, tokenizer, provider, decoder)
+    frames = FramePrefetcher(decoder, cfg.data.prefetch_mib << 20)
+    vision = VisionCache(provider.build_vision(backend, device), frames, provider.shape.hidden_size)
     return Session(
         cfg=cfg,
         backend=backend,
         mesh=mesh,
         provider=provider,
         tokenizer=tokenizer,
-        builder=PromptBuilder(
-            tokenizer,
-            provider.video_spec,
-            decoder,
-            video_placeholder_id=provider.video_token_id,
-            format_prompt=cfg.data.format_prompt,
-            frames=FrameSettings(
-                cfg.data.num_frames, cfg.data.fps, cfg.data.min_frames, cfg.data.max_frames, cfg.data.frame_rule
-            ),
-            max_prompt_tokens=cfg.data.max_prompt_tokens,
-            manifest=Manifest(cfg.data.manifest) if cfg.data.manifest else None,
-        ),
-        vision=VisionCache(provider.build_vision(backend, device), decoder, provider.shape.hidden_size),
+        builder=builder,
+        vision=vision,
+        ahead=Lookahead(builder, mesh, vision),
         policy=policy,
         quarantine=Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction),
         log=_open_log(cfg, mesh),
@@ -140,6 +137,21 @@ def _build_session(
             cfg.train.num_steps, enabled=mesh.rank == 0, on_phase=watchdog.set_phase, synchronize=backend.synchronize
         ),
         stop=stop,
+    )
+
+
+def _build_prompt_builder(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, provider: ModelProvider, decoder: VideoDecoder
+) -> PromptBuilder:
+    return PromptBuilder(
+        tokenizer,
+        provider.video_spec,
+        decoder,
+        video_placeholder_id=provider.video_token_id,
+        format_prompt=data.format_prompt,
+        frames=FrameSettings(data.num_frames, data.fps, data.min_frames, data.max_frames, data.frame_rule),
+        max_prompt_tokens=data.max_prompt_tokens,
+        manifest=Manifest(data.manifest) if data.manifest else None,
     )
 
 

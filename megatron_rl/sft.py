@@ -39,7 +39,8 @@ def run_session(session: Session) -> None:
     loader = open_loader(session)
     journal = Journal(session, loader)
     for step in range(journal.resume(), cfg.train.num_steps):
-        metrics = sft_step(session, loader.next_batch(), step)
+        pairs, upcoming = loader.next_batch(), loader.peek_batch() if step + 1 < cfg.train.num_steps else []
+        metrics = sft_step(session, pairs, upcoming, step)
         journal.end_step(step, metrics, note=f"nll {metrics.get('sft/nll', float('nan')):.3f}")
         if journal.stopped:
             return
@@ -48,7 +49,7 @@ def run_session(session: Session) -> None:
     journal.close({**nll, "hf_export": hf_export}, [])
 
 
-def sft_step(session: Session, pairs: Sequence, step: int) -> dict[str, float]:
+def sft_step(session: Session, pairs: Sequence, upcoming: Sequence, step: int) -> dict[str, float]:
     """One pass over a batch of rows in `updates_per_step` updates. Collective."""
     from megatron_rl.algorithms.losses import NllLoss
     from megatron_rl.loop import usable_prompts
@@ -60,6 +61,8 @@ def sft_step(session: Session, pairs: Sequence, step: int) -> dict[str, float]:
     session.vision.forget()
     with session.progress.phase(step, "encode"):
         prompts = usable_prompts(session, pairs, f"step {step}")
+        if upcoming:
+            session.ahead.prepare(upcoming)  # decoded while this batch is learned
     updates = pack(
         reference_samples(session, prompts),
         cfg.train.updates_per_step,

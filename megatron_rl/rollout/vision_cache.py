@@ -16,9 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.prefetch import FramePrefetcher, FrameRequest
 from megatron_rl.errors import VideoDecodeError
-from megatron_rl.protocols import VideoDecoder, VideoTower
+from megatron_rl.protocols import VideoTower
 from megatron_rl.types import VideoArtifact
+
+_CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,8 @@ class Piece:
 class VisionCache:
     """Embeddings of the current step. Without a tower, it refuses every video."""
 
-    def __init__(self, tower: VideoTower | None, decoder: VideoDecoder, hidden_size: int, blank: bool = False):
-        self._tower, self._decoder, self._hidden = tower, decoder, hidden_size
+    def __init__(self, tower: VideoTower | None, frames: FramePrefetcher, hidden_size: int, blank: bool = False):
+        self._tower, self._frames, self._hidden = tower, frames, hidden_size
         self._blank = blank
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._pieces: dict[str, list[Piece]] = {}
@@ -44,11 +47,22 @@ class VisionCache:
 
     def blanked(self) -> VisionCache:
         """A second cache over the same tower, which sees black frames."""
-        return VisionCache(self._tower, self._decoder, self._hidden, blank=True)
+        return VisionCache(self._tower, self._frames, self._hidden, blank=True)
 
     def forget(self) -> None:
         """Drop all embeddings: the step they were made for is over."""
         self._pieces, self._made, self._failed = {}, {}, {}
+
+    def prefetch(self, videos: Sequence[VideoArtifact]) -> None:
+        """Decode this rank's share of the videos of a batch to come in the background, instead of any before."""
+        unique = list({v.key: v for v in videos}.values())
+        own = self._own(unique, split_over_ranks(unique, self._world))
+        self._frames.drop()
+        self._frames.ask([request for video, piece in own for request in frame_requests(video, piece)])
+
+    def close(self) -> None:
+        """Nothing more will be encoded: do not decode what was asked for."""
+        self._frames.drop()
 
     def encode(self, videos: Sequence[VideoArtifact]) -> dict[str, str]:
         """Encode what is not there yet (equal keys once). Returns {key: reason} of those videos that cannot be used.
@@ -57,16 +71,17 @@ class VisionCache:
         """
         if videos and self._tower is None:
             raise ValueError(f"{videos[0].path}: this model takes no video; use a model that does")
-        unique = list({v.key: v for v in videos if v.key not in self._pieces}.values())
-        self._pieces |= split_over_ranks(unique, self._world)
+        unique = self._new(videos)
+        pieces = split_over_ranks(unique, self._world)
+        own = self._own(unique, pieces)
+        self._pieces |= pieces
+        self._frames.ask([request for video, piece in own for request in frame_requests(video, piece)])
         failed: dict[str, str] = {}
-        for video in unique:
-            for piece in self._pieces[video.key]:
-                if piece.owner == self._rank and video.key not in failed:
-                    try:
-                        self._made[piece.key, piece.start] = self._encode_piece(video, piece)
-                    except VideoDecodeError as error:
-                        failed[video.key] = error.reason
+        for video, piece in own:
+            try:
+                self._made[piece.key, piece.start] = self._encode_piece(video, piece)
+            except VideoDecodeError as error:
+                failed[video.key] = error.reason
         self._failed |= self._agree_on_failures(failed)
         return {v.key: self._failed[v.key] for v in videos if v.key in self._failed}
 
@@ -91,11 +106,30 @@ class VisionCache:
         have = self._made | arriving
         return {key: torch.cat([have[key, p.start] for p in self._pieces[key]]) for key in wanted}
 
+    def _own(
+        self, videos: Sequence[VideoArtifact], pieces: dict[str, list[Piece]]
+    ) -> list[tuple[VideoArtifact, Piece]]:
+        """What this rank encodes."""
+        return [(video, piece) for video in videos for piece in pieces[video.key] if piece.owner == self._rank]
+
+    def _new(self, videos: Sequence[VideoArtifact]) -> list[VideoArtifact]:
+        return list({v.key: v for v in videos if v.key not in self._pieces}.values())
+
     def _encode_piece(self, video: VideoArtifact, piece: Piece) -> Tensor:
-        patch = self._tower.spec.temporal_patch_size
-        indices = video.frame_indices[piece.start * patch : piece.stop * patch]
-        frames = self._decoder.decode(video.path, indices, video.size_hw)
-        return self._tower.encode(torch.zeros_like(frames) if self._blank else frames)
+        """In chunks, so that full-size activations do not grow with the length of a video. All are taken, whatever
+        comes of the first, so that none stays behind."""
+        embeds, error = [], None
+        for request in frame_requests(video, piece):
+            try:
+                frames = self._frames.take(request)
+            except VideoDecodeError as found:
+                error = error or found
+                continue
+            if error is None:
+                embeds.append(self._tower.encode(torch.zeros_like(frames) if self._blank else frames))
+        if error is not None:
+            raise error
+        return torch.cat(embeds)
 
     def _empty(self, video: VideoArtifact, piece: Piece) -> Tensor:
         rows = video.num_tokens // video.grid_thw[0] * (piece.stop - piece.start)
@@ -105,6 +139,19 @@ class VisionCache:
         everyone: list[dict[str, str]] = [{} for _ in range(self._world)]
         dist.all_gather_object(everyone, failed)
         return {key: reason for part in everyone for key, reason in part.items()}
+
+
+def frame_requests(video: VideoArtifact, piece: Piece) -> list[FrameRequest]:
+    """The frames of a piece in chunks of whole temporal patches, about _CHUNK_BYTES each."""
+    patch = len(video.frame_indices) // video.grid_thw[0]
+    per_patch = patch * 3 * video.size_hw[0] * video.size_hw[1]
+    step = max(_CHUNK_BYTES // per_patch, 1)
+    return [
+        FrameRequest(
+            video.path, video.frame_indices[start * patch : min(start + step, piece.stop) * patch], video.size_hw
+        )
+        for start in range(piece.start, piece.stop, step)
+    ]
 
 
 def split_over_ranks(videos: Sequence[VideoArtifact], world: int) -> dict[str, list[Piece]]:

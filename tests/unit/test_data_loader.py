@@ -142,3 +142,12 @@ def test_wrong_weights(weights, why):
 def test_an_empty_data_set_in_a_mixture_is_named():
     with pytest.raises(ValueError, match="no usable row of data set 2"):
         mixed((1, 1), sets=(ROWS, []))
+
+
+def test_a_look_ahead_deals_nothing():
+    one, other = mixed((1, 2)), mixed((1, 2))
+    for _ in range(8):
+        state = one.state_dict()
+        ahead = one.peek_batch()
+        assert one.state_dict() == state
+        assert one.next_batch() == ahead == other.next_batch()
