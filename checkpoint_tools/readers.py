@@ -67,7 +67,8 @@ def _our_logprobs(folder: Path, ids: Sequence[int], targets: Tensor) -> Tensor:
     """Log-probabilities of `targets` [positions, choices] by the Megatron model that `folder` is loaded into."""
     from megatron.core import dist_checkpointing
 
-    from model_providers.attention.packed import BatchLayout
+    from model_providers.attention.core import BatchLayout
+    from model_providers.attention.segments import plan_one_sequence
 
     backend = choose_backend("cpu", "float32")
     provider = open_provider(folder / "hf")
@@ -81,7 +82,9 @@ def _our_logprobs(folder: Path, ids: Sequence[int], targets: Tensor) -> Tensor:
             input_ids=torch.tensor([ids]),
             position_ids=provider.position_ids(ids, [])[:, None],
             attention_mask=None,
-            packed_seq_params=BatchLayout(segments=(len(ids),), logit_rows=rows, targets=targets.flatten()),
+            packed_seq_params=BatchLayout(
+                attention=plan_one_sequence(len(ids)), logit_rows=rows, targets=targets.flatten()
+            ),
         )
     return output.view_as(targets)
 

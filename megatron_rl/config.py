@@ -24,7 +24,7 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Parameter and compute type; auto = bfloat16 on a GPU, float32 on a CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in the trainer."""
+    """Activation recomputation in the trainer: selective = the feed-forward part, full = whole layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,9 @@ class ParallelConfig:
     virtual_pipeline: int = 1
     """Model chunks a pipeline stage holds (Megatron-core's interleaved schedule); needs pipeline above 2."""
     context: int = 1
-    """Context parallel size of the trainer."""
+    """Context parallel size of the trainer: the tokens of a micro-batch are spread over that many ranks."""
+    context_comm: Literal["all_gather", "p2p", "a2a"] = "all_gather"
+    """How context parallel ranks exchange keys and values: all at once, round a ring, or heads against tokens."""
     expert: int = 1
     """Expert parallel size of the trainer, for mixture-of-experts models; a divisor of tensor * data parallel."""
 
@@ -174,7 +176,9 @@ class TrainConfig:
     updates_per_step: int = 1
     """Optimizer updates made from one rollout batch."""
     max_tokens_per_microbatch: int = 16_384
-    """Token budget of one packed micro-batch."""
+    """Token budget of one packed micro-batch, over all its context parallel ranks; a shared prompt counts once."""
+    share_prefix: bool = True
+    """Store and compute the prompt of a group once for all its responses; gradients are the same without."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 

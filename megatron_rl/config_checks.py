@@ -143,8 +143,6 @@ def _checkpoints(cfg: RunConfig) -> Iterator[str]:
 
 
 def _not_built(cfg: RunConfig) -> Iterator[str]:
-    if cfg.parallel.context > 1:
-        yield _problem(cfg, "parallel.context", "context parallelism is not built yet; use 1")
     if not cfg.model.freeze_vision:
         yield _problem(cfg, "model.freeze_vision", "training the vision tower is not built yet; use true")
 
@@ -242,12 +240,21 @@ def _fits_model(cfg: RunConfig, text: dict[str, int]) -> Iterator[str]:
         yield from _divides(cfg, "parallel.tensor", key, text)
     yield from _divides(cfg, "parallel.pipeline", "num_hidden_layers", text)
     yield from _chunks(cfg, text["num_hidden_layers"])
+    yield from _heads(cfg, text["num_attention_heads"])
     yield from _experts(cfg, text.get("num_experts", 0))
     yield from _kv_heads(cfg, "parallel.tensor", text)
     if cfg.max_model_len > text["max_position_embeddings"]:
         longest = text["max_position_embeddings"]
         why = f"prompt + response may have {cfg.max_model_len} tokens, the model takes {longest}; lower it"
         yield _problem(cfg, "rollout.max_model_len" if cfg.rollout.max_model_len else "data.max_prompt_tokens", why)
+
+
+def _heads(cfg: RunConfig, num_heads: int) -> Iterator[str]:
+    parallel = cfg.parallel
+    if parallel.context_comm != "a2a" or parallel.context <= 1 or num_heads % (parallel.tensor * parallel.context) == 0:
+        return
+    why = f"{num_heads} heads / tensor={parallel.tensor} do not divide over context={parallel.context} ranks"
+    yield _problem(cfg, "parallel.context_comm", f"{why}; use all_gather or p2p")
 
 
 def _chunks(cfg: RunConfig, num_layers: int) -> Iterator[str]:

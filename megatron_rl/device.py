@@ -24,6 +24,7 @@ class Backend:
     dtype: torch.dtype
     layer_spec: Literal["local", "transformer_engine"]
     fused_kernels: bool
+    attention_kernel: Literal["aten_cpu", "aten_cuda", "flash_attn"]
     optimizer: Literal["adamw", "fused"]
     decoder_device: Literal["cpu", "gpu"]
     engine_sleeps: bool
@@ -63,12 +64,17 @@ def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
             raise ValueError(
                 "device=cuda: torch sees no GPU; use device=cpu or check the driver and CUDA_VISIBLE_DEVICES"
             )
+        if dtype == "float32":
+            raise ValueError(
+                "model.dtype=float32: flash attention has no such kernel on a GPU; use bfloat16, or device=cpu"
+            )
         return Backend(
             device="cuda",
             process_group="cpu:gloo,cuda:nccl",
-            dtype=torch.float32 if dtype == "float32" else torch.bfloat16,
+            dtype=torch.bfloat16,
             layer_spec="transformer_engine",
             fused_kernels=True,
+            attention_kernel="flash_attn" if importlib.util.find_spec("flash_attn") else "aten_cuda",
             optimizer="fused",
             decoder_device="gpu",
             engine_sleeps=True,
@@ -82,6 +88,7 @@ def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
         dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32,
         layer_spec="local",
         fused_kernels=False,
+        attention_kernel="aten_cpu",
         optimizer="adamw",
         decoder_device="cpu",
         engine_sleeps=False,

@@ -20,7 +20,7 @@ from megatron_rl.rollout.phase import encode_videos, generate
 from megatron_rl.rollout.resharder import Resharder
 from megatron_rl.rollout.store import RolloutStore
 from megatron_rl.session import Session
-from megatron_rl.step_metrics import Totals, rollout_metrics, sync_metrics
+from megatron_rl.step_metrics import GapWatch, Totals, rollout_metrics, sync_metrics
 from megatron_rl.training.batch import make_samples, pack
 from megatron_rl.training.policy import Reference, ScoredBatch
 from megatron_rl.types import Group, Prompt, Row, Sampling, SyncReport
@@ -149,19 +149,22 @@ def train_on(
         session.provider,
         session.mesh,
         cfg.algorithm.loss_average,
+        cfg.train.share_prefix,
     )
     wanted = [v for u in updates for b in u for v in b.videos] if session.mesh.is_first_stage else []
     embeds = session.vision.fetch(wanted)
-    with progress.phase(step, "old"):
-        old = [policy.logprobs(batches, embeds) for batches in updates]
+    old = [[None] * len(batches) for batches in updates]
+    if len(updates) > 1:  # a single update starts at the weights that sampled: its own log-probabilities are the old
+        with progress.phase(step, "old"):
+            old = [policy.logprobs(batches, embeds) for batches in updates]
     ref = [[None] * len(batches) for batches in updates]
     if reference is not None:
         with progress.phase(step, "ref"), reference.swapped_in():
             ref = [policy.logprobs(batches, embeds) for batches in updates]
-    totals = Totals()
+    totals, watched = Totals(), GapWatch(loss)
     with progress.phase(step, "update_actor"):
         for batches, old_logprobs, ref_logprobs in zip(updates, old, ref, strict=True):
             scored = [ScoredBatch(*parts) for parts in zip(batches, old_logprobs, ref_logprobs, strict=True)]
-            totals.add(policy.train(scored, embeds, loss, step))
-            totals.add_gap(scored)
-    return totals.reduced() | {"actor/skipped_updates": float(cfg.train.updates_per_step - len(updates))}
+            totals.add(policy.train(scored, embeds, watched, step))
+    skipped = {"actor/skipped_updates": float(cfg.train.updates_per_step - len(updates))}
+    return totals.reduced() | watched.metrics() | skipped

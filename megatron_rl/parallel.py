@@ -43,6 +43,8 @@ class ParallelMesh:
     rollout_tensor: int
     expert: int = 1
     virtual: int = 1
+    context_comm: str = "all_gather"
+    """How context parallel ranks exchange what attention needs: all_gather, p2p (ring) or a2a (heads)."""
 
     @property
     def data(self) -> int:
@@ -106,6 +108,7 @@ def initialize(
     rollout_tensor: int,
     expert: int = 1,
     virtual: int = 1,
+    context_comm: str = "all_gather",
 ) -> ParallelMesh:
     """Join the world that torchrun started (or a world of one) and build Megatron-core's groups.
 
@@ -136,7 +139,7 @@ def initialize(
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1234)
     rank, world = dist.get_rank(), dist.get_world_size()
-    return ParallelMesh(rank, world, tensor, pipeline, context, rollout_tensor, expert, virtual)
+    return ParallelMesh(rank, world, tensor, pipeline, context, rollout_tensor, expert, virtual, context_comm)
 
 
 def shut_down() -> None:

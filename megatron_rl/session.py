@@ -100,6 +100,7 @@ def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
         cfg.rollout.tensor,
         sizes.expert,
         sizes.virtual_pipeline,
+        sizes.context_comm,
     )
     with watch_world() as watchdog:
         session = _build_session(cfg, temperature, backend, mesh, watchdog, stop)

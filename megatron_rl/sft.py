@@ -70,6 +70,7 @@ def sft_step(session: Session, pairs: Sequence, upcoming: Sequence, step: int) -
         session.provider,
         session.mesh,
         cfg.algorithm.loss_average,
+        cfg.train.share_prefix,
     )
     wanted = [v for u in updates for b in u for v in b.videos] if session.mesh.is_first_stage else []
     embeds = session.vision.fetch(wanted)

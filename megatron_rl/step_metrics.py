@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from megatron_rl.types import Group, SyncReport
+from megatron_rl.parallel import reduce_max
+from megatron_rl.types import Group, LossInputs, LossOutput, SyncReport
 
 if TYPE_CHECKING:
-    from megatron_rl.training.policy import ScoredBatch
+    from megatron_rl.protocols import PolicyLoss
 
 
 class Totals:
@@ -20,29 +21,37 @@ class Totals:
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, float]] = {}
-        self._max_gap = 0.0
 
     def add(self, metrics: Mapping[str, tuple[float, float]]) -> None:
         for name, (numerator, denominator) in metrics.items():
             top, bottom = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (top + numerator, bottom + denominator)
 
-    def add_gap(self, batches: Sequence[ScoredBatch]) -> None:
-        """Largest |trainer - engine| log-probability of a sampled token, both at the weights that sampled it."""
-        for scored in batches:
-            if scored.old_logprobs is not None and len(scored.old_logprobs):
-                gap = (scored.old_logprobs.cpu() - scored.batch.rollout_logprobs).abs().max()
-                self._max_gap = max(self._max_gap, float(gap))
-
     def reduced(self) -> dict[str, float]:
         """Quotients over the world. Collective."""
-        everyone: list[tuple[dict[str, tuple[float, float]], float]] = [({}, 0.0)] * dist.get_world_size()
-        dist.all_gather_object(everyone, (self._sums, self._max_gap))
+        everyone: list[dict[str, tuple[float, float]]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(everyone, self._sums)
         total = Totals()
-        for sums, _ in everyone:
+        for sums in everyone:
             total.add(sums)
-        result = {name: top / bottom for name, (top, bottom) in total._sums.items() if bottom}
-        return result | {"rollout/logprob_gap_max": max(gap for _, gap in everyone)}
+        return {name: top / bottom for name, (top, bottom) in total._sums.items() if bottom}
+
+
+class GapWatch:
+    """A policy loss that also remembers the largest |trainer - engine| log-probability of a sampled token, both at the
+    weights that sampled it."""
+
+    def __init__(self, loss: PolicyLoss):
+        self._loss, self._largest = loss, 0.0
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        if len(inputs.old_logprobs):
+            self._largest = max(self._largest, float((inputs.old_logprobs - inputs.rollout_logprobs).abs().max()))
+        return self._loss(inputs)
+
+    def metrics(self) -> dict[str, float]:
+        """Collective."""
+        return {"rollout/logprob_gap_max": reduce_max(self._largest)}
 
 
 def rollout_metrics(

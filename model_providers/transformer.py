@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_rl.device import Backend
 from megatron_rl.parallel import ParallelMesh
 from megatron_rl.types import FORBIDDEN_BIAS
-from model_providers.attention.packed import BatchLayout, PackedAttention
+from model_providers.attention.core import BatchLayout, core_attention
 from model_providers.shape import TransformerShape
 from model_providers.weight_map import canonical_name, padded_vocab
 
@@ -79,6 +79,7 @@ def transformer_config(
         pipeline_model_parallel_size=mesh.pipeline,
         virtual_pipeline_model_parallel_size=mesh.virtual if mesh.virtual > 1 else None,
         context_parallel_size=mesh.context,
+        cp_comm_type=mesh.context_comm,
         sequence_parallel=mesh.tensor > 1,
         params_dtype=backend.dtype,
         pipeline_dtype=backend.dtype,
@@ -116,6 +117,8 @@ def transformer_config(
         apply_rope_fusion=False,
         mrope_section=list(shape.mrope_section),
         recompute_granularity=None if recompute == "none" else recompute,
+        # Megatron-core's own choice is core attention, from which a flash kernel keeps next to nothing.
+        recompute_modules=["moe" if shape.num_experts else "mlp"],
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
     )
@@ -138,7 +141,7 @@ def _block_spec(config: TransformerConfig, backend: Backend, chunk: int | None) 
         if config.qk_layernorm:
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    layer.submodules.self_attention.submodules.core_attention = core_attention(backend.attention_kernel)
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=norm)
 
 
@@ -200,14 +203,28 @@ class LanguageModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, packed_seq_params: BatchLayout, **_: Any) -> Tensor:
         if not self.post_process:
             return hidden_states
-        if self.config.sequence_parallel:
-            # The output layer, its own sequence parallelism off, sums the gradient of its input over the ranks; so the
-            # gather's backward has to split it, not to sum again.
-            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
-        rows = hidden_states[:, 0].index_select(0, packed_seq_params.logit_rows)
+        rows = self._predicting_rows(hidden_states[:, 0], packed_seq_params.logit_rows)
         chunks = zip(rows.split(LOGIT_CHUNK), packed_seq_params.targets.split(LOGIT_CHUNK), strict=True)
         logprobs = [checkpoint(self._logprobs, h, t, use_reentrant=False) for h, t in chunks]
         return torch.cat(logprobs)
+
+    def _predicting_rows(self, hidden_TH: Tensor, logit_rows: Tensor) -> Tensor:
+        """Hidden states [R, H] of `logit_rows` on every tensor parallel rank. Under sequence parallelism, where each
+        holds a slice of the rows, only those that predict something travel, each once."""
+        if not self.config.sequence_parallel:
+            return hidden_TH.index_select(0, logit_rows)
+        group, size = self.pg_collection.tp, len(hidden_TH)
+        rows, copies = logit_rows.unique(return_inverse=True)
+        counts = torch.bincount(rows // size, minlength=group.size())
+        most = max(1, int(counts.max()))
+        mine = rows[rows // size == group.rank()] - group.rank() * size
+        picked = F.pad(hidden_TH.index_select(0, mine), (0, 0, 0, most - len(mine)))
+        # The output layer, its own sequence parallelism off, sums the gradient of its input over the ranks; so the
+        # gather's backward has to split it, not to sum again.
+        gathered = gather_from_sequence_parallel_region(picked, tensor_parallel_output_grad=False)
+        first = counts.cumsum(0) - counts  # of each rank's rows among all
+        places = rows // size * most + torch.arange(len(rows), device=rows.device) - first[rows // size]
+        return gathered.index_select(0, places[copies])
 
     def _logprobs(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None

@@ -72,9 +72,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
+def make_config(tokenizer: PreTrainedTokenizerFast, max_positions: int = 4096) -> Qwen2_5_VLConfig:
     ids = tokenizer.get_vocab()
     settings = tiny(VOCAB_SIZE)
+    settings["text_config"]["max_position_embeddings"] = max_positions
     settings["text_config"] |= {
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
@@ -113,13 +114,13 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
     )
 
 
-def write_checkpoint(out: Path, seed: int) -> None:
+def write_checkpoint(out: Path, seed: int, max_positions: int = 4096) -> None:
     """Fill a temporary folder and rename it: `out` is never half written, and never mixed with an older one."""
     tokenizer = make_tokenizer()
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        make_model(make_config(tokenizer), seed).save_pretrained(scratch)
+        make_model(make_config(tokenizer, max_positions), seed).save_pretrained(scratch)
         processor = make_processor(tokenizer)
         processor.save_pretrained(scratch)
         processor.image_processor.save_pretrained(scratch)  # preprocessor_config.json, as published checkpoints have

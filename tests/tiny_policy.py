@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from megatron_rl import parallel
 from megatron_rl.device import choose_backend
 from megatron_rl.parallel import ParallelMesh
 from megatron_rl.training.batch import pack
-from megatron_rl.training.packing import MicroBatch
+from megatron_rl.training.microbatch import MicroBatch
 from megatron_rl.training.policy import Hyperparameters, Policy, ScoredBatch
 from megatron_rl.types import Prompt, Row, TrainSample, VideoArtifact
 from model_providers.qwen2_5_vl.provider import Qwen2_5_VL
@@ -75,6 +75,20 @@ def mixed_samples(provider: Qwen2_5_VL) -> list[TrainSample]:
     ]
 
 
+def grouped_samples(provider: Qwen2_5_VL) -> list[list[TrainSample]]:
+    """Groups of one prompt each: one long video with five responses, text with three, two videos with two, and a single
+    sample; responses of different lengths."""
+    near, far, long = video("near", (2, 4, 4)), video("far", (5, 4, 6), seconds_per_grid=3.3), video("long", (16, 4, 8))
+    groups = []
+    for number, (num_text, videos, lengths) in enumerate(
+        [(9, [long], (4, 7, 7, 1, 5)), (21, [], (6, 6, 3)), (3, [far, near], (8, 2)), (17, [], (5,))]
+    ):
+        first = sample(provider, 10 * number, num_text, lengths[0], videos)
+        others = [sample(provider, 10 * number + i, 1, n) for i, n in enumerate(lengths[1:], 1)]
+        groups.append([first, *(replace(other, prompt=first.prompt) for other in others)])
+    return groups
+
+
 def random_embeds(samples: Iterable[TrainSample]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
     videos = {v.key: v for s in samples for v in s.prompt.videos}
@@ -93,8 +107,12 @@ class Trainer:
         return pack([[s] for s in samples], 1, max_tokens, self.provider, self.mesh)[0]
 
 
-def join(tensor: int = 1, pipeline: int = 1, expert: int = 1, virtual: int = 1) -> ParallelMesh:
-    return parallel.initialize(BACKEND, tensor, pipeline, 1, rollout_tensor=1, expert=expert, virtual=virtual)
+def join(
+    tensor: int = 1, pipeline: int = 1, expert: int = 1, virtual: int = 1, context: int = 1, comm: str = "all_gather"
+) -> ParallelMesh:
+    return parallel.initialize(
+        BACKEND, tensor, pipeline, context, rollout_tensor=1, expert=expert, virtual=virtual, context_comm=comm
+    )
 
 
 def open_trainer(

@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_rl.parallel import ParallelMesh
 from megatron_rl.protocols import AdvantageEstimator, ModelProvider
-from megatron_rl.training.packing import MicroBatch, build_microbatch, plan_packing
+from megatron_rl.training.microbatch import Cut, MicroBatch, build_microbatch
+from megatron_rl.training.packing import attention_weight, make_bundles, plan_packing
 from megatron_rl.types import Group, TrainSample
 
 
@@ -49,22 +50,32 @@ def pack(
     provider: ModelProvider,
     mesh: ParallelMesh,
     loss_average: str = "token",
+    share_prefix: bool = True,
 ) -> list[list[MicroBatch]]:
     """This rank's micro-batches, one list per optimizer update; the same number on every data parallel rank.
 
-    An update for which no sample is left is not made: it would only apply momentum and weight decay.
+    With `share_prefix` the prompt of a group is stored and computed once for all its responses. An update for which no
+    sample is left is not made: it would only apply momentum and weight decay.
     """
+    hidden_size = provider.shape.hidden_size
+    cut = Cut(
+        rank=mesh.here.cp,
+        num_ranks=mesh.context,
+        pad_multiple=mesh.tensor,
+        attention_weight=attention_weight(hidden_size),
+        by_heads=mesh.context_comm == "a2a",
+    )
     updates = []
     for index in range(num_updates):
         samples = weigh([s for group in _share(groups, index, num_updates) for s in group], loss_average)
         if not samples:
             continue
-        lengths = [s.num_tokens for s in samples]
+        bundles = make_bundles(samples, max_tokens, hidden_size, share_prefix)
         multiple = mesh.pipeline if mesh.virtual > 1 else 1
-        plan = plan_packing(lengths, mesh.data, max_tokens, provider.shape.hidden_size, multiple)
+        plan = plan_packing(bundles, mesh.data, max_tokens, multiple)
         updates.append(
             [
-                build_microbatch(samples, members, mesh.tensor, provider.position_ids, provider.video_starts)
+                build_microbatch(samples, members, cut, provider.position_ids, provider.video_starts)
                 for members in plan.bins[mesh.here.dp]
             ]
         )

@@ -1,166 +1,127 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples -> packed micro-batches, balanced over data parallel ranks by attention cost.
+"""Which samples are computed together: bundles that share a prompt, packed into micro-batches of a token budget,
+balanced over data parallel ranks by cost.
 
-Every rank computes the same plan from the same samples, then builds the tensors of its own part. All data parallel
-ranks get equally many micro-batches; a micro-batch may be empty (padding only) where there is nothing left to give.
-Shapes: T packed tokens, R response tokens, n video tokens.
+Every rank computes the same plan from the same samples. All data parallel ranks get equally many micro-batches; one
+may be empty (padding only) where there is nothing left to give.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from megatron_rl.types import TrainSample
 
-from megatron_rl.types import TrainSample, VideoArtifact
-
-PositionIds = Callable[[Sequence[int], Sequence[VideoArtifact]], Tensor]
-VideoStarts = Callable[[Sequence[int], Sequence[VideoArtifact]], list[int]]
+Bin = tuple[tuple[int, ...], ...]  # the bundles of one micro-batch
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """One packed forward pass. Per-token fields [T]; per-response-token fields [R]; `samples` indexes the step's
-    samples."""
+class Bundle:
+    """Samples (`members`, indices) with one prompt, which is stored and computed once, and the responses to it.
 
-    token_ids: Tensor
-    position_ids: Tensor
-    segments: tuple[int, ...]
-    logit_rows: Tensor
-    targets: Tensor
-    advantages: Tensor
-    rollout_logprobs: Tensor
-    weights: Tensor
-    video_rows: Tensor
-    videos: tuple[VideoArtifact, ...]
-    samples: tuple[int, ...]
+    `cost` is in units of one token's linear layers.
+    """
 
-    @property
-    def num_response_tokens(self) -> int:
-        return len(self.targets)
+    members: tuple[int, ...]
+    num_tokens: int
+    cost: float
 
 
 @dataclass(frozen=True, slots=True)
 class PackPlan:
-    """Which samples go into which micro-batch of which data parallel rank: `bins[dp][microbatch]` = sample indices."""
+    """`bins[dp][microbatch]`: the bundles of a micro-batch of a data parallel rank, as tuples of sample indices."""
 
-    bins: tuple[tuple[tuple[int, ...], ...], ...]
+    bins: tuple[tuple[Bin, ...], ...]
 
 
-def sequence_cost(length: int, hidden_size: int) -> float:
-    """Work of one causal sequence in units of one token's linear layers: attention adds length / (12 * hidden) a token.
+def attention_weight(hidden_size: int) -> float:
+    """Work of attending to one token, in units of one token's linear layers.
 
-    A layer costs about 24 * H**2 FLOPs a token in its linears and 2 * length * H in causal attention.
+    A layer costs a token about 24 * H**2 FLOPs in its linears and 4 * H for each token that it attends to.
     """
-    return length * (1.0 + length / (12.0 * hidden_size))
+    return 1.0 / (6.0 * hidden_size)
 
 
-def plan_packing(
-    lengths: Sequence[int], num_ranks: int, max_tokens: int, hidden_size: int, multiple: int = 1
-) -> PackPlan:
+def bundle_cost(prompt: int, responses: Sequence[int], hidden_size: int) -> float:
+    """Work of a prompt and its responses (lengths in tokens), the prompt computed once."""
+    tokens = prompt + sum(responses)
+    attended = prompt**2 / 2 + sum(prompt * r + r**2 / 2 for r in responses)
+    return tokens + attention_weight(hidden_size) * attended
+
+
+def make_bundles(samples: Sequence[TrainSample], max_tokens: int, hidden_size: int, share_prefix: bool) -> list[Bundle]:
+    """Neighbouring samples of one prompt, as many as fit into `max_tokens`; one sample each without sharing."""
+    bundles = []
+    for _, group in itertools.groupby(range(len(samples)), key=lambda i: samples[i].prompt.prompt_id):
+        prompt_length, members, num_tokens = 0, [], 0
+        for index in group:
+            sample = samples[index]
+            prompt_length, response = len(sample.prompt.token_ids), len(sample.response_ids)
+            if members and (not share_prefix or num_tokens + response > max_tokens):
+                bundles.append(_bundle(samples, members, hidden_size))
+                members = []
+            if not members:
+                num_tokens = prompt_length
+            members.append(index)
+            num_tokens += response
+        bundles.append(_bundle(samples, members, hidden_size))
+    return bundles
+
+
+def _bundle(samples: Sequence[TrainSample], members: Sequence[int], hidden_size: int) -> Bundle:
+    prompt = len(samples[members[0]].prompt.token_ids)
+    responses = [len(samples[i].response_ids) for i in members]
+    return Bundle(tuple(members), prompt + sum(responses), bundle_cost(prompt, responses, hidden_size))
+
+
+def plan_packing(bundles: Sequence[Bundle], num_ranks: int, max_tokens: int, multiple: int = 1) -> PackPlan:
     """Fewest micro-batches per rank that respect `max_tokens`, with cost spread by longest-first greedy assignment.
 
     Their number is a multiple of `multiple`: the interleaved pipeline schedule wants one of the pipeline size.
     """
-    too_long = [n for n in lengths if n > max_tokens]
+    too_long = [b.num_tokens for b in bundles if b.num_tokens > max_tokens]
     if too_long:
         raise ValueError(
             f"train.max_tokens_per_microbatch={max_tokens}: {len(too_long)} sequences are longer (up to "
             f"{max(too_long)} tokens); raise it or lower data.max_prompt_tokens / rollout.max_response_tokens"
         )
-    fewest = max(1, -(-sum(lengths) // (max_tokens * num_ranks)))
+    fewest = max(1, -(-sum(b.num_tokens for b in bundles) // (max_tokens * num_ranks)))
     for per_rank in itertools.count(-(-fewest // multiple) * multiple, multiple):
-        bins = _fill(lengths, num_ranks * per_rank, max_tokens, hidden_size)
+        bins = _fill(bundles, num_ranks * per_rank, max_tokens)
         if bins is not None:
-            return PackPlan(_deal(bins, lengths, num_ranks, per_rank, hidden_size))
-    raise AssertionError("unreachable: one sequence a bin always fits")
+            return PackPlan(_deal(bins, num_ranks, per_rank))
+    raise AssertionError("unreachable: one bundle a bin always fits")
 
 
-def _fill(lengths: Sequence[int], num_bins: int, max_tokens: int, hidden_size: int) -> list[list[int]] | None:
+def _fill(bundles: Sequence[Bundle], num_bins: int, max_tokens: int) -> list[list[Bundle]] | None:
     """Longest first, each into the cheapest bin with room; None when one does not fit."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    bins: list[list[Bundle]] = [[] for _ in range(num_bins)]
     tokens, costs = [0] * num_bins, [0.0] * num_bins
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        room = [b for b in range(num_bins) if tokens[b] + lengths[index] <= max_tokens]
+    for bundle in sorted(bundles, key=lambda b: (-b.num_tokens, b.members)):
+        room = [i for i in range(num_bins) if tokens[i] + bundle.num_tokens <= max_tokens]
         if not room:
             return None
-        best = min(room, key=lambda b: (costs[b], b))
-        bins[best].append(index)
-        tokens[best] += lengths[index]
-        costs[best] += sequence_cost(lengths[index], hidden_size)
+        best = min(room, key=lambda i: (costs[i], i))
+        bins[best].append(bundle)
+        tokens[best] += bundle.num_tokens
+        costs[best] += bundle.cost
     return bins
 
 
-def _deal(
-    bins: list[list[int]], lengths: Sequence[int], num_ranks: int, per_rank: int, hidden_size: int
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def _deal(bins: list[list[Bundle]], num_ranks: int, per_rank: int) -> tuple[tuple[Bin, ...], ...]:
     """Hand every rank `per_rank` bins, most expensive first to the rank with the least work."""
 
-    def cost(members: list[int]) -> float:
-        return sum(sequence_cost(lengths[i], hidden_size) for i in members)
+    def cost(members: list[Bundle]) -> float:
+        return sum(bundle.cost for bundle in members)
 
-    hands: list[list[tuple[int, ...]]] = [[] for _ in range(num_ranks)]
+    hands: list[list[Bin]] = [[] for _ in range(num_ranks)]
     heap = [(0.0, rank) for rank in range(num_ranks)]
     for members in sorted(bins, key=cost, reverse=True):
         load, rank = heapq.heappop(heap)
-        hands[rank].append(tuple(members))
+        hands[rank].append(tuple(bundle.members for bundle in members))
         if len(hands[rank]) < per_rank:
             heapq.heappush(heap, (load + cost(members), rank))
     return tuple(tuple(hand) for hand in hands)
-
-
-def build_microbatch(
-    samples: Sequence[TrainSample],
-    members: Sequence[int],
-    pad_multiple: int,
-    position_ids: PositionIds,
-    video_starts: VideoStarts,
-) -> MicroBatch:
-    """Pack `members` of `samples` one behind the other and pad the end to `pad_multiple` with a segment of its own."""
-    tokens: list[int] = []
-    segments, positions, logit_rows, targets, video_rows = [], [], [], [], []
-    advantages, rollout_logprobs, weights = [], [], []
-    videos: list[VideoArtifact] = []
-    for index in members:
-        sample, start = samples[index], len(tokens)
-        prompt, response = sample.prompt.token_ids, sample.response_ids
-        ids = (*prompt, *response)
-        tokens.extend(ids)
-        segments.append(len(ids))
-        positions.append(position_ids(ids, sample.prompt.videos))
-        first = start + len(prompt) - 1  # the last prompt token predicts the first response token
-        logit_rows.extend(range(first, first + len(response)))
-        targets.extend(response)
-        advantages.extend([sample.advantage] * len(response))
-        rollout_logprobs.extend(sample.rollout_logprobs)
-        weights.extend([sample.weight] * len(response))
-        for video, row in zip(sample.prompt.videos, video_starts(ids, sample.prompt.videos), strict=True):
-            video_rows.extend(range(start + row, start + row + video.num_tokens))
-            videos.append(video)
-    padding = -len(tokens) % pad_multiple or (pad_multiple if not tokens else 0)
-    if padding:
-        tokens.extend([0] * padding)
-        segments.append(padding)
-        positions.append(torch.arange(padding).expand(3, -1))
-    return MicroBatch(
-        token_ids=torch.tensor(tokens),
-        position_ids=torch.cat(positions, dim=1),
-        segments=tuple(segments),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
-        targets=torch.tensor(targets, dtype=torch.int64),
-        advantages=torch.tensor(advantages, dtype=torch.float32),
-        rollout_logprobs=torch.tensor(rollout_logprobs, dtype=torch.float32),
-        weights=torch.tensor(weights, dtype=torch.float32),
-        video_rows=torch.tensor(video_rows, dtype=torch.int64),
-        videos=tuple(videos),
-        samples=tuple(members),
-    )
-
-
-def gather_embeds(batch: MicroBatch, embeds: Mapping[str, Tensor]) -> Tensor | None:
-    """[n, H] in the order of `batch.video_rows`; None for a batch without video."""
-    return torch.cat([embeds[v.key] for v in batch.videos]) if batch.videos else None

@@ -23,9 +23,9 @@ from megatron_rl.device import Backend
 from megatron_rl.parallel import ParallelMesh
 from megatron_rl.protocols import PolicyLoss
 from megatron_rl.training.adamw import install_group_step_adamw
-from megatron_rl.training.packing import MicroBatch, gather_embeds
+from megatron_rl.training.microbatch import MicroBatch, gather_embeds
 from megatron_rl.types import LossInputs
-from model_providers.attention.packed import BatchLayout
+from model_providers.attention.core import BatchLayout
 from model_providers.transformer import ChunkedStage, LanguageModel
 
 
@@ -133,7 +133,7 @@ class Policy:
 
     def _layout(self, batch: MicroBatch, embeds: Mapping[str, Tensor]) -> BatchLayout:
         layout = BatchLayout(
-            segments=batch.segments,
+            attention=batch.attention,
             logit_rows=batch.logit_rows.to(self.device),
             targets=batch.targets.to(self.device),
         )

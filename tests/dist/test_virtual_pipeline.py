@@ -52,15 +52,14 @@ def _learn(rank: int, folder: Path, pipeline: int, virtual: int, root: Path) -> 
     with trainer.policy.parked():
         pass
     checkpoint.save(root, 1, trainer.policy, trainer.mesh, {}, str(folder))
-    scored = None if old[0] is None else {i: lp for b, lps in zip(batches, old) for i, lp in _by_sample(b.batch, lps)}
+    lengths = [len(s.response_ids) for s in samples]
+    pairs = [] if old[0] is None else zip(batches, old, strict=True)
+    scored = {i: lp for b, values in pairs for i, lp in _by_sample(b.batch, values, lengths)}
     return metrics, gradients, scored
 
 
-def _by_sample(batch: Any, logprobs: Tensor) -> list[tuple[int, Tensor]]:
-    lengths = [length for length, _ in zip(batch.segments, batch.samples, strict=False)]
-    rows = batch.logit_rows
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    return [(s, logprobs[(rows >= a) & (rows < a + n)]) for s, a, n in zip(batch.samples, starts, lengths, strict=True)]
+def _by_sample(batch: Any, logprobs: Tensor, lengths: list[int]) -> list[tuple[int, Tensor]]:
+    return list(zip(batch.samples, logprobs.split([lengths[i] for i in batch.samples]), strict=True))
 
 
 def _load(rank: int, folder: Path, root: Path, pipeline: int, virtual: int) -> list[tp.Piece]:

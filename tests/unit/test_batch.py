@@ -33,7 +33,7 @@ def test_sequence_average_is_the_mean_of_means_in_every_update():
     groups = [[sample(10)], [sample(30)], [sample(100)], [sample(300)]]
     updates = pack(groups, 2, 4096, PROVIDER, MESH, loss_average="sequence")
     assert [round(loss_of_ones(batches), 6) for batches in updates] == [1.0, 1.0]
-    weights = {len(s): round(float(s[0]), 6) for s in updates[0][0].weights.split([30, 10])}
+    weights = {len(s): round(float(s[0]), 6) for s in updates[0][0].weights.split([10, 30])}
     assert weights == {10: 2.0, 30: 0.666667}  # mean length 20: both sequences count the same
 
 

@@ -108,7 +108,11 @@ def test_one_mistake_one_message(make, override, expected):
     ("overrides", "world_size", "expected"),
     [
         (["parallel.tensor=2"], 3, "parallel.tensor * pipeline * context=2 * 1 * 1: does not divide 3 ranks"),
-        (["parallel.context=2"], 2, "parallel.context=2: context parallelism is not built yet"),
+        (
+            ["parallel.context=3", "parallel.context_comm=a2a"],
+            3,
+            "parallel.context_comm=a2a: 16 heads / tensor=1 do not divide over context=3 ranks; use all_gather or p2p",
+        ),
         (["parallel.pipeline=5"], 5, "parallel.pipeline=5: does not divide the model's num_hidden_layers 36"),
         (["rollout.tensor=2"], 3, "rollout.tensor=2: does not divide 3 ranks"),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing: which sample goes where, and a micro-batch computed by hand."""
+"""Packing: which samples share a prompt, which go into which micro-batch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import random
 from collections.abc import Sequence
 
 import pytest
-import torch
-from torch import Tensor
 
-from megatron_rl.training.packing import PackPlan, build_microbatch, gather_embeds, plan_packing, sequence_cost
-from megatron_rl.types import Prompt, Row, TrainSample, VideoArtifact
+from megatron_rl.training.packing import Bundle, PackPlan, bundle_cost, make_bundles, plan_packing
+from megatron_rl.types import Prompt, Row, TrainSample
 
 HIDDEN = 128
-V = 9  # placeholder token
+
+
+def _bundles(lengths: Sequence[int]) -> list[Bundle]:
+    """Sequences of a token each and the rest as its response."""
+    return [Bundle((i,), n, bundle_cost(0, [n], HIDDEN)) for i, n in enumerate(lengths)]
 
 
 def _lengths(seed: int, count: int, shortest: int = 50, longest: int = 1000) -> list[int]:
@@ -22,8 +24,42 @@ def _lengths(seed: int, count: int, shortest: int = 50, longest: int = 1000) -> 
     return [rng.randint(shortest, longest) for _ in range(count)]
 
 
-def _rank_costs(plan: PackPlan, lengths: Sequence[int]) -> list[float]:
-    return [sum(sequence_cost(lengths[i], HIDDEN) for bin in rank for i in bin) for rank in plan.bins]
+def _members(plan: PackPlan) -> list[list[list[int]]]:
+    """[dp][microbatch]: sample indices."""
+    return [[[i for members in bin for i in members] for bin in rank] for rank in plan.bins]
+
+
+def _rank_costs(plan: PackPlan, bundles: Sequence[Bundle]) -> list[float]:
+    return [sum(bundles[i].cost for bin in rank for i in bin) for rank in _members(plan)]
+
+
+def test_cost_by_hand() -> None:
+    """2 prompt tokens attend to 2 of each other (half counted), responses of 1 and 4 to the prompt and themselves."""
+    attended = 2**2 / 2 + (2 * 1 + 1 / 2) + (2 * 4 + 4**2 / 2)
+    assert bundle_cost(2, [1, 4], HIDDEN) == pytest.approx(7 + attended / (6 * HIDDEN))
+    assert bundle_cost(0, [100], HIDDEN) == pytest.approx(bundle_cost(60, [40], HIDDEN))  # one causal sequence
+
+
+def _group(prompt_id: int, num_prompt: int, responses: Sequence[int]) -> list[TrainSample]:
+    prompt = Prompt(prompt_id, Row("made:1", "", ""), (1,) * num_prompt, ())
+    return [TrainSample(prompt, (2,) * n, 0.0, (0.0,) * n) for n in responses]
+
+
+def test_bundles_share_a_prompt_within_the_budget() -> None:
+    samples = [*_group(1, 10, [5, 6, 7]), *_group(2, 10, [1]), *_group(3, 10, [9, 9])]
+    found = [(b.members, b.num_tokens) for b in make_bundles(samples, 100, HIDDEN, share_prefix=True)]
+    assert found == [((0, 1, 2), 28), ((3,), 11), ((4, 5), 28)]
+    found = [(b.members, b.num_tokens) for b in make_bundles(samples, 21, HIDDEN, share_prefix=True)]
+    assert found == [((0, 1), 21), ((2,), 17), ((3,), 11), ((4,), 19), ((5,), 19)]
+    found = [(b.members, b.num_tokens) for b in make_bundles(samples, 100, HIDDEN, share_prefix=False)]
+    assert found == [((i,), n) for i, n in enumerate([15, 16, 17, 11, 19, 19])]
+
+
+def test_a_response_without_room_is_named_by_the_plan_not_by_the_bundle() -> None:
+    bundles = make_bundles(_group(1, 10, [5, 50]), 20, HIDDEN, share_prefix=True)
+    assert [b.num_tokens for b in bundles] == [15, 60]
+    with pytest.raises(ValueError, match="1 sequences are longer"):
+        plan_packing(bundles, 1, 20)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
@@ -32,26 +68,26 @@ def _rank_costs(plan: PackPlan, lengths: Sequence[int]) -> list[float]:
 def test_every_plan(num_ranks: int, budget: int, count: int) -> None:
     """Each sample once, no micro-batch over budget, equally many on every rank, the same plan every time."""
     lengths = _lengths(count, count)
-    plan = plan_packing(lengths, num_ranks, budget, HIDDEN)
-    bins = [bin for rank in plan.bins for bin in rank]
+    plan = plan_packing(_bundles(lengths), num_ranks, budget)
+    bins = [bin for rank in _members(plan) for bin in rank]
     assert len(plan.bins) == num_ranks and len({len(rank) for rank in plan.bins}) == 1
     assert sorted(i for bin in bins for i in bin) == list(range(count))
     assert max(sum(lengths[i] for i in bin) for bin in bins) <= budget
-    assert plan == plan_packing(lengths, num_ranks, budget, HIDDEN)
+    assert plan == plan_packing(_bundles(lengths), num_ranks, budget)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_work_is_balanced(seed: int) -> None:
     """Lengths over a factor of 20, several to a micro-batch: within a few percent of each other."""
-    lengths = _lengths(seed, 128)
-    costs = _rank_costs(plan_packing(lengths, 4, 4096, HIDDEN), lengths)
+    bundles = _bundles(_lengths(seed, 128))
+    costs = _rank_costs(plan_packing(bundles, 4, 4096), bundles)
     assert max(costs) / min(costs) < 1.05
 
 
 def test_one_long_sample_is_worth_many_short_ones() -> None:
     """By tokens, 4000 + 2 x 1000 would match 6 x 1000; with attention the 4000 alone cost more than all the rest."""
-    plan = plan_packing([4000, *[1000] * 8], 2, 8000, HIDDEN)
-    assert sorted(plan.bins) == [((0,),), ((1, 2, 3, 4, 5, 6, 7, 8),)]
+    plan = plan_packing(_bundles([4000, *[1000] * 8]), 2, 8000)
+    assert sorted(_members(plan)) == [[[0]], [[1, 2, 3, 4, 5, 6, 7, 8]]]
 
 
 @pytest.mark.parametrize(
@@ -66,12 +102,12 @@ def test_one_long_sample_is_worth_many_short_ones() -> None:
     ],
 )
 def test_fewest_micro_batches(lengths: list[int], num_ranks: int, budget: int, per_rank: int) -> None:
-    assert [len(rank) for rank in plan_packing(lengths, num_ranks, budget, HIDDEN).bins] == [per_rank] * num_ranks
+    assert [len(rank) for rank in plan_packing(_bundles(lengths), num_ranks, budget).bins] == [per_rank] * num_ranks
 
 
 def test_too_long_sequences_are_named_with_their_remedy() -> None:
     with pytest.raises(ValueError) as error:
-        plan_packing([50, 101, 150], 2, 100, HIDDEN)
+        plan_packing(_bundles([50, 101, 150]), 2, 100)
     assert str(error.value) == (
         "train.max_tokens_per_microbatch=100: 2 sequences are longer (up to 150 tokens); raise it or lower "
         "data.max_prompt_tokens / rollout.max_response_tokens"
@@ -79,77 +115,4 @@ def test_too_long_sequences_are_named_with_their_remedy() -> None:
 
 
 def test_a_sequence_of_exactly_the_budget_fits() -> None:
-    assert plan_packing([100], 1, 100, HIDDEN).bins == (((0,),),)
-
-
-def _video(key: str, num_tokens: int) -> VideoArtifact:
-    return VideoArtifact(key, "", (), (), (0, 0), (1, 2, 2 * num_tokens), 1.0, num_tokens)
-
-
-def _sample(
-    prompt: Sequence[int], response: Sequence[int], advantage: float, weight: float, *videos: VideoArtifact
-) -> TrainSample:
-    row = Row("made:1", "", "")
-    logprobs = tuple(-0.5 * (i + 1) for i in range(len(response)))
-    return TrainSample(Prompt(0, row, tuple(prompt), videos), tuple(response), advantage, logprobs, weight)
-
-
-def _positions(ids: Sequence[int], videos: Sequence[VideoArtifact]) -> Tensor:
-    """Recognisable: what the sample is told by its first token."""
-    return ids[0] * 100 + torch.arange(len(ids)).expand(3, -1)
-
-
-def _starts(ids: Sequence[int], videos: Sequence[VideoArtifact]) -> list[int]:
-    """Videos follow the first token, with one token between them."""
-    starts, position = [], 1
-    for video in videos:
-        starts.append(position)
-        position += video.num_tokens + 1
-    return starts
-
-
-A, B = _video("a", 2), _video("b", 1)
-SAMPLES = [
-    _sample([1, 1], [5], 0.25, 1.0),
-    _sample([2, V, V, 3], [6, 7, 8], -1.0, 0.5, A),
-    _sample([3, V, 4, V, V, 3], [4, 4], 2.0, 1.5, B, A),
-]
-
-
-def test_micro_batch_by_hand() -> None:
-    batch = build_microbatch(SAMPLES, (2, 1), 8, _positions, _starts)
-    assert batch.token_ids.tolist() == [3, V, 4, V, V, 3, 4, 4, 2, V, V, 3, 6, 7, 8, 0]
-    assert batch.segments == (8, 7, 1)
-    assert batch.position_ids.tolist() == [[*range(300, 308), *range(200, 207), 0]] * 3
-    assert batch.logit_rows.tolist() == [5, 6, 11, 12, 13]  # the position before each response token
-    assert batch.targets.tolist() == [4, 4, 6, 7, 8]
-    assert batch.advantages.tolist() == [2.0, 2.0, -1.0, -1.0, -1.0]
-    assert batch.rollout_logprobs.tolist() == [-0.5, -1.0, -0.5, -1.0, -1.5]
-    assert batch.weights.tolist() == [1.5, 1.5, 0.5, 0.5, 0.5]
-    assert batch.video_rows.tolist() == [1, 3, 4, 9, 10]
-    assert batch.videos == (B, A, A)
-    assert batch.samples == (2, 1)
-    assert batch.num_response_tokens == 5
-    assert torch.equal(batch.token_ids[batch.logit_rows + 1], batch.targets)
-
-
-def test_embeddings_come_in_the_order_of_the_video_rows() -> None:
-    batch = build_microbatch(SAMPLES, (2, 1), 1, _positions, _starts)
-    embeds = {"a": torch.tensor([[1.0], [2.0]]), "b": torch.tensor([[3.0]])}
-    gathered = gather_embeds(batch, embeds)
-    assert gathered is not None and gathered[:, 0].tolist() == [3.0, 1.0, 2.0, 1.0, 2.0]
-    assert gather_embeds(build_microbatch(SAMPLES, (0,), 1, _positions, _starts), embeds) is None
-
-
-@pytest.mark.parametrize(("multiple", "segments"), [(1, (3,)), (3, (3,)), (4, (3, 1))])
-def test_padding_is_a_segment_of_its_own(multiple: int, segments: tuple[int, ...]) -> None:
-    batch = build_microbatch(SAMPLES, (0,), multiple, _positions, _starts)
-    assert batch.segments == segments and len(batch.token_ids) == sum(segments)
-    assert batch.logit_rows.tolist() == [1]
-
-
-def test_an_empty_micro_batch_is_padding_only() -> None:
-    batch = build_microbatch(SAMPLES, (), 4, _positions, _starts)
-    assert batch.token_ids.tolist() == [0] * 4 and batch.segments == (4,)
-    assert batch.position_ids.shape == (3, 4) and batch.num_response_tokens == 0
-    assert batch.logit_rows.dtype == batch.targets.dtype == torch.int64
+    assert _members(plan_packing(_bundles([100]), 1, 100)) == [[[0]]]

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of one micro-batch, cut for one context parallel rank: only what stands on its own tokens.
+
+Shapes: T tokens of this rank (padding included, at the end), R response tokens predicted by them, n video tokens
+among them. "Packed" positions are those in the whole micro-batch, before it is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_rl.training.packing import Bin
+from megatron_rl.types import TrainSample, VideoArtifact
+from model_providers.attention.segments import AttentionPlan, Segment, plan_attention, plan_whole_attention, shard
+
+PositionIds = Callable[[Sequence[int], Sequence[VideoArtifact]], Tensor]
+VideoStarts = Callable[[Sequence[int], Sequence[VideoArtifact]], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Which part of a micro-batch a rank holds. `attention_weight` is that of `segments.shard`; with `by_heads` all
+    ranks compute attention for all tokens, so only their number counts. `pad_multiple`: rows are padded to it."""
+
+    rank: int = 0
+    num_ranks: int = 1
+    pad_multiple: int = 1
+    attention_weight: float = 0.0
+    by_heads: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One forward pass of this rank. Per-token fields [T], position_ids [3, T]; per-response-token fields [R].
+
+    logit_rows: the row that predicts each response token; response_index: which token of the micro-batch's responses
+        it is, these standing one behind the other in the order of `samples` (indices of the step's samples)
+    video_rows [n]: rows that hold video tokens; video_index [n]: which token of `videos` each is, these standing one
+        behind the other; only videos that have a token here are listed
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    attention: AttentionPlan
+    logit_rows: Tensor
+    targets: Tensor
+    advantages: Tensor
+    rollout_logprobs: Tensor
+    weights: Tensor
+    response_index: Tensor
+    video_rows: Tensor
+    video_index: Tensor
+    videos: tuple[VideoArtifact, ...]
+    samples: tuple[int, ...]
+
+    @property
+    def num_response_tokens(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(slots=True)
+class _Packed:
+    """A whole micro-batch in the making."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    predictors: list[int] = field(default_factory=list)
+    """Packed position of the token that predicts each response token."""
+    targets: list[int] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+    rollout_logprobs: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    videos: list[tuple[VideoArtifact, int]] = field(default_factory=list)
+    """Each video with the packed position of its first token."""
+
+    def add(self, samples: Sequence[TrainSample], position_ids: PositionIds, video_starts: VideoStarts) -> None:
+        """Append a bundle: the prompt once, then every response."""
+        prompt, start = samples[0].prompt, len(self.tokens)
+        longest = max((s.response_ids for s in samples), key=len)
+        positions = position_ids((*prompt.token_ids, *longest), prompt.videos)  # of any response: they start alike
+        num_prompt = len(prompt.token_ids)
+        starts = video_starts(prompt.token_ids, prompt.videos)
+        self.videos += [(video, start + at) for video, at in zip(prompt.videos, starts, strict=True)]
+        self.tokens.extend(prompt.token_ids)
+        self.positions.append(positions[:, :num_prompt])
+        if len(samples) > 1:
+            self.segments.append(Segment(start, len(self.tokens)))
+        prefix = len(self.segments) - 1
+        for sample in samples:
+            assert sample.prompt.token_ids == prompt.token_ids, "a bundle has one prompt"
+            first = len(self.tokens)
+            self._add_response(sample, last_prompt_token=start + num_prompt - 1)
+            self.positions.append(positions[:, num_prompt : num_prompt + len(sample.response_ids)])
+            stop = len(self.tokens)
+            self.segments.append(Segment(first, stop, prefix) if len(samples) > 1 else Segment(start, stop))
+
+    def _add_response(self, sample: TrainSample, last_prompt_token: int) -> None:
+        first, count = len(self.tokens), len(sample.response_ids)
+        self.tokens.extend(sample.response_ids)
+        self.predictors += [last_prompt_token, *range(first, first + count - 1)][:count]
+        self.targets.extend(sample.response_ids)
+        self.advantages += [sample.advantage] * count
+        self.rollout_logprobs.extend(sample.rollout_logprobs)
+        self.weights += [sample.weight] * count
+
+
+def build_microbatch(
+    samples: Sequence[TrainSample],
+    bundles: Bin,
+    cut: Cut,
+    position_ids: PositionIds,
+    video_starts: VideoStarts,
+) -> MicroBatch:
+    """Pack bundles (indices into `samples`) one behind the other and keep the rows of the rank of `cut`."""
+    packed = _Packed()
+    for members in bundles:
+        packed.add([samples[i] for i in members], position_ids, video_starts)
+    shards = shard(packed.segments, cut.num_ranks, 0.0 if cut.by_heads else cut.attention_weight)
+    if cut.by_heads and cut.num_ranks > 1:
+        attention = plan_whole_attention(packed.segments, shards)
+    else:
+        attention = plan_attention(packed.segments, shards, cut.rank)
+    spans = [torch.arange(run.start, run.stop) for run in shards[cut.rank]]
+    here = torch.cat([torch.zeros(0, dtype=torch.int64), *spans])  # packed position of each row
+    padding = -len(here) % cut.pad_multiple or (cut.pad_multiple if not len(here) else 0)
+    row_of = torch.full((len(packed.tokens),), -1)
+    row_of[here] = torch.arange(len(here))
+
+    logit_rows = row_of[torch.tensor(packed.predictors, dtype=torch.int64)]
+    mine = (logit_rows >= 0).nonzero().squeeze(1)
+    videos, video_rows, video_index = _videos_here(packed, row_of)
+    positions = torch.cat([torch.zeros(3, 0, dtype=torch.int64), *packed.positions], dim=1)[:, here]
+    return MicroBatch(
+        token_ids=_padded(torch.tensor(packed.tokens, dtype=torch.int64)[here], padding),
+        position_ids=_padded(positions, padding),
+        attention=attention,
+        logit_rows=logit_rows[mine],
+        targets=torch.tensor(packed.targets, dtype=torch.int64)[mine],
+        advantages=torch.tensor(packed.advantages, dtype=torch.float32)[mine],
+        rollout_logprobs=torch.tensor(packed.rollout_logprobs, dtype=torch.float32)[mine],
+        weights=torch.tensor(packed.weights, dtype=torch.float32)[mine],
+        response_index=mine,
+        video_rows=video_rows,
+        video_index=video_index,
+        videos=videos,
+        samples=tuple(i for members in bundles for i in members),
+    )
+
+
+def _padded(tensor: Tensor, padding: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, padding))
+
+
+def _videos_here(packed: _Packed, row_of: Tensor) -> tuple[tuple[VideoArtifact, ...], Tensor, Tensor]:
+    """(videos, video_rows, video_index) of the rows that `row_of` knows."""
+    videos, rows, indices = [], [], []
+    offset = 0
+    for video, start in packed.videos:
+        found = row_of[start : start + video.num_tokens]
+        here = (found >= 0).nonzero().squeeze(1)
+        if len(here):
+            videos.append(video)
+            rows.append(found[here])
+            indices.append(here + offset)
+            offset += video.num_tokens
+    none = torch.zeros(0, dtype=torch.int64)
+    return tuple(videos), torch.cat([none, *rows]), torch.cat([none, *indices])
+
+
+def gather_embeds(batch: MicroBatch, embeds: Mapping[str, Tensor]) -> Tensor | None:
+    """[n, H] in the order of `batch.video_rows`; None where no video token stands."""
+    if not batch.videos:
+        return None
+    whole = torch.cat([embeds[v.key] for v in batch.videos])
+    return whole if len(batch.video_index) == len(whole) else whole[batch.video_index.to(whole.device)]

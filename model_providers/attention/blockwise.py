@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of one rank's queries, one block of keys after the other, merged by log-sum-exp; and its gradient.
+
+Shapes: T this rank's rows (padding included, at the end), S rows of a block, A heads, K key/value heads, D head
+dimension. Sums are kept in fp32 (fp64 for fp64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model_providers.attention.kernels import FlashKernel
+from model_providers.attention.segments import Interval, Piece
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which partial results are added up."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def rows_of(tensor: Tensor, intervals: Sequence[Interval]) -> Tensor:
+    """The rows of the intervals, one behind the other; a view where there is one interval."""
+    if len(intervals) == 1:
+        return tensor[slice(*intervals[0])]
+    return torch.cat([tensor[slice(*interval)] for interval in intervals]) if intervals else tensor[:0]
+
+
+def add_rows(total: Tensor, intervals: Sequence[Interval], values: Tensor) -> None:
+    """The inverse of `rows_of`: add `values` to the rows they came from."""
+    offset = 0
+    for start, stop in intervals:
+        total[start:stop] += values[offset : offset + stop - start]
+        offset += stop - start
+
+
+class Forward:
+    """Softmax attention in the making: `out` [T, A, D] over the keys seen so far, and their log-sum-exp `lse` [T, A].
+
+    Padding rows attend to nothing: zeros.
+    """
+
+    def __init__(self, kernel: FlashKernel, q: Tensor, k: Tensor, v: Tensor, run_lengths: Sequence[int]):
+        """Starts with the causal part: every run against itself."""
+        self._kernel, self._q = kernel, q
+        rows = sum(run_lengths)
+        self.out, self.lse = q.new_zeros(q.shape), q.new_zeros(q.shape[:2], dtype=wide(q.dtype))
+        if rows:
+            out, lse = kernel.forward(q[:rows], k[:rows], v[:rows], run_lengths, run_lengths, causal=True)
+            if rows == len(q):
+                self.out, self.lse = out, lse
+            else:
+                self.out[:rows], self.lse[:rows] = out, lse
+
+    def attend(self, k: Tensor, v: Tensor, pieces: Sequence[Piece]) -> None:
+        """Take the keys and values [S, K, D] of a block into account."""
+        for piece in pieces:
+            keys, values, rows = rows_of(k, piece.k), rows_of(v, piece.k), slice(*piece.q)
+            q = self._q[rows]
+            out, lse = self._kernel.forward(q, keys, values, (len(q),), (len(keys),), causal=False)
+            if self.out.dtype != self.lse.dtype:
+                self.out = self.out.to(self.lse.dtype)
+            merge_(self.out[rows], self.lse[rows], out, lse)
+
+
+def merge_(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
+    """Make (out, lse) the attention over both sets of keys. out [T, A, D], lse [T, A], in place."""
+    total = torch.logaddexp(lse, more_lse)
+    out.mul_((lse - total).exp_().unsqueeze(-1)).addcmul_(
+        more_out.to(out.dtype), (more_lse - total).exp_().unsqueeze(-1)
+    )
+    lse.copy_(total)
+
+
+class Backward:
+    """The gradient in the making: `dq` [T, A, D], and `dk`, `dv` [T, K, D] of this rank's own keys and values."""
+
+    def __init__(
+        self,
+        kernel: FlashKernel,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        run_lengths: Sequence[int],
+    ):
+        """Starts with the causal part; `out` and `lse` are the finished ones."""
+        self._kernel, self._grad, self._q, self._out, self._lse = kernel, grad, q, out, lse
+        rows = sum(run_lengths)
+        self.dq, self.dk, self.dv = (t.new_zeros(t.shape, dtype=lse.dtype) for t in (q, k, v))
+        if rows:
+            parts = kernel.backward(
+                *(t[:rows] for t in (grad, q, k, v, out, lse)), run_lengths, run_lengths, causal=True
+            )
+            for total, part in zip((self.dq, self.dk, self.dv), parts, strict=True):
+                total[:rows] = part
+
+    def attend(self, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, pieces: Sequence[Piece]) -> None:
+        """Take a block [S, K, D] into account; the gradients of its keys and values are added to `dk` and `dv`."""
+        for piece in pieces:
+            keys, values, rows = rows_of(k, piece.k), rows_of(v, piece.k), slice(*piece.q)
+            tensors = self._grad[rows], self._q[rows], keys, values, self._out[rows], self._lse[rows]
+            lengths = (rows.stop - rows.start,), (len(keys),)
+            dq, dkeys, dvalues = self._kernel.backward(*tensors, *lengths, causal=False)
+            self.dq[rows] += dq
+            add_rows(dk, piece.k, dkeys)
+            add_rows(dv, piece.k, dvalues)

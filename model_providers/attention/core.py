@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron-core's `core_attention`, ours: packed segments, shared prefixes and context parallelism, all composing.
+
+The layout of a micro-batch travels as `packed_seq_params`, never as module state: recomputation and 1F1B interleave
+micro-batches. Shapes: T this rank's rows, B=1, A heads, K key/value heads, D head dimension, n video tokens here,
+R response tokens predicted here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from model_providers.attention.blockwise import Backward, Forward
+from model_providers.attention.exchange import EXCHANGES, HeadsToTokens, TokensToHeads, heads_of_rank, take_home
+from model_providers.attention.kernels import KERNELS, FlashKernel
+from model_providers.attention.segments import AttentionPlan
+
+
+@dataclass
+class BatchLayout(PackedSeqParams):
+    """What the model must know about this rank's part of a micro-batch beyond token ids and positions.
+
+    attention: what this rank's rows attend to
+    logit_rows [R]: rows whose hidden states predict a response token, a row once per token it predicts (the last token
+        of a shared prompt predicts the first token of every response); targets [R]: those tokens
+    video_rows [n]: rows that hold video tokens; video_embeds [n, H]: what stands there (first stage only)
+    """
+
+    qkv_format: str = "sbhd"
+    attention: AttentionPlan | None = None
+    logit_rows: Tensor | None = None
+    targets: Tensor | None = None
+    video_rows: Tensor | None = None
+    video_embeds: Tensor | None = None
+
+
+def core_attention(kernel_name: str) -> type[PlannedAttention]:
+    """The class that a layer spec takes, with the kernel chosen."""
+    return type("PlannedAttention", (PlannedAttention,), {"kernel": KERNELS[kernel_name]()})
+
+
+class PlannedAttention(MegatronModule):
+    """q [T,1,A,D], k and v [T,1,K,D] -> [T,1,A*D]. `cp_comm_type`: all_gather, p2p (ring) or a2a (heads)."""
+
+    kernel: FlashKernel
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused_by_us: Any,
+    ):
+        super().__init__(config)
+        assert pg_collection is not None
+        self._group, self._comm = pg_collection.cp, cp_comm_type
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        attn_mask_type: Any = None,
+        attention_bias: None = None,
+        packed_seq_params: BatchLayout | None = None,
+    ) -> Tensor:
+        assert packed_seq_params is not None and attention_mask is None, "the layout is the only mask"
+        plan = packed_seq_params.attention
+        # A copy of v, which is a view of the whole projection: kept for the backward, it would keep all of that.
+        q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1).contiguous()
+        if self._comm == "a2a" and self._group.size() > 1:
+            out = _attend_by_heads(self.kernel, q, k, v, plan, self._group)
+        else:
+            out = _PlannedAttention.apply(q, k, v, plan, self.kernel, self._comm or "all_gather", self._group)
+        return out.flatten(1).unsqueeze(1)
+
+
+def _attend_by_heads(
+    kernel: FlashKernel, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: dist.ProcessGroup
+) -> Tensor:
+    """Some heads of all tokens on each rank; padding rows stay at home and get zeros."""
+    num_rows, num_heads = plan.rank_sizes[group.rank()], q.shape[1]
+    chosen = [heads_of_rank(num_heads, k.shape[1], rank, group.size()) for rank in range(group.size())]
+    heads, kv_heads = [list(c[0]) for c in chosen], [c[1] for c in chosen]
+    sizes = plan.rank_sizes
+    q_all = TokensToHeads.apply(q[:num_rows], heads, sizes, group)
+    k_all, v_all = (TokensToHeads.apply(t[:num_rows], kv_heads, sizes, group) for t in (k, v))
+    out = _PlannedAttention.apply(q_all, k_all, v_all, plan, kernel, "all_gather", None)
+    out = HeadsToTokens.apply(out, num_heads, sizes, group)
+    return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, len(q) - num_rows))
+
+
+class _PlannedAttention(torch.autograd.Function):
+    """Own rows first, then the block of each other rank as it arrives. `group` None: there is no other rank."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: AttentionPlan,
+        kernel: FlashKernel,
+        comm: str,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        work = Forward(kernel, q, k, v, plan.run_lengths)
+        work.attend(k, v, plan.own)
+        if group is not None and group.size() > 1:
+            exchange = EXCHANGES[comm](plan, group)
+            for rank, block in exchange.blocks(exchange.own_block(k, v)):
+                work.attend(block[:, 0], block[:, 1], plan.blocks[rank])
+        out = work.out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, work.lse)
+        ctx.plan, ctx.kernel, ctx.comm, ctx.group = plan, kernel, comm, group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        plan, group = ctx.plan, ctx.group
+        work = Backward(ctx.kernel, grad, q, k, v, out, lse, plan.run_lengths)
+        work.attend(k, v, work.dk, work.dv, plan.own)
+        if group is not None and group.size() > 1:
+            exchange = EXCHANGES[ctx.comm](plan, group)
+            own = exchange.own_block(k, v)
+            for rank, block, gradient in exchange.blocks_and_gradients(own, lse.dtype):
+                work.attend(block[:, 0], block[:, 1], gradient[:, 0], gradient[:, 1], plan.blocks[rank])
+            take_home(work.dk, work.dv, exchange.gradient, plan, group.rank())
+        return work.dq.to(q.dtype), work.dk.to(k.dtype), work.dv.to(v.dtype), None, None, None, None

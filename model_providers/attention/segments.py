@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which token attends to which, and which context parallel rank holds it. Pure arithmetic on token numbers, no torch.
+
+A micro-batch is a line of packed tokens cut into segments. A segment attends to itself causally and, whole, to at most
+one segment before it, its prefix: a prompt followed by N responses is one segment without a prefix and N with it, so
+the prompt is stored and computed once. A plain sequence is one segment.
+
+Under context parallelism each rank holds some runs (stretches of one segment). What a rank must compute is then a list
+of pieces: these queries against those keys, whole, beside each run against itself, causally.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+Interval = tuple[int, int]  # [start, stop)
+
+MAX_TOKEN_EXCESS = 0.05  # tokens that a rank may hold above its fair share, for the sake of equal work
+SNAP = 0.025  # part of a rank's share of the work by which a cut may move to leave a segment whole
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Packed tokens [start, stop); `prefix` is the index of the segment that all of them attend to."""
+
+    start: int
+    stop: int
+    prefix: int | None = None
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Packed tokens [start, stop) of one segment, held by one rank."""
+
+    segment: int
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+
+Shard = tuple[Run, ...]  # what one rank holds, in packed order; its rows are numbered from 0 in this order
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Query rows `q` of this rank attend to all key rows `k` of a block."""
+
+    q: Interval
+    k: tuple[Interval, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """The attention of one rank, of one layer, over one micro-batch.
+
+    run_lengths: its rows, run by run; each run attends to itself causally
+    own: pieces between its own rows
+    exports: rows of each rank that others need; all together, in order, they are the rank's block
+    blocks: pieces against the block of each rank
+    rank_sizes: rows that each rank holds
+    """
+
+    run_lengths: tuple[int, ...]
+    own: tuple[Piece, ...]
+    exports: tuple[tuple[Interval, ...], ...]
+    blocks: tuple[tuple[Piece, ...], ...]
+    rank_sizes: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.run_lengths)
+
+
+def block_size(exports: Iterable[Interval]) -> int:
+    return sum(stop - start for start, stop in exports)
+
+
+# --------------------------------------------------------------------------------------------- who holds which tokens
+
+
+def shard(segments: Sequence[Segment], num_ranks: int, attention_weight: float) -> tuple[Shard, ...]:
+    """Deal the tokens so that every rank has equal work and, within 5 %, equally many of them.
+
+    A token's work is 1 + attention_weight * (number of tokens it attends to). Sequences (a prompt and its responses
+    count as one) stand in a line that is cut into stretches of equal work: whole where possible, so that short ones
+    stay on one rank and cost no communication. Where this leaves the tokens uneven, the costliest sequences are taken
+    from the line, and each is spread over all ranks by itself.
+    """
+    sequences = _sequences(segments)
+    work = [sum(_work(segments, i, segments[i].length, attention_weight) for i in members) for members in sequences]
+    order = sorted(range(len(sequences)), key=lambda i: (-work[i], i))
+    shards: tuple[Shard, ...] = ()
+    for num_spread in range(len(sequences) + 1):
+        spread = order[:num_spread]
+        line = [i for number, members in enumerate(sequences) if number not in spread for i in members]
+        hands = _cut(segments, line, num_ranks, attention_weight)
+        for number in spread:
+            for hand, more in zip(
+                hands, _spread(segments, sequences[number], num_ranks, attention_weight), strict=True
+            ):
+                hand += more
+        shards = tuple(tuple(_joined(sorted(hand, key=lambda run: run.start))) for hand in hands)
+        if _is_even(shards):
+            break
+    return shards
+
+
+def _sequences(segments: Sequence[Segment]) -> list[list[int]]:
+    """Indices of each segment without prefix, with those of the segments that ride on it."""
+    members: dict[int, list[int]] = {}
+    for index, segment in enumerate(segments):
+        members.setdefault(index if segment.prefix is None else segment.prefix, []).append(index)
+    return list(members.values())
+
+
+def _spread(segments: Sequence[Segment], members: Sequence[int], num_ranks: int, weight: float) -> list[list[Run]]:
+    """A sequence over all ranks: the prompt in zigzag (of 2 n chunks, rank r takes r and 2 n - 1 - r, which is even in
+    tokens and in work), the responses whole where that is even too, otherwise in zigzag as well."""
+    prompt, *responses = members
+    hands = _cut(segments, responses, num_ranks, weight)
+    if not _is_even(hands):
+        hands = [[] for _ in range(num_ranks)]
+        for index in responses:
+            _zigzag(index, segments[index], hands)
+    _zigzag(prompt, segments[prompt], hands)
+    return hands
+
+
+def _is_even(hands: Sequence[Sequence[Run]]) -> bool:
+    tokens = [sum(run.length for run in hand) for hand in hands]
+    return max(tokens) <= math.ceil(sum(tokens) / len(hands) * (1 + MAX_TOKEN_EXCESS))
+
+
+def _zigzag(index: int, segment: Segment, hands: Sequence[list[Run]]) -> None:
+    num_chunks = 2 * len(hands)
+    bounds = [segment.start + segment.length * i // num_chunks for i in range(num_chunks + 1)]
+    for chunk, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if stop > start:
+            hands[min(chunk, num_chunks - 1 - chunk)].append(Run(index, start, stop))
+
+
+def _cut(segments: Sequence[Segment], line: Sequence[int], num_ranks: int, weight: float) -> list[list[Run]]:
+    """Cut the segments of `line`, one behind the other, into `num_ranks` stretches of equal work."""
+    works = [_work(segments, i, segments[i].length, weight) for i in line]
+    share = sum(works) / num_ranks
+    hands: list[list[Run]] = [[] for _ in range(num_ranks)]
+    rank, room = 0, share
+    for index, work in zip(line, works, strict=True):
+        segment, start = segments[index], segments[index].start
+        done = 0.0
+        while rank < num_ranks - 1 and work - done > room + SNAP * share:
+            stop = segment.start + _tokens_worth(segments, index, max(0.0, done + room), weight)
+            if room > SNAP * share and stop > start:
+                hands[rank].append(Run(index, start, stop))
+                worth = _work(segments, index, stop - segment.start, weight)
+                start, done, room = stop, worth, room - (worth - done)
+            rank, room = rank + 1, room + share
+        if segment.stop > start:
+            hands[rank].append(Run(index, start, segment.stop))
+        room -= work - done
+    return hands
+
+
+def _work(segments: Sequence[Segment], index: int, num_tokens: int, weight: float) -> float:
+    """Work of the first `num_tokens` tokens of a segment."""
+    return num_tokens * _first_work(segments, index, weight) + weight * num_tokens**2 / 2
+
+
+def _first_work(segments: Sequence[Segment], index: int, weight: float) -> float:
+    prefix = segments[index].prefix
+    return 1.0 + weight * (segments[prefix].length if prefix is not None else 0)
+
+
+def _tokens_worth(segments: Sequence[Segment], index: int, work: float, weight: float) -> int:
+    """The inverse of `_work`, rounded."""
+    first = _first_work(segments, index, weight)
+    exact = work / first if weight == 0 else (math.sqrt(first**2 + 2 * weight * work) - first) / weight
+    return min(segments[index].length, max(0, round(exact)))
+
+
+def _joined(runs: Iterable[Run]) -> Iterator[Run]:
+    """Runs that continue each other become one."""
+    last: Run | None = None
+    for run in runs:
+        if last is not None and last.segment == run.segment and last.stop == run.start:
+            last = Run(run.segment, last.start, run.stop)
+        else:
+            if last is not None:
+                yield last
+            last = run
+    if last is not None:
+        yield last
+
+
+# ------------------------------------------------------------------------------------------------ who attends to whom
+
+
+def plan_attention(segments: Sequence[Segment], shards: Sequence[Shard], rank: int) -> AttentionPlan:
+    """The plan of `rank` where keys and values travel (ring, all-gather)."""
+    mine = shards[rank]
+    rows = [_rows(hand) for hand in shards]
+    exported = [_exported(segments, shards, origin) for origin in range(len(shards))]
+    blocks = []
+    for origin, runs in enumerate(exported):
+        stretches, offset = [], 0
+        for run in runs:
+            stretches.append((run, offset))
+            offset += run.length
+        blocks.append(_pieces(segments, mine, stretches) if origin != rank else ())
+    return AttentionPlan(
+        run_lengths=tuple(run.length for run in mine),
+        own=_pieces(segments, mine, [(run, rows[rank][run]) for run in mine]),
+        exports=tuple(
+            _merged((rows[origin][run], rows[origin][run] + run.length) for run in runs)
+            for origin, runs in enumerate(exported)
+        ),
+        blocks=tuple(blocks),
+        rank_sizes=tuple(sum(run.length for run in hand) for hand in shards),
+    )
+
+
+def plan_one_sequence(num_tokens: int) -> AttentionPlan:
+    """One causal sequence on one rank."""
+    return plan_attention([Segment(0, num_tokens)], [(Run(0, 0, num_tokens),)], 0)
+
+
+def plan_whole_attention(segments: Sequence[Segment], shards: Sequence[Shard]) -> AttentionPlan:
+    """The plan of a rank that sees the tokens of all ranks, one rank behind the other (all-to-all over heads)."""
+    everything = tuple(_joined(run for hand in shards for run in hand))
+    whole = plan_attention(segments, [everything], 0)
+    sizes = tuple(sum(run.length for run in hand) for hand in shards)
+    return AttentionPlan(whole.run_lengths, whole.own, ((),) * len(shards), ((),) * len(shards), sizes)
+
+
+def _rows(hand: Shard) -> dict[Run, int]:
+    """First row of each run."""
+    starts = itertools.accumulate((run.length for run in hand), initial=0)
+    return dict(zip(hand, starts, strict=False))
+
+
+def _exported(segments: Sequence[Segment], shards: Sequence[Shard], origin: int) -> list[Run]:
+    """Runs of `origin` that some other rank attends to."""
+    last_start: dict[tuple[int, int], int] = {}
+    riders: dict[int, set[int]] = {}
+    for rank, hand in enumerate(shards):
+        for run in hand:
+            last_start[run.segment, rank] = max(run.start, last_start.get((run.segment, rank), -1))
+            prefix = segments[run.segment].prefix
+            if prefix is not None:
+                riders.setdefault(prefix, set()).add(rank)
+    others = [rank for rank in range(len(shards)) if rank != origin]
+    return [
+        run
+        for run in shards[origin]
+        if riders.get(run.segment, set()) - {origin}
+        or any(last_start.get((run.segment, rank), -1) >= run.stop for rank in others)
+    ]
+
+
+def _pieces(segments: Sequence[Segment], mine: Shard, block: Sequence[tuple[Run, int]]) -> tuple[Piece, ...]:
+    """Queries of `mine` against the runs of a block, given with their first rows. The causal part is left out."""
+    by_segment: dict[int, list[tuple[Run, int]]] = {}
+    for run, row in block:
+        by_segment.setdefault(run.segment, []).append((run, row))
+    pieces: list[Piece] = []
+    row = 0
+    for run in mine:
+        prefix = segments[run.segment].prefix
+        before = by_segment.get(prefix, []) if prefix is not None else []
+        earlier = [(key, at) for key, at in by_segment.get(run.segment, []) if key.stop <= run.start]
+        keys = _merged(sorted((at, at + key.length) for key, at in [*before, *earlier]))
+        q = (row, row + run.length)
+        row = q[1]
+        if not keys:
+            continue
+        if pieces and pieces[-1].k == keys and pieces[-1].q[1] == q[0]:
+            pieces[-1] = Piece((pieces[-1].q[0], q[1]), keys)
+        else:
+            pieces.append(Piece(q, keys))
+    return tuple(pieces)
+
+
+def _merged(intervals: Iterable[Interval]) -> tuple[Interval, ...]:
+    """Neighbours that touch become one."""
+    merged: list[Interval] = []
+    for start, stop in intervals:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Micro-batches computed by hand: whole, with a shared prompt, and cut for context parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.training.microbatch import Cut, build_microbatch, gather_embeds
+from megatron_rl.types import Prompt, Row, TrainSample, VideoArtifact
+from model_providers.attention.segments import Piece
+
+V = 9  # placeholder token
+
+
+def _video(key: str, num_tokens: int) -> VideoArtifact:
+    return VideoArtifact(key, "", (), (), (0, 0), (1, 2, 2 * num_tokens), 1.0, num_tokens)
+
+
+def _sample(
+    prompt: Sequence[int], response: Sequence[int], advantage: float, weight: float, *videos: VideoArtifact
+) -> TrainSample:
+    row = Row("made:1", "", "")
+    logprobs = tuple(-0.5 * (i + 1) for i in range(len(response)))
+    return TrainSample(Prompt(0, row, tuple(prompt), videos), tuple(response), advantage, logprobs, weight)
+
+
+def _positions(ids: Sequence[int], videos: Sequence[VideoArtifact]) -> Tensor:
+    """Recognisable: what the sample is told by its first token."""
+    return ids[0] * 100 + torch.arange(len(ids)).expand(3, -1)
+
+
+def _starts(ids: Sequence[int], videos: Sequence[VideoArtifact]) -> list[int]:
+    """Videos follow the first token, with one token between them."""
+    starts, position = [], 1
+    for video in videos:
+        starts.append(position)
+        position += video.num_tokens + 1
+    return starts
+
+
+A, B = _video("a", 2), _video("b", 1)
+SAMPLES = [
+    _sample([1, 1], [5], 0.25, 1.0),
+    _sample([2, V, V, 3], [6, 7, 8], -1.0, 0.5, A),
+    _sample([3, V, 4, V, V, 3], [4, 4], 2.0, 1.5, B, A),
+]
+
+
+def test_micro_batch_by_hand() -> None:
+    batch = build_microbatch(SAMPLES, ((2,), (1,)), Cut(pad_multiple=8), _positions, _starts)
+    assert batch.token_ids.tolist() == [3, V, 4, V, V, 3, 4, 4, 2, V, V, 3, 6, 7, 8, 0]
+    assert batch.attention.run_lengths == (8, 7) and batch.attention.own == ()
+    assert batch.position_ids.tolist() == [[*range(300, 308), *range(200, 207), 0]] * 3  # the last one is padding
+    assert batch.logit_rows.tolist() == [5, 6, 11, 12, 13]  # the position before each response token
+    assert batch.targets.tolist() == [4, 4, 6, 7, 8]
+    assert batch.advantages.tolist() == [2.0, 2.0, -1.0, -1.0, -1.0]
+    assert batch.rollout_logprobs.tolist() == [-0.5, -1.0, -0.5, -1.0, -1.5]
+    assert batch.weights.tolist() == [1.5, 1.5, 0.5, 0.5, 0.5]
+    assert batch.video_rows.tolist() == [1, 3, 4, 9, 10]
+    assert batch.videos == (B, A, A)
+    assert batch.samples == (2, 1)
+    assert batch.num_response_tokens == 5
+    assert torch.equal(batch.token_ids[batch.logit_rows + 1], batch.targets)
+
+
+def test_embeddings_come_in_the_order_of_the_video_rows() -> None:
+    batch = build_microbatch(SAMPLES, ((2,), (1,)), Cut(), _positions, _starts)
+    embeds = {"a": torch.tensor([[1.0], [2.0]]), "b": torch.tensor([[3.0]])}
+    gathered = gather_embeds(batch, embeds)
+    assert gathered is not None and gathered[:, 0].tolist() == [3.0, 1.0, 2.0, 1.0, 2.0]
+    assert gather_embeds(build_microbatch(SAMPLES, ((0,),), Cut(), _positions, _starts), embeds) is None
+
+
+GROUP = [_sample([1, V, V, 3], [5, 6], 1.0, 1.0, A), _sample([1, V, V, 3], [7, 8, 9], -1.0, 0.5, A)]
+
+
+def test_a_shared_prompt_is_stored_once() -> None:
+    batch = build_microbatch(GROUP, ((0, 1),), Cut(), _positions, _starts)
+    assert batch.token_ids.tolist() == [1, V, V, 3, 5, 6, 7, 8, 9]
+    assert batch.position_ids[0].tolist() == [
+        100,
+        101,
+        102,
+        103,
+        104,
+        105,
+        104,
+        105,
+        106,
+    ]  # both go on after the prompt
+    assert batch.attention.run_lengths == (4, 2, 3)
+    assert batch.attention.own == (Piece((4, 9), ((0, 4),)),)
+    assert batch.logit_rows.tolist() == [3, 4, 3, 6, 7]  # the prompt's last token predicts two first tokens
+    assert batch.targets.tolist() == [5, 6, 7, 8, 9]
+    assert batch.advantages.tolist() == [1.0, 1.0, -1.0, -1.0, -1.0]
+    assert batch.video_rows.tolist() == [1, 2] and batch.videos == (A,) and batch.samples == (0, 1)
+
+
+def test_context_parallel_ranks_hold_everything_once() -> None:
+    whole = build_microbatch([*GROUP, *SAMPLES], ((0, 1), (4,), (3,)), Cut(), _positions, _starts)
+    parts = [
+        build_microbatch([*GROUP, *SAMPLES], ((0, 1), (4,), (3,)), Cut(rank, 3, 2, 0.01), _positions, _starts)
+        for rank in range(3)
+    ]
+    assert sum(part.attention.num_rows for part in parts) == len(whole.token_ids)
+    embeds = {"a": torch.tensor([[1.0], [2.0]]), "b": torch.tensor([[3.0]])}
+    seen: dict[int, tuple[float, ...]] = {}
+    for part in parts:
+        assert len(part.token_ids) == part.position_ids.shape[1] and len(part.token_ids) % 2 == 0
+        fields = (
+            part.targets,
+            part.advantages,
+            part.rollout_logprobs,
+            part.weights,
+            part.position_ids[0, part.logit_rows],
+        )
+        for index, *values in zip(part.response_index.tolist(), *(f.tolist() for f in fields), strict=True):
+            seen[index] = tuple(values)
+        made = gather_embeds(part, embeds)
+        assert (made is None) == (len(part.video_rows) == 0)
+        assert all(part.token_ids[part.video_rows] == V)
+    fields = (
+        whole.targets,
+        whole.advantages,
+        whole.rollout_logprobs,
+        whole.weights,
+        whole.position_ids[0, whole.logit_rows],
+    )
+    assert [seen[i] for i in range(len(seen))] == list(zip(*(f.tolist() for f in fields), strict=True))
+    rows = [
+        (gather_embeds(part, embeds)[:, 0].tolist(), part.position_ids[0, part.video_rows].tolist())
+        for part in parts
+        if part.videos
+    ]
+    pairs = sorted(pair for values, positions in rows for pair in zip(positions, values, strict=True))
+    assert pairs == sorted(
+        zip(whole.position_ids[0, whole.video_rows].tolist(), gather_embeds(whole, embeds)[:, 0].tolist(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("multiple", "num_rows"), [(1, 3), (3, 3), (4, 4)])
+def test_padding_attends_to_nothing(multiple: int, num_rows: int) -> None:
+    batch = build_microbatch(SAMPLES, ((0,),), Cut(pad_multiple=multiple), _positions, _starts)
+    assert batch.attention.run_lengths == (3,) and len(batch.token_ids) == num_rows
+    assert batch.logit_rows.tolist() == [1]
+
+
+@pytest.mark.parametrize("cut", [Cut(pad_multiple=4), Cut(1, 2, 4, 0.01), Cut(1, 2, 4, 0.01, by_heads=True)], ids=str)
+def test_an_empty_micro_batch_is_padding_only(cut: Cut) -> None:
+    batch = build_microbatch(SAMPLES, (), cut, _positions, _starts)
+    assert batch.token_ids.tolist() == [0] * 4 and batch.attention.num_rows == 0
+    assert batch.position_ids.shape == (3, 4) and batch.num_response_tokens == 0
+    assert batch.logit_rows.dtype == batch.targets.dtype == torch.int64

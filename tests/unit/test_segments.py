@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who attends to whom: every plan, put together from all its parts, is the mask; and the work is shared fairly."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_providers.attention.segments import (
+    AttentionPlan,
+    Piece,
+    Run,
+    Segment,
+    Shard,
+    block_size,
+    plan_attention,
+    plan_one_sequence,
+    plan_whole_attention,
+    shard,
+)
+from tests.attention_masks import mask_of, segments_of
+
+WEIGHT = 1 / (6 * 128)
+
+
+def _random_segments(rng: random.Random) -> list[Segment]:
+    groups = [
+        (rng.randint(1, 40), [rng.randint(1, 9) for _ in range(rng.randint(0, 4))]) for _ in range(rng.randint(1, 4))
+    ]
+    return segments_of(groups)
+
+
+def _positions(hand: Shard) -> list[int]:
+    return [t for run in hand for t in range(run.start, run.stop)]
+
+
+def _attended(plan: AttentionPlan, own: Sequence[int], blocks: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+    """(query, key) packed positions, once per time that the plan computes them."""
+    row = 0
+    for length in plan.run_lengths:
+        yield from ((own[i], own[j]) for i in range(row, row + length) for j in range(row, i + 1))
+        row += length
+    assert row == plan.num_rows == len(own)
+    for pieces, block in [(plan.own, own), *zip(plan.blocks, blocks, strict=True)]:
+        for piece in pieces:
+            keys = [block[j] for interval in piece.k for j in range(*interval)]
+            yield from ((own[i], key) for i in range(*piece.q) for key in keys)
+
+
+def _mask_of_plans(segments: Sequence[Segment], shards: Sequence[Shard]) -> Tensor:
+    counts = torch.zeros(segments[-1].stop, segments[-1].stop, dtype=torch.int)
+    rows = [_positions(hand) for hand in shards]
+    for rank in range(len(shards)):
+        plan = plan_attention(segments, shards, rank)
+        blocks = [
+            [rows[origin][i] for interval in exports for i in range(*interval)]
+            for origin, exports in enumerate(plan.exports)
+        ]
+        assert [block_size(exports) for exports in plan.exports] == [len(block) for block in blocks]
+        assert plan.rank_sizes == tuple(map(len, rows))
+        for query, key in _attended(plan, rows[rank], blocks):
+            counts[query, key] += 1
+    return counts
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("weight", [0.0, 0.01, 1.0])
+def test_the_parts_make_the_mask_each_pair_once(num_ranks: int, weight: float) -> None:
+    rng = random.Random(num_ranks)
+    for _ in range(40):
+        segments = _random_segments(rng)
+        shards = shard(segments, num_ranks, weight)
+        assert sorted(t for hand in shards for t in _positions(hand)) == list(range(segments[-1].stop))
+        assert torch.equal(_mask_of_plans(segments, shards), mask_of(segments).int())
+
+
+def test_all_to_all_sees_everything_in_the_order_of_arrival() -> None:
+    rng = random.Random(1)
+    for num_ranks in (2, 3):
+        segments = _random_segments(rng)
+        shards = shard(segments, num_ranks, 0.0)
+        plan = plan_whole_attention(segments, shards)
+        arrived = [t for hand in shards for t in _positions(hand)]
+        counts = torch.zeros_like(mask_of(segments), dtype=torch.int)
+        for query, key in _attended(plan, arrived, [[]] * num_ranks):
+            counts[query, key] += 1
+        assert torch.equal(counts, mask_of(segments).int())
+        assert plan.rank_sizes == tuple(len(_positions(hand)) for hand in shards)
+
+
+def _work(segments: Sequence[Segment], hand: Shard, weight: float) -> float:
+    """Counted token by token."""
+    total = 0.0
+    for run in hand:
+        prefix = segments[run.segment].prefix
+        before = segments[prefix].length if prefix is not None else 0
+        first = segments[run.segment].start
+        total += sum(1 + weight * (before + t - first) for t in range(run.start, run.stop))
+    return total
+
+
+SHAPES = {
+    "one long sequence": [(8000, [])],
+    "a long prompt, many short responses": [(6000, [60] * 16)],
+    "a long prompt, few long responses": [(4000, [2000, 900, 300])],
+    "long beside short": [(5000, []), *[(40, [30] * 4)] * 8],
+    "many short": [(50 + 7 * i, [20 + i] * 4) for i in range(24)],
+    "short prompts, long responses": [(100, [2000] * 4), (100, [1500] * 4)],
+    "three alike": [(3000, [])] * 3,
+}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_work_and_tokens_are_balanced(shape: str, num_ranks: int) -> None:
+    segments = segments_of(SHAPES[shape])
+    shards = shard(segments, num_ranks, WEIGHT)
+    tokens = [len(_positions(hand)) for hand in shards]
+    work = [_work(segments, hand, WEIGHT) for hand in shards]
+    assert max(tokens) <= 1.06 * sum(tokens) / num_ranks
+    assert max(work) <= 1.06 * sum(work) / num_ranks
+
+
+def test_balance_is_by_work_where_tokens_tell_little() -> None:
+    """Behind a long prompt every response token attends to all of it: equal shares of the line, not of the list."""
+    segments = segments_of([(6000, [60] * 16)])
+    shards = shard(segments, 4, WEIGHT)
+    responses = [sum(run.length for run in hand if segments[run.segment].prefix is not None) for hand in shards]
+    assert responses == [240] * 4
+    prompts = [[run for run in hand if segments[run.segment].prefix is None] for hand in shards]
+    assert [len(runs) for runs in prompts] == [2, 2, 2, 1]  # zigzag: the last rank's two chunks are neighbours
+
+
+def test_short_sequences_stay_whole_and_cost_no_communication() -> None:
+    """Beside a long one: only the long one's keys travel."""
+    segments = segments_of([(5000, []), *[(40, [30] * 4)] * 8])
+    plan = plan_attention(segments, shard(segments, 2, WEIGHT), 0)
+    assert sum(map(block_size, plan.exports)) == 5000 * 3 // 4  # its last chunk is needed by nobody else
+    short = segments_of([(40, [30] * 4)] * 8)
+    assert plan_attention(short, shard(short, 4, WEIGHT), 0).exports == ((), (), (), ())
+
+
+def test_a_shared_prompt_is_one_piece_for_all_responses() -> None:
+    segments = segments_of([(50, [7, 7, 9])])
+    whole = plan_attention(segments, shard(segments, 1, WEIGHT), 0)
+    assert whole.own == (Piece((50, 73), ((0, 50),)),)
+    assert whole.run_lengths == (50, 7, 7, 9)
+
+
+def test_one_sequence() -> None:
+    assert plan_one_sequence(9) == AttentionPlan((9,), (), ((),), ((),), (9,))
+
+
+def test_zigzag_by_hand() -> None:
+    segments = [Segment(0, 800)]
+    assert shard(segments, 2, WEIGHT) == (
+        (Run(0, 0, 200), Run(0, 600, 800)),
+        (Run(0, 200, 600),),
+    )
