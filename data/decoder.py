@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import av
 
@@ -21,6 +22,8 @@ from megatron_rl.errors import VideoDecodeError
 
 Deliver = Callable[[int, av.VideoFrame], None]
 """(frame number, decoded frame): called once for each wanted frame, from several threads, in no order."""
+
+Slots = threading.Semaphore
 
 # Reading over so many packets is cheaper than a seek.
 _READ_OVER = 32
@@ -40,22 +43,28 @@ class OutOfStep(Exception):
     """The demuxer does not give the packets of the index here: a seek missed."""
 
 
-def decode_frames(index: VideoIndex, frames: Sequence[int], num_threads: int, deliver: Deliver) -> None:
-    """Decode `frames` (any order, repeats count once) and hand each to `deliver`. Raises VideoDecodeError."""
+def decode_frames(
+    index: VideoIndex, frames: Sequence[int], num_threads: int, deliver: Deliver, slots: Slots | None = None
+) -> None:
+    """Decode `frames` (any order, repeats count once) and hand each to `deliver`. Raises VideoDecodeError.
+
+    `slots` bounds the threads that decode at the same time where several videos are decoded at once.
+    """
     wanted = index.sorted_unique(frames)
     if not wanted:
         return
     if index.by_number:
-        _decode_by_number(index, wanted, deliver)
+        with slots or nullcontext():
+            _decode_by_number(index, wanted, deliver)
         return
     runs = plan_runs(index, wanted)
     num_workers = min(num_threads, len(runs))
     parts = _Shared(split_runs(runs, num_workers * _PARTS_PER_THREAD if num_workers > 1 else 1))
     if num_workers == 1:
-        _work(index, parts, deliver)
+        _work(index, parts, deliver, slots)
         return
     with ThreadPoolExecutor(num_workers) as pool:
-        workers = [pool.submit(_work, index, parts, deliver) for _ in range(num_workers)]
+        workers = [pool.submit(_work, index, parts, deliver, slots) for _ in range(num_workers)]
         for worker in workers:
             worker.result()
 
@@ -80,13 +89,14 @@ class _Shared:
             yield part
 
 
-def _work(index: VideoIndex, parts: _Shared, deliver: Deliver) -> None:
+def _work(index: VideoIndex, parts: _Shared, deliver: Deliver, slots: Slots | None) -> None:
     """One thread: its own container and decoder over the parts that it takes."""
     try:
         with PacketReader(index) as reader:
             for part in parts:
-                for run in part:
-                    _decode_run(index, run, reader, deliver)
+                with slots or nullcontext():
+                    for run in part:
+                        _decode_run(index, run, reader, deliver)
     except av.FFmpegError as error:
         parts.stop()
         raise VideoDecodeError(index.path, f"cannot be read any more: {cause(error)}") from error

@@ -17,7 +17,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch.nn.functional import interpolate
 
-from data.decoder import decode_frames
+from data.decoder import Slots, decode_frames
 from data.video_index import VideoIndex, index_video
 from megatron_rl.errors import VideoDecodeError
 from megatron_rl.types import VideoInfo
@@ -62,10 +62,15 @@ def resize(rgb: np.ndarray, size_hw: tuple[int, int]) -> torch.Tensor:
 
 
 class CpuVideoDecoder:
-    """The VideoDecoder of machines without a GPU. Full-size pictures never outlive their turn in a thread."""
+    """The VideoDecoder of machines without a GPU. Full-size pictures never outlive their turn in a thread.
+
+    At most `num_threads` threads decode at a time, on one long video or on several short ones: `decode` may be called
+    from several threads.
+    """
 
     def __init__(self, num_threads: int):
         self._num_threads = num_threads
+        self._slots = threading.Semaphore(num_threads)
 
     def probe(self, path: str) -> VideoInfo:
         return index_video(path).info()
@@ -83,7 +88,7 @@ class CpuVideoDecoder:
         def store(rows: Sequence[int], rgb: np.ndarray) -> None:
             out[rows] = resize(rgb, size_hw)
 
-        _store_frames(index_video(path), frame_indices, self._num_threads, store)
+        _store_frames(index_video(path), frame_indices, self._num_threads, store, self._slots)
 
 
 def read_frames(path: str, frames: Sequence[int], num_threads: int = 1) -> np.ndarray:
@@ -100,7 +105,11 @@ def read_frames(path: str, frames: Sequence[int], num_threads: int = 1) -> np.nd
 
 
 def _store_frames(
-    index: VideoIndex, frames: Sequence[int], num_threads: int, store: Callable[[Sequence[int], np.ndarray], None]
+    index: VideoIndex,
+    frames: Sequence[int],
+    num_threads: int,
+    store: Callable[[Sequence[int], np.ndarray], None],
+    slots: Slots | None = None,
 ) -> None:
     """Call `store` with each wanted picture and the rows in which it is wanted, from several threads."""
     rows: dict[int, list[int]] = {}
@@ -113,4 +122,4 @@ def _store_frames(
             local.to_rgb = RgbConverter(index)
         store(rows[number], local.to_rgb(frame))
 
-    decode_frames(index, frames, num_threads, deliver)
+    decode_frames(index, frames, num_threads, deliver, slots)

@@ -31,13 +31,13 @@ class FrameRequest:
 
 
 class FramePrefetcher:
-    """Decodes requests in their order in a thread; at most `budget_bytes` of frames are there or on their way.
-
-    A budget of 0 decodes everything only when it is taken.
+    """Begins to decode requests in their order, `num_workers` at a time; at most `budget_bytes` of frames are there or
+    on their way. A budget of 0 decodes everything only when it is taken.
     """
 
-    def __init__(self, decoder: VideoDecoder, budget_bytes: int):
+    def __init__(self, decoder: VideoDecoder, budget_bytes: int, num_workers: int = 1):
         self._decoder = decoder
+        self._num_workers = num_workers
         self._budget = budget_bytes
         self._waiting: OrderedDict[FrameRequest, None] = OrderedDict()
         self._started: dict[FrameRequest, Future[Tensor]] = {}
@@ -77,7 +77,7 @@ class FramePrefetcher:
             if self.num_bytes + request.num_bytes > self._budget:
                 return
             del self._waiting[request]
-            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="decode")
+            self._pool = self._pool or ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode")
             self._started[request] = self._pool.submit(
                 self._decoder.decode, request.path, request.frame_indices, request.size_hw
             )

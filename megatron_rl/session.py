@@ -120,7 +120,7 @@ def _build_session(
     decoder = open_video_decoder(backend.decoder_device, cfg.data.decode_threads)
     tokenizer = _load_tokenizer(cfg.model.hf)
     builder = _build_prompt_builder(cfg.data, tokenizer, provider, decoder)
-    frames = FramePrefetcher(decoder, cfg.data.prefetch_mib << 20)
+    frames = FramePrefetcher(decoder, cfg.data.prefetch_mib << 20, cfg.data.decode_threads)
     vision = VisionCache(provider.build_vision(backend, device), frames, provider.shape.hidden_size)
     return Session(
         cfg=cfg,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -189,6 +190,27 @@ def test_a_file_that_changes_after_its_index_was_made_is_an_error(videos, tmp_pa
     path.unlink()
     with pytest.raises(VideoDecodeError, match="cannot be read any more: No such file"):
         decode_frames(index, [60], 2, lambda number, frame: None)
+
+
+def test_several_videos_at_once_share_the_threads(videos, truths):
+    """Six calls on two threads: never more than two decode, and every frame is right."""
+    slots, lock, busy, most = threading.Semaphore(2), threading.Lock(), set(), 0
+
+    def decode(name: str) -> None:
+        def deliver(number: int, frame: av.VideoFrame) -> None:
+            nonlocal most
+            with lock:
+                busy.add(threading.get_ident())
+                most = max(most, len(busy))
+            assert np.array_equal(frame.to_ndarray(format="rgb24"), truths[name][number])
+            with lock:
+                busy.discard(threading.get_ident())
+
+        decode_frames(index_video(videos[name]), list(range(0, 90, 5)), 2, deliver, slots)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(decode, [*CLOSED_GOPS, "mjpeg.mkv", "av1.mp4", "mpeg2.mpg"]))
+    assert most <= 2
 
 
 def test_a_failure_in_one_thread_reaches_the_caller_as_it_is(videos):

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -124,6 +127,24 @@ def test_two_videos_in_turn_keep_their_own_size(videos):
             frames = decoder.decode(videos[name], [1, 2], size_hw)
             assert frames.shape == (2, 3, *size_hw)
             assert decoder.probe(videos[name]).width == KINDS[name].size[0]
+
+
+@pytest.mark.full
+def test_8192_frames_take_little_more_memory_than_they_have_themselves(tmp_path):
+    """At 112x112 they are 294 MiB; the whole process stays below 0.6 GiB."""
+    how = Kind("libx264", {"preset": "ultrafast", "g": "30"}, size=(160, 120))
+    path = write_video(tmp_path / "long.mp4", how, 8192)
+    code = (
+        "import resource, sys; from data.pixels import CpuVideoDecoder;"
+        "out = CpuVideoDecoder(2).decode(sys.argv[1], range(8192), (112, 112));"
+        "print(out.numel() // 2**20, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=300, env=environment, check=True
+    )
+    size, peak = map(int, done.stdout.split())
+    assert size == 294 and peak < 614, done.stdout
 
 
 def test_memory_does_not_grow_with_the_number_of_full_size_frames(videos):
