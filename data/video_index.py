@@ -207,7 +207,8 @@ def _read(path: str, container: av.container.InputContainer, stream: av.VideoStr
     if all(packets.is_key) and None in packets.pts and None not in packets.dts:
         packets.pts = packets.dts  # nothing is reordered where every picture stands alone
     shown = [pts for pts, is_shown in zip(packets.pts, packets.is_shown, strict=True) if is_shown]
-    if None in packets.pts or len(set(shown)) != len(shown):
+    made_up = container.format.name == "avi" and context.has_b_frames and packets.pts == sorted(shown)
+    if None in packets.pts or len(set(shown)) != len(shown) or made_up:  # AVI knows the order of decoding only
         return _by_number(replace(about, average_fps=rate or 25.0, time_base=1 / (rate or 25.0)))
     return _assemble(about, packets)
 

@@ -47,6 +47,7 @@ KINDS = {
     "h264_444.mp4": Kind("libx264", {"g": "15"}, "yuv444p"),
     "h264_interlaced.ts": Kind("libx264", {"g": "15", "flags": "+ilme+ildct"}),
     "h264_raw.h264": Kind("libx264", {"g": "15", "bf": "2"}),
+    "h264_bframes.avi": Kind("libx264", {"g": "15", "bf": "3"}),
     "hevc.mp4": Kind("libx265", {"x265-params": "keyint=12:open-gop=0:log-level=none"}),
     "hevc_open_gop.mkv": Kind("libx265", {"x265-params": "keyint=12:min-keyint=6:open-gop=1:bframes=4:log-level=none"}),
     "hevc_layers.ts": Kind("libx265", {"x265-params": "keyint=16:temporal-layers=3:bframes=3:log-level=none"}),
