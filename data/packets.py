@@ -2,14 +2,17 @@
 """What the first bytes of a compressed picture tell: whether another picture can refer to it, whether it is shown.
 
 ITU-T H.264 7.4.1 (nal_ref_idc), H.265 7.4.2.2 (sub-layer non-reference pictures), ISO 14496-2 and 13818-2 (B pictures),
-RFC 6386 9.1 and the VP9 bitstream specification 6.2 (show_frame). VP9 and AV1 pictures are never called droppable here:
-a VP9 picture leaves motion vectors behind for the next one even when nothing refers to its pixels.
+RFC 6386 9.1 and the VP9 bitstream specification 6.2 (show_frame); for AV1 see av1.py. VP9 pictures are never called
+droppable: one leaves motion vectors behind for the next even when nothing refers to its pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from data.av1 import is_droppable, sequence_header
+
+_AV1C_BYTES = 4  # of the configuration record, before the OBUs
 _HEVC_LAST_SUBLAYER_PICTURE = 15
 _HEVC_LAST_PICTURE, _H264_PICTURES, _NAL_REF_IDC = 31, (1, 2, 3, 4, 5), 0x60
 _MPEG4_VOP, _MPEG4_B = b"\0\0\1\xb6", 2
@@ -22,6 +25,7 @@ class PacketParser:
     def __init__(self, codec: str, extradata: bytes | None):
         self._codec = codec
         self._length_size = _length_size(codec, extradata or b"")
+        self._av1 = sequence_header((extradata or b"")[_AV1C_BYTES:]) if codec == "av1" else None
 
     def sublayer(self, packet: memoryview) -> int | None:
         """None for a picture that others may refer to. Otherwise its temporal sub-layer: only pictures of a higher
@@ -30,6 +34,8 @@ class PacketParser:
             return self._h264_sublayer(packet)
         if self._codec == "hevc":
             return self._hevc_sublayer(packet)
+        if self._codec == "av1":
+            return self._av1_sublayer(bytes(packet))
         if self._codec == "mpeg4":
             return _all_b(bytes(packet), _MPEG4_VOP, lambda data: data[0] >> 6 == _MPEG4_B)
         if self._codec == "mpeg2video":
@@ -64,6 +70,11 @@ class PacketParser:
                     return None
                 found = (packet[start + 1] & 7) - 1
         return found
+
+    def _av1_sublayer(self, packet: bytes) -> int | None:
+        """The sequence header stands in the container, or in the first packet and at keyframes."""
+        self._av1 = sequence_header(packet[:256]) or self._av1
+        return 0 if self._av1 and is_droppable(packet, self._av1) else None
 
     def _nal_units(self, packet: memoryview) -> Iterator[int]:
         """Where their headers stand."""

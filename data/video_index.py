@@ -187,7 +187,8 @@ class _Packets:
 
 def _read(path: str, container: av.container.InputContainer, stream: av.VideoStream) -> VideoIndex:
     context = stream.codec_context
-    parser = PacketParser(context.name, context.extradata)
+    codec = context.codec.canonical_name
+    parser = PacketParser(codec, context.extradata)
     packets = _Packets()
     first: av.VideoFrame | None = None
     for packet in demux(container, stream):
@@ -201,9 +202,7 @@ def _read(path: str, container: av.container.InputContainer, stream: av.VideoStr
     if packets.cut or missing > max(_TRUNCATION_SECONDS, _TRUNCATION_FRACTION * packets.end * time_base):
         raise VideoDecodeError(path, f"truncated: the data ends after {packets.end * time_base:.1f} s of video")
     rate = float(stream.average_rate or 0)
-    about = _About(
-        path, context.name, first.width, first.height, time_base, rate, _display(path, first), _matrix(first)
-    )
+    about = _About(path, codec, first.width, first.height, time_base, rate, _display(path, first), _matrix(first))
     if all(packets.is_key) and None in packets.pts and None not in packets.dts:
         packets.pts = packets.dts  # nothing is reordered where every picture stands alone
     shown = [pts for pts, is_shown in zip(packets.pts, packets.is_shown, strict=True) if is_shown]

@@ -133,7 +133,7 @@ def test_dropping_saves_a_third_where_encoders_make_b_frames(videos):
 
 def test_nothing_refers_to_a_dropped_packet(videos, truths):
     """All of them are left out: every other frame stays the same."""
-    for name in ("h264_open_gop.mp4", "hevc_layers.ts", "mpeg4.avi"):
+    for name in ("h264_open_gop.mp4", "hevc_layers.ts", "mpeg4.avi", "av1.mp4"):
         index = index_video(videos[name])
         kept = [f for f, packet in enumerate(index.packet_of_frame) if not index.is_droppable[packet]]
         assert np.array_equal(read_frames(videos[name], kept), truths[name][kept])
