@@ -13,7 +13,7 @@ from data.sources import open_source, source_names
 from megatron_rl.types import BadRow, Row
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_UNSUPPORTED = ("image", "images", "audio", "audios")
+_UNSUPPORTED = ("audio", "audios")
 
 
 def read_rows(setting: str, media_root: str, field: str = "data.train") -> list[tuple[list[Row], list[BadRow]]]:
@@ -97,14 +97,15 @@ def _row(record: object, source: str, root: Path) -> Row:
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     for name in _UNSUPPORTED:
         if record.get(name):
-            raise ValueError(f"`{name}`: not supported yet; only text and videos are")
+            raise ValueError(f"`{name}`: not supported yet; only text, images and videos are")
     problem_type = record.get("problem_type") or ""
     return Row(
         source=source,
         problem=_text(record, "problem"),
         answer=_answer(record),
-        videos=tuple(str(root / video) for video in _videos(record)),
+        videos=tuple(str(root / video) for video in _paths(record, "videos")),
         problem_type=str(problem_type),
+        images=tuple(str(root / image) for image in _paths(record, "images") or _paths(record, "image")),
         span=_span(record),
     )
 
@@ -145,9 +146,9 @@ def _answer(record: dict) -> str:
     return answer
 
 
-def _videos(record: dict) -> list[str]:
-    videos = record.get("videos") or []
-    videos = [videos] if isinstance(videos, str) else videos
-    if not isinstance(videos, list) or not all(isinstance(video, str) and video.strip() for video in videos):
-        raise ValueError("`videos` must be a path or a list of paths")
-    return videos
+def _paths(record: dict, name: str) -> list[str]:
+    paths = record.get(name) or []
+    paths = [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path.strip() for path in paths):
+        raise ValueError(f"`{name}` must be a path or a list of paths")
+    return paths

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from data.images import decode_image
 from megatron_rl.protocols import VideoDecoder
 
 
@@ -24,6 +25,7 @@ class FrameRequest:
     path: str
     frame_indices: tuple[int, ...]
     size_hw: tuple[int, int]
+    is_image: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -57,7 +59,7 @@ class FramePrefetcher:
         self._start_some()
         if future is not None:
             return future.result()
-        return self._decoder.decode(request.path, request.frame_indices, request.size_hw)
+        return self._decode(request)
 
     def drop(self) -> None:
         """Forget all requests that were not taken."""
@@ -78,6 +80,9 @@ class FramePrefetcher:
                 return
             del self._waiting[request]
             self._pool = self._pool or ThreadPoolExecutor(self._num_workers, thread_name_prefix="decode")
-            self._started[request] = self._pool.submit(
-                self._decoder.decode, request.path, request.frame_indices, request.size_hw
-            )
+            self._started[request] = self._pool.submit(self._decode, request)
+
+    def _decode(self, request: FrameRequest) -> Tensor:
+        if request.is_image:
+            return decode_image(request.path, len(request.frame_indices), request.size_hw)
+        return self._decoder.decode(request.path, request.frame_indices, request.size_hw)

@@ -31,8 +31,8 @@ class ModelConfig:
 class DataConfig:
     train: str = ""
     """Data sets with commas between: a JSONL, JSON or Parquet file, a folder of them, or owner/name on the Hugging Face
-    hub; `@split` behind the last two. Fields: `problem`, `answer`; optionally `videos`, `video_start` and `video_end`
-    (seconds), `problem_type`."""
+    hub; `@split` behind the last two. Fields: `problem`, `answer`; optionally `videos`, `images`, `video_start` and
+    `video_end` (seconds), `problem_type`."""
     weights: tuple[float, ...] = ()
     """How often rows of each data set in `train` are drawn, relative; empty = each row once an epoch."""
     eval: str = ""

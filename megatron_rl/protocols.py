@@ -31,8 +31,8 @@ class VideoSpec(Protocol):
     def size_hw(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         """Height and width to which frames are resized: multiples of patch_size * merge_size."""
 
-    def placeholder(self, num_tokens: int) -> tuple[int, ...]:
-        """Token ids that replace the single video placeholder of the chat template."""
+    def placeholder(self, num_tokens: int, is_image: bool = False) -> tuple[int, ...]:
+        """Token ids that replace the single placeholder of a video or an image in the chat template."""
 
 
 class VideoDecoder(Protocol):
@@ -61,8 +61,9 @@ class ModelProvider(Protocol):
     shape: TransformerShape
     weight_map: WeightMap
     video_spec: VideoSpec | None
-    """None, like the two below, for a family that takes no video: rows with one are refused."""
+    """None, like the three below, for a family that takes no video: rows with one are refused."""
     video_token_id: int | None
+    image_token_id: int | None
 
     @property
     def forbidden_tokens(self) -> tuple[int, ...]:

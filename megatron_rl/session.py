@@ -149,6 +149,7 @@ def _build_prompt_builder(
         provider.video_spec,
         decoder,
         video_placeholder_id=provider.video_token_id,
+        image_placeholder_id=provider.image_token_id,
         format_prompt=data.format_prompt,
         frames=FrameSettings(data.num_frames, data.fps, data.min_frames, data.max_frames, data.frame_rule),
         max_prompt_tokens=data.max_prompt_tokens,

@@ -22,7 +22,7 @@ FORBIDDEN_BIAS = -100.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One checked line of a data file. `source` is "file.jsonl:12"; video paths are absolute.
+    """One checked line of a data file. `source` is "file.jsonl:12"; paths are absolute.
 
     `span` (start, end) is the range of seconds of its videos that is looked at.
     """
@@ -32,6 +32,7 @@ class Row:
     answer: str
     videos: tuple[str, ...] = ()
     problem_type: str = ""
+    images: tuple[str, ...] = ()
     span: tuple[float, float] = (0.0, math.inf)
 
 
@@ -75,7 +76,8 @@ class VideoArtifact:
     """Which frames of a video, at which size, making which tokens: decided once, used by vLLM and by the trainer.
 
     `key` is the sha256 of everything else, file identity included. `grid_thw` counts patches after the temporal merge:
-    a video gives t*h*w patches and `num_tokens` = t*h*w / merge_size**2 language tokens.
+    a video gives t*h*w patches and `num_tokens` = t*h*w / merge_size**2 language tokens. An image is a video of one
+    temporal patch whose frames are all that picture, with placeholders of its own.
     """
 
     key: str
@@ -86,11 +88,13 @@ class VideoArtifact:
     grid_thw: tuple[int, int, int]
     seconds_per_grid: float
     num_tokens: int
+    is_image: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A tokenized question. `token_ids` holds every placeholder token of every video (already expanded)."""
+    """A tokenized question. `token_ids` holds every placeholder token of every video and image (already
+    expanded); `videos` are both kinds in the order of their tokens."""
 
     prompt_id: int
     row: Row

@@ -148,7 +148,10 @@ def frame_requests(video: VideoArtifact, piece: Piece) -> list[FrameRequest]:
     step = max(_CHUNK_BYTES // per_patch, 1)
     return [
         FrameRequest(
-            video.path, video.frame_indices[start * patch : min(start + step, piece.stop) * patch], video.size_hw
+            video.path,
+            video.frame_indices[start * patch : min(start + step, piece.stop) * patch],
+            video.size_hw,
+            video.is_image,
         )
         for start in range(piece.start, piece.stop, step)
     ]

@@ -74,35 +74,42 @@ class Qwen2_5_VL:
         return rope_positions(len(token_ids), starts, videos, self.video_spec.merge_size, rate)
 
     def video_starts(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> list[int]:
-        """Index of the first placeholder token of each video."""
+        """Index of the first placeholder token of each video or image."""
         starts, position = [], 0
         for video in videos:
-            position = list(token_ids).index(self.video_token_id, position)
+            position = list(token_ids).index(self._placeholder(video), position)
             starts.append(position)
             position += video.num_tokens
         return starts
 
     def engine_prompt(self, prompt: Prompt, embeds: Mapping[str, Tensor]) -> dict[str, Any]:
-        """vLLM's input: one placeholder a video (vLLM expands it itself) and the embeddings in its place.
+        """vLLM's input: one placeholder a video or image (vLLM expands it itself) and the embeddings in its place.
 
         Without ids of ours, vLLM's caches go by the content of the embeddings, which cannot be stale.
         """
         ids = list(prompt.token_ids)
         starts = self.video_starts(ids, prompt.videos)
         for start, video in reversed(list(zip(starts, prompt.videos, strict=True))):
-            ids[start : start + video.num_tokens] = [self.video_token_id]
+            ids[start : start + video.num_tokens] = [self._placeholder(video)]
         request: dict[str, Any] = {"prompt_token_ids": ids}
-        if prompt.videos:
-            request["multi_modal_data"] = {
-                "video": {
-                    "video_embeds": torch.cat([embeds[v.key] for v in prompt.videos]),
-                    "video_grid_thw": torch.tensor([v.grid_thw for v in prompt.videos]),
-                    "second_per_grid_ts": torch.tensor([v.seconds_per_grid for v in prompt.videos]),
+        data: dict[str, dict[str, Tensor]] = {}
+        uuids: dict[str, list[str]] = {}
+        for kind in ("image", "video"):
+            items = [v for v in prompt.videos if v.is_image == (kind == "image")]
+            if items:
+                data[kind] = {
+                    f"{kind}_embeds": torch.cat([embeds[v.key] for v in items]),
+                    f"{kind}_grid_thw": torch.tensor([v.grid_thw for v in items]),
                 }
-            }
-            pairs = ((embeds[v.key], v) for v in prompt.videos)
-            request["multi_modal_uuids"] = {"video": [_identity(tensor, video) for tensor, video in pairs]}
+                uuids[kind] = [_identity(embeds[v.key], v) for v in items]
+                if kind == "video":
+                    data[kind]["second_per_grid_ts"] = torch.tensor([v.seconds_per_grid for v in items])
+        if data:
+            request |= {"multi_modal_data": data, "multi_modal_uuids": uuids}
         return request
+
+    def _placeholder(self, video: VideoArtifact) -> int:
+        return self.image_token_id if video.is_image else self.video_token_id
 
     def _video_spec(self, min_pixels: int, max_pixels: int, total_pixels: int) -> QwenVideoSpec:
         processor: dict[str, Any] = {}
@@ -118,6 +125,7 @@ class Qwen2_5_VL:
             max_pixels=max_pixels,
             total_pixels=total_pixels,
             placeholder_id=self.video_token_id,
+            image_placeholder_id=self.image_token_id,
             mean=tuple(processor.get("image_mean", OPENAI_CLIP_MEAN)),
             std=tuple(processor.get("image_std", OPENAI_CLIP_STD)),
         )

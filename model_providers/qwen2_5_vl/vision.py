@@ -30,6 +30,7 @@ class QwenVideoSpec:
     max_pixels: int
     total_pixels: int
     placeholder_id: int
+    image_placeholder_id: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     frame_family: Literal["stride"] = "stride"
@@ -45,8 +46,8 @@ class QwenVideoSpec:
             largest = max(min(largest, share), int(self.min_pixels * 1.05))
         return smart_resize(height, width, factor, self.min_pixels, largest)
 
-    def placeholder(self, num_tokens: int) -> tuple[int, ...]:
-        return (self.placeholder_id,) * num_tokens
+    def placeholder(self, num_tokens: int, is_image: bool = False) -> tuple[int, ...]:
+        return (self.image_placeholder_id if is_image else self.placeholder_id,) * num_tokens
 
     def patchify(self, frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """uint8 [F, 3, height, width] -> normalised patches [t*h*w, 3*P*p*p] and the grid (t, h, w)."""

@@ -41,6 +41,16 @@ def test_video_paths(tmp_path):
     assert row.videos == (str(media / "x.mp4"), "/elsewhere/y.mp4")
 
 
+def test_images(tmp_path):
+    (one, several), _ = read(
+        tmp_path,
+        {"problem": "p", "answer": "a", "image": "x.png"},
+        {"problem": "p", "answer": "a", "images": ["x.png", "/y.jpg"], "videos": "v.mp4"},
+    )
+    assert one.images == (str(tmp_path / "x.png"),) and one.videos == ()
+    assert several.images == (str(tmp_path / "x.png"), "/y.jpg") and several.videos == (str(tmp_path / "v.mp4"),)
+
+
 def test_relative_roots_become_absolute(tmp_path, monkeypatch):
     read(tmp_path, {"problem": "p", "answer": "a", "videos": "x.mp4"})
     monkeypatch.chdir(tmp_path)
@@ -60,7 +70,7 @@ def test_relative_roots_become_absolute(tmp_path, monkeypatch):
         ({"problem": "p", "answer": "<answer> </answer>"}, "`answer` is empty"),
         ({"problem": "p", "answer": ["a"]}, "`answer` must be text, found list"),
         ({"problem": "p", "answer": True}, "found bool"),
-        ({"problem": "p", "answer": "a", "images": ["i.png"]}, "`images`: not supported yet"),
+        ({"problem": "p", "answer": "a", "images": [{"bytes": "x"}]}, "`images` must be a path or a list of paths"),
         ({"problem": "p", "answer": "a", "audio": "s.wav"}, "`audio`: not supported yet"),
         ({"problem": "p", "answer": "a", "videos": [3]}, "`videos` must be"),
         ({"problem": "p", "answer": "a", "videos": {"path": "x"}}, "`videos` must be"),

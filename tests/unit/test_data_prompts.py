@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, replace
 
 import pytest
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,15 +19,24 @@ from data.prompts import PromptBuilder
 from megatron_rl.errors import BadSample, VideoDecodeError
 from megatron_rl.types import Row, VideoInfo
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|video_pad|>",
+    "<|image_pad|>",
+]
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for c in m.content %}{% if c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-VIDEO_PAD = "<|video_pad|>"
+VIDEO_PAD, IMAGE_PAD = "<|video_pad|>", "<|image_pad|>"
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +57,16 @@ class FakeSpec:
     patch_size, temporal_patch_size, merge_size = 4, 2, 2
     frame_family = "linspace"
 
-    def __init__(self, pad: int):
-        self.pad = pad
+    def __init__(self, pad: int, image_pad: int = -1):
+        self.pad, self.image_pad = pad, image_pad
 
     def size_hw(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         if width > 50 * height:
             raise ValueError("too wide")
         return height // 8 * 8, width // 8 * 8
 
-    def placeholder(self, num_tokens: int) -> tuple[int, ...]:
-        return (self.pad,) * num_tokens
+    def placeholder(self, num_tokens: int, is_image: bool = False) -> tuple[int, ...]:
+        return (self.image_pad if is_image else self.pad,) * num_tokens
 
 
 @dataclass
@@ -80,13 +90,14 @@ def paths(tmp_path) -> tuple[str, ...]:
 @pytest.fixture
 def make(tokenizer):
     def build(decoder=None, **settings) -> PromptBuilder:
-        pad = tokenizer.convert_tokens_to_ids(VIDEO_PAD)
+        pad, image_pad = (tokenizer.convert_tokens_to_ids(token) for token in (VIDEO_PAD, IMAGE_PAD))
         defaults = {"frames": FrameSettings(4), "max_prompt_tokens": 500}
         return PromptBuilder(
             settings.pop("tokenizer", tokenizer),
-            FakeSpec(pad),
+            FakeSpec(pad, image_pad),
             decoder or FakeDecoder(),
             video_placeholder_id=pad,
+            image_placeholder_id=image_pad,
             **{**defaults, **settings},
         )
 
@@ -135,6 +146,44 @@ def test_two_videos_go_first_or_where_the_markers_are(make, tokenizer, paths):
     placed = builder.build(0, row("Is <video> after <video>?", *paths))
     assert text(tokenizer, placed) == BEFORE + "Is " + pads(12) + " after " + pads(12) + "?" + AFTER
     assert [video.path for video in placed.videos] == list(paths)
+
+
+@pytest.fixture
+def images(tmp_path) -> tuple[str, ...]:
+    """24x16 and 8x32 pixels: 6 and 4 patches of 4 pixels a row and column, merged 2x2 to 6 and 4 tokens."""
+    Image.new("RGB", (24, 16), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (8, 32), "blue").save(tmp_path / "b.jpg")
+    return str(tmp_path / "a.png"), str(tmp_path / "b.jpg")
+
+
+def image_pads(num: int) -> str:
+    return "<|vision_start|>" + IMAGE_PAD * num + "<|vision_end|>"
+
+
+def test_images_alone_and_between_videos(make, tokenizer, paths, images):
+    builder = make()
+    alone = builder.build(0, replace(row("Same?"), images=images))
+    assert text(tokenizer, alone) == BEFORE + image_pads(6) + image_pads(4) + "Same?" + AFTER
+    (first, second) = alone.videos
+    assert (first.is_image, first.grid_thw, first.size_hw, first.num_tokens) == (True, (1, 4, 6), (16, 24), 6)
+    assert first.frame_indices == (0, 0) and second.grid_thw == (1, 8, 2) and first.key != second.key
+    mixed = replace(row("In <image> is <video> and <image>?", paths[0]), images=images)
+    prompt = builder.build(0, mixed)
+    assert text(tokenizer, prompt) == BEFORE + f"In {image_pads(6)} is {pads(12)} and {image_pads(4)}?" + AFTER
+    assert [video.path for video in prompt.videos] == [images[0], paths[0], images[1]]
+    loose = builder.build(0, replace(row("First <video> then?", paths[0]), images=images[:1]))
+    assert text(tokenizer, loose) == BEFORE + image_pads(6) + "First " + pads(12) + " then?" + AFTER
+
+
+def test_an_image_that_cannot_be_used_is_media_s_fault(make, tmp_path, images):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    for path, reason in ((broken, "not a readable image"), (tmp_path / "gone.png", "No such file")):
+        with pytest.raises(BadSample, match=reason) as refused:
+            make().build(0, replace(row("p"), images=(str(path),)))
+        assert refused.value.kind == "media" and refused.value.source == "train.jsonl:7"
+    with pytest.raises(BadSample, match="1 <image> markers in the text for 2 images"):
+        make().build(0, replace(row("<image>"), images=images))
 
 
 def test_videos_of_different_lengths_get_their_own_number_of_tokens(make, tokenizer, paths):
@@ -216,7 +265,7 @@ def test_markers_must_match_the_videos(make, paths, problem):
 def test_a_long_prompt_is_refused_not_cut(make, tokenizer, paths):
     length = len(make().build(0, row("What?", paths[0])).token_ids)
     assert len(make(max_prompt_tokens=length).build(0, row("What?", paths[0])).token_ids) == length
-    with pytest.raises(BadSample, match=rf"{length} tokens .12 of them video. is over data.max_prompt_tokens"):
+    with pytest.raises(BadSample, match=rf"{length} tokens .12 of them video or image. is over data.max_prompt_tokens"):
         make(max_prompt_tokens=length - 1).build(0, row("What?", paths[0]))
 
 
