@@ -281,10 +281,10 @@ def measure(
 
 
 def table(results: Sequence[Result]) -> str:
-    """One line per file, frames and threads: ours, the best peer, the limit, and the ratios."""
+    """One line per file, frames and threads: ours, the peer that is first on the wall clock, and ratios (wall/CPU)."""
     lines = [
         f"{'file':26}{'frames':>7}{'thr':>4}  {'ours wall/cpu':>15}  {'best peer wall/cpu':>30}"
-        f"{'peer/ours':>11}{'ours/limit (indexed)':>22}"
+        f"{'peer/ours':>12}{'ours/limit (indexed)':>24}"
     ]
     for key in dict.fromkeys((r.file, r.frames, r.threads) for r in results):
         group = {r.method: r for r in results if (r.file, r.frames, r.threads) == key}
@@ -292,10 +292,11 @@ def table(results: Sequence[Result]) -> str:
         peers = [r for name, r in group.items() if name not in (OURS, INDEXED, LIMIT)]
         best = min(peers, key=lambda r: r.wall, default=None)
         shown = f"{best.method} {best.wall:.2f}/{best.cpu:.2f}" if best else "-"
-        ratio = f"{best.wall / mine.wall:.2f}" if best else "-"
-        over = f"{mine.wall / limit.wall:.2f} ({group[INDEXED].wall / limit.wall:.2f})" if limit else "-"
+        ratio = f"{best.wall / mine.wall:.2f}/{min(r.cpu for r in peers) / mine.cpu:.2f}" if best else "-"
+        over = f"{mine.wall / limit.wall:.2f}/{mine.cpu / limit.cpu:.2f}" if limit else "-"
+        over += f" ({group[INDEXED].wall / limit.wall:.2f}/{group[INDEXED].cpu / limit.cpu:.2f})" if limit else ""
         own = f"{mine.wall:.2f}/{mine.cpu:.2f}"
-        lines.append(f"{key[0]:26}{key[1]:>7}{key[2]:>4}  {own:>15}  {shown:>30}{ratio:>11}{over:>22}")
+        lines.append(f"{key[0]:26}{key[1]:>7}{key[2]:>4}  {own:>15}  {shown:>30}{ratio:>12}{over:>24}")
     return "\n".join(lines)
 
 
@@ -328,8 +329,9 @@ def main() -> None:
             if not path.is_file():
                 print(f"making {path}", flush=True)
                 make_video(path, kind, size, args.seconds)
-            results += run_file(args, str(path), kind)
-            args.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+            for result in run_file(args, str(path), kind):
+                results.append(result)
+                args.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
     for is_resized in (False, True):
         part = [result for result in results if result.resized == is_resized]
         if part:
@@ -337,9 +339,8 @@ def main() -> None:
             print(table(part))
 
 
-def run_file(args: argparse.Namespace, path: str, kind: str) -> list[Result]:
+def run_file(args: argparse.Namespace, path: str, kind: str) -> Iterator[Result]:
     peers = available(kind, args.methods.split(","))
-    results = []
     for count in args.frames.split(","):
         for threads in map(int, args.threads.split(",")):
             here = {
@@ -348,13 +349,12 @@ def run_file(args: argparse.Namespace, path: str, kind: str) -> list[Result]:
             methods: dict[str, Method] = {OURS: ours, INDEXED: ours_indexed, **here, LIMIT: Limit()}
             full_size = list(measure(path, count, threads, methods, args.rounds, False))
             print(table(full_size).splitlines()[-1], flush=True)
-            results += full_size
+            yield from full_size
             if args.resize:
                 height, width = map(int, args.resize.split("x"))
                 methods = {name: resized(peer, (height, width)) for name, peer in here.items()}
                 methods = {OURS: ours_resized((height, width)), **methods}
-                results += measure(path, count, threads, methods, args.rounds, True)
-    return results
+                yield from measure(path, count, threads, methods, args.rounds, True)
 
 
 if __name__ == "__main__":
