@@ -86,7 +86,9 @@ class CpuVideoDecoder:
         size_hw = (out.shape[2], out.shape[3])
 
         def store(rows: Sequence[int], rgb: np.ndarray) -> None:
-            out[rows] = resize(rgb, size_hw)
+            frame = resize(rgb, size_hw)
+            for row in rows:  # indexing with a list would copy many times slower
+                out[row] = frame
 
         _store_frames(index_video(path), frame_indices, self._num_threads, store, self._slots)
 
@@ -98,7 +100,8 @@ def read_frames(path: str, frames: Sequence[int], num_threads: int = 1) -> np.nd
     out = np.empty((len(frames), height, width, 3), np.uint8)
 
     def store(rows: Sequence[int], rgb: np.ndarray) -> None:
-        out[rows] = rgb
+        for row in rows:
+            out[row] = rgb
 
     _store_frames(index, frames, num_threads, store)
     return out
