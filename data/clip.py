@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -82,16 +83,23 @@ def _packets_of(index: VideoIndex, run: GopRun, reader: PacketReader) -> list[tu
     key_pts = index.packet_pts[run.start]
     kept = []
     for number, packet in reader.packets(run.start, run.stop):
-        if packet is not None and packet.pts >= key_pts:
+        if packet is not None and packet.pts is not None and packet.pts >= key_pts:
             if packet.pts in run.wanted or not index.is_droppable[number]:
                 kept.append((packet.pts, packet))
     return kept
 
 
-def _mux(container, stream, packets, rank: dict[int, int], base: int) -> None:
+def _mux(
+    container: av.container.OutputContainer,
+    stream: av.VideoStream,
+    packets: Sequence[tuple[int, av.Packet]],
+    rank: dict[int, int],
+    base: int,
+) -> None:
+    tick = stream.time_base or Fraction(1, 1000)
     for number, (pts, packet) in enumerate(packets):
         packet.stream = stream
-        packet.time_base = stream.time_base
-        packet.pts = round((rank[pts] + _DELAY) * _TICK / 1000 / stream.time_base)
-        packet.dts = round((base + number) * _TICK / 1000 / stream.time_base)
+        packet.time_base = tick
+        packet.pts = round((rank[pts] + _DELAY) * _TICK / 1000 / tick)
+        packet.dts = round((base + number) * _TICK / 1000 / tick)
         container.mux(packet)

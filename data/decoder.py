@@ -137,6 +137,7 @@ def _take(index: VideoIndex, run: GopRun, reader: PacketReader, missing: dict[in
     for number, packet in reader.packets(run.start, run.stop):
         if packet is not None:
             pts = packet.pts
+            assert pts is not None  # the reader has compared it with the index
             if packet.is_corrupt:
                 raise _Damaged("data that it needs is damaged or missing in the file")
             if index.is_droppable[number] and pts not in run.wanted:

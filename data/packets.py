@@ -8,7 +8,7 @@ droppable: one leaves motion vectors behind for the next even when nothing refer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from data.av1 import is_droppable, sequence_header
 
@@ -104,7 +104,7 @@ def _after_start_codes(packet: memoryview) -> Iterator[int]:
         position = data.find(b"\0\0\1", position + 3)
 
 
-def _all_b(data: bytes, start_code: bytes, is_b) -> int | None:
+def _all_b(data: bytes, start_code: bytes, is_b: Callable[[bytes], bool]) -> int | None:
     """0 if the packet holds pictures and all are of type B. (Packed streams have several in one packet.)"""
     position, found = data.find(start_code), False
     while position >= 0:

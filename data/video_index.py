@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import av
 import numpy as np
@@ -78,7 +78,7 @@ class VideoIndex:
         seconds = (self.pts - self.pts[0]) * self.time_base
         return VideoInfo(self.path, self.codec, *self.shown_size, tuple(seconds.tolist()), self.average_fps)
 
-    def sorted_unique(self, frames) -> list[int]:
+    def sorted_unique(self, frames: Iterable[int]) -> list[int]:
         """The frame numbers, each once. Raises VideoDecodeError for one that the video does not have."""
         wanted = sorted(set(frames))
         if wanted and not 0 <= wanted[0] <= wanted[-1] < self.num_frames:
@@ -149,7 +149,7 @@ def _video_stream(path: str, container: av.container.InputContainer) -> av.Video
 
 @dataclass(frozen=True, slots=True)
 class _About:
-    """The first fields of a VideoIndex, in its order."""
+    """What a VideoIndex says of the whole video."""
 
     path: str
     codec: str
@@ -158,7 +158,35 @@ class _About:
     time_base: float
     average_fps: float
     display: tuple[int, int, int, int]
-    colour_matrix: str
+    colour_matrix: Literal["bt601", "bt709", "bt2020"]
+
+    def index(
+        self,
+        pts: np.ndarray,
+        packet_of_frame: np.ndarray,
+        packet_pts: np.ndarray,
+        is_key: np.ndarray,
+        is_shown: np.ndarray,
+        is_droppable: np.ndarray,
+        by_number: bool = False,
+    ) -> VideoIndex:
+        return VideoIndex(
+            self.path,
+            self.codec,
+            self.width,
+            self.height,
+            self.time_base,
+            self.average_fps,
+            self.display,
+            self.colour_matrix,
+            pts,
+            packet_of_frame,
+            packet_pts,
+            is_key,
+            is_shown,
+            is_droppable,
+            by_number,
+        )
 
 
 class _Packets:
@@ -197,7 +225,7 @@ def _read(path: str, container: av.container.InputContainer, stream: av.VideoStr
             first = _first_frame(path, packet)
     if not packets.pts or first is None:
         raise VideoDecodeError(path, "no keyframe" if packets.pts else "no video frames")
-    time_base = float(stream.time_base)
+    time_base = float(stream.time_base or 0)
     missing = _stated_end(container, stream) - packets.end * time_base
     if packets.cut or missing > max(_TRUNCATION_SECONDS, _TRUNCATION_FRACTION * packets.end * time_base):
         raise VideoDecodeError(path, f"truncated: the data ends after {packets.end * time_base:.1f} s of video")
@@ -206,7 +234,9 @@ def _read(path: str, container: av.container.InputContainer, stream: av.VideoStr
     if all(packets.is_key) and None in packets.pts and None not in packets.dts:
         packets.pts = packets.dts  # nothing is reordered where every picture stands alone
     shown = [pts for pts, is_shown in zip(packets.pts, packets.is_shown, strict=True) if is_shown]
-    made_up = container.format.name == "avi" and context.has_b_frames and packets.pts == sorted(shown)
+    made_up = (
+        container.format.name == "avi" and context.has_b_frames and packets.pts == sorted(pts or 0 for pts in shown)
+    )
     if None in packets.pts or len(set(shown)) != len(shown) or made_up:  # AVI knows the order of decoding only
         return _by_number(replace(about, average_fps=rate or 25.0, time_base=1 / (rate or 25.0)))
     return _assemble(about, packets)
@@ -223,17 +253,18 @@ def _first_frame(path: str, keyframe: av.Packet) -> av.VideoFrame | None:
     return frames[0] if frames else None
 
 
-def _matrix(frame: av.VideoFrame) -> str:
+def _matrix(frame: av.VideoFrame) -> Literal["bt601", "bt709", "bt2020"]:
     """By the stream's tags (ITU-T H.273); BT.601 where there are none, as for everything built on libswscale."""
-    return {1: "bt709", 9: "bt2020"}.get(int(frame.colorspace), "bt601")
+    by_tag: dict[int, Literal["bt709", "bt2020"]] = {1: "bt709", 9: "bt2020"}
+    return by_tag.get(int(frame.colorspace), "bt601")
 
 
 def _display(path: str, frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """Signs (a, b, c, d) of the display matrix: frame point (x, y) is shown at (a x + c y, b x + d y)."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return _IDENTITY
-    matrix = np.frombuffer(bytes(data), np.int32)[[0, 1, 3, 4]]
+    matrix = np.frombuffer(memoryview(data), np.int32)[[0, 1, 3, 4]]
     signs = tuple(int(sign) for sign in np.sign(matrix))
     if sorted(map(abs, signs)) != [0, 0, 1, 1] or abs(signs[0]) != abs(signs[3]):
         raise VideoDecodeError(path, "turned by an angle that is no multiple of 90 degrees; re-encode it upright")
@@ -251,8 +282,7 @@ def _assemble(about: _About, packets: _Packets) -> VideoIndex:
         raise VideoDecodeError(about.path, "no video frames")
     shown = np.flatnonzero(is_shown)
     order = shown[np.argsort(pts[shown])]
-    return VideoIndex(
-        *astuple(about),
+    return about.index(
         pts=pts[order],
         packet_of_frame=order,
         packet_pts=pts,
@@ -277,8 +307,7 @@ def _by_number(about: _About) -> VideoIndex:
     if not count:
         raise VideoDecodeError(about.path, "no video frames")
     numbers, yes = np.arange(count), np.ones(count, bool)
-    return VideoIndex(
-        *astuple(about),
+    return about.index(
         pts=numbers,
         packet_of_frame=numbers,
         packet_pts=numbers,
@@ -291,9 +320,10 @@ def _by_number(about: _About) -> VideoIndex:
 
 def _stated_end(container: av.container.InputContainer, stream: av.VideoStream) -> float:
     """Second at which the headers say the video ends; 0 where they do not say. Other streams may be longer."""
-    start = float((stream.start_time or 0) * stream.time_base)
+    time_base = float(stream.time_base or 0)
+    start = (stream.start_time or 0) * time_base
     if stream.duration is not None:
-        return start + float(stream.duration * stream.time_base)
+        return start + stream.duration * time_base
     if tag := stream.metadata.get("DURATION"):  # Matroska, WebM
         found = _CLOCK.fullmatch(tag.strip("\0"))
         if not found:
