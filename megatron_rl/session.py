@@ -104,8 +104,10 @@ def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
     )
     with watch_world() as watchdog:
         session = _build_session(cfg, temperature, backend, mesh, watchdog, stop)
-        yield session
-        session.vision.close()
+        try:
+            yield session
+        finally:
+            session.vision.close()  # else the interpreter would finish decoding before it ends
         session.log.close()
     parallel.shut_down()
 
