@@ -28,6 +28,7 @@ import av
 import numpy as np
 import torch
 from av.filter import Graph
+from av.video.frame import PictureType
 
 from data import video_index
 from data.decoder import PacketReader
@@ -74,7 +75,9 @@ def make_video(path: Path, kind: str, size: str, seconds: int) -> None:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.bit_rate = 0 if encoder == "libx264" else 400_000 * width * height // 76_800
         for frame in _test_pictures(size, seconds):
-            container.mux(stream.encode(frame.reformat(format="yuv420p")))
+            picture = frame.reformat(format="yuv420p")
+            picture.pict_type = PictureType.NONE  # as it comes, every picture asks to be a keyframe
+            container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
     partial.rename(path)
 

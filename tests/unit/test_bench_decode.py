@@ -9,6 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from data.video_index import index_video
+
 REPO = Path(__file__).parents[2]
 
 
@@ -25,6 +29,10 @@ def test_every_method_gives_the_frames_that_ours_gives(tmp_path):
     assert {(r["frames"], r["threads"], r["resized"]) for r in results} == {
         (frames, threads, resized) for frames in ("8", "fps2") for threads in (1, 2) for resized in (False, True)
     }
+    index = index_video(str(tmp_path / "h264_g30_64x48_4s.mp4"))
+    assert index.num_frames == 120 and np.flatnonzero(index.is_key).tolist() == [0, 30, 60, 90]
+    assert index.is_droppable.mean() > 0.3
+    assert index_video(str(tmp_path / "vp9_g250_64x48_4s.webm")).is_key.sum() == 1
     exact = [r for r in results if r["method"] in ("pyav seek", "pyav sequential", "opencv")]
     assert all(r["error"] == 0.0 for r in exact), exact
     assert all(r["error"] < 8 for r in results if r["method"] == "dali reader"), "another colour conversion"
