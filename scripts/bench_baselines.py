@@ -172,7 +172,14 @@ class ReceivedBytes:
 
     def __enter__(self) -> ReceivedBytes:
         self._patches = ExitStack()
-        for name, count in (("P2POp", _p2p), ("broadcast", _broadcast), ("all_gather_into_tensor", _all_gather)):
+        counted = {
+            "P2POp": _p2p,
+            "broadcast": _broadcast,
+            "all_gather_into_tensor": _all_gather,
+            "reduce_scatter_tensor": _reduce_scatter,
+            "all_to_all_single": _all_to_all,
+        }
+        for name, count in counted.items():
             self._patches.enter_context(mock.patch.object(dist, name, self._counted(getattr(dist, name), count)))
         return self
 
@@ -199,6 +206,16 @@ def _broadcast(tensor: Tensor, src: int, **_: Any) -> int:
 
 def _all_gather(output: Tensor, own: Tensor, **_: Any) -> int:
     return output.nbytes - own.nbytes
+
+
+def _reduce_scatter(output: Tensor, inputs: Tensor, **_: Any) -> int:
+    return inputs.nbytes - output.nbytes
+
+
+def _all_to_all(
+    output: Tensor, inputs: Tensor, received: Sequence[int], sent: Sequence[int], group: dist.ProcessGroup
+) -> int:
+    return output.nbytes - received[group.rank()] * output.element_size()
 
 
 class LiveBytes(TorchDispatchMode):
