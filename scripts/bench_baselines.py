@@ -172,7 +172,7 @@ class ReceivedBytes:
 
     def __enter__(self) -> ReceivedBytes:
         self._patches = ExitStack()
-        counted = {
+        counted: dict[str, Callable[..., int]] = {
             "P2POp": _p2p,
             "broadcast": _broadcast,
             "all_gather_into_tensor": _all_gather,

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,13 +166,13 @@ def prefix_rank(setting: Setting, folder: Path) -> dict[str, Figures]:
     samples = group(setting.prompt, setting.response, setting.num_samples)
     longest = setting.num_samples * (setting.prompt + setting.response)
     packed = {name: trainer.pack(samples, longest, name == SHARED) for name in (SHARED, REPEATED)}
-    return turns({name: lambda b=batches: trainer.update(b) for name, batches in packed.items()}, setting.repeat)
+    return turns({name: partial(trainer.update, batches) for name, batches in packed.items()}, setting.repeat)
 
 
 def context_rank(setting: Setting, folder: Path, comm: str) -> dict[str, Figures]:
     trainer = Trainer(folder, comm)
     batches = trainer.pack(group(setting.long_prompt, 64, 1), 2 * setting.long_prompt, share=True)
-    return {comm: once(lambda: trainer.update(batches))}
+    return {comm: once(partial(trainer.update, batches))}
 
 
 def run_rank(rank: int, world: int, port: int, part: str, setting: Setting, folder: str, out: str) -> None:
@@ -229,7 +230,7 @@ def render(setting: Setting, record: dict[str, Any]) -> str:
     prefix, context = record["prefix"], record["context"]
     lines = [
         f"update, P={setting.prompt} R={setting.response} N={setting.num_samples}: repeated / shared prompt",
-        f"  time {prefix['time_ratio']:.2f}, FLOPs {prefix['flops_ratio']:.2f}, time/FLOPs {prefix['time_over_flops']:.2f}, "
+        f"  time {prefix['time_ratio']:.2f}, FLOPs {prefix['flops_ratio']:.2f} (goal: {GOAL_OF_FLOPS} of them), "
         f"memory {prefix['memory_ratio']:.2f}, loss differs by {prefix['loss_difference']:.1e}",
         f"update, one prompt of {setting.long_prompt} tokens: {setting.ranks} context parallel ranks / one rank",
     ]
