@@ -87,14 +87,24 @@ def test_cpu_and_gpu_stack_share_their_versions(setup_arguments: dict[str, Any])
     assert not any(name.startswith("apex") for name in gpu), "PyPI's apex is another project"
 
 
-def _imported_modules() -> Iterator[str]:
+PEER_SCRIPTS = {ROOT / "scripts" / "bench_step_trl.py"}
+
+
+def _imported_modules(peers: bool = False) -> Iterator[str]:
+    """Of the project; with `peers`, of the scripts that run another project to compare with, which has its own lock."""
     for folder in (*PACKAGES, "scripts", "tests"):
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in (p for p in (ROOT / folder).rglob("*.py") if (p in PEER_SCRIPTS) == peers):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Import):
                     yield from (alias.name.partition(".")[0] for alias in node.names)
                 elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                     yield node.module.partition(".")[0]
+
+
+def test_what_only_a_benchmark_compares_with_has_a_lock_of_its_own() -> None:
+    names = set(_imported_modules(peers=True)) - set(_imported_modules()) - set(sys.stdlib_module_names)
+    names -= {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    assert names == {"trl", "datasets"} and names <= set(_lock("bench"))
 
 
 def test_every_import_of_the_project_is_locked() -> None:
