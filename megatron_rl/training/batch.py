@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_rl.parallel import ParallelMesh
 from megatron_rl.protocols import AdvantageEstimator, ModelProvider
+from megatron_rl.training.context_advice import warn_once
 from megatron_rl.training.microbatch import Cut, MicroBatch, build_microbatch
 from megatron_rl.training.packing import attention_weight, make_bundles, plan_packing
 from megatron_rl.types import Group, TrainSample
@@ -75,6 +76,8 @@ def pack(
         bundles = make_bundles(samples, max_tokens, hidden_size, share_prefix)
         multiple = mesh.pipeline if mesh.virtual > 1 else 1
         plan = plan_packing(bundles, mesh.data, max_tokens, multiple)
+        if mesh.rank == 0:
+            warn_once(bundles, provider.shape, mesh.context, mesh.data, max_tokens)
         updates.append(
             [
                 build_microbatch(samples, members, cut, provider.position_ids, provider.video_starts)
