@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL's side of bench_step.py: its `GRPOTrainer`, stepped one turn at a time by a callback.
 
-Everything that TRL can leave out is left out: reference model, gradient checkpointing, padding, logging, saving. It
-scores a response once, where we score it twice: with one update a step it takes the new log-probabilities as the old.
-transformers' continuous batching, another of its ways to generate, was tried and is left out: on a CPU a step of 200
-prompt tokens took 16 times as long as with `generate`.
+Everything that TRL can leave out is left out: reference model, gradient checkpointing, padding, logging, saving.
+transformers' continuous batching, another of its ways to generate, was tried and is no variant: on a CPU a step of 200
+prompt tokens took some 15 times as long as with `generate`.
 """
 
 from __future__ import annotations
