@@ -20,6 +20,9 @@ FORBIDDEN_BIAS = -100.0
 """Added to the logits of tokens that must not be sampled, by trainer and engine; vLLM clamps biases to it."""
 
 
+DECODED_BYTES = 1 << 30
+"""Of resized frames that a rank holds at a time, on their way into the vision tower."""
+
 VisionPart = Literal["tower", "projector"]
 
 

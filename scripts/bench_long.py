@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the scripts beside t
 import torch
 import torch.distributed as dist
 from bench_baselines import LiveBytes, ReceivedBytes
+from bench_world import enter, fork_world
 from make_tiny_checkpoint import write_checkpoint
 
 from megatron_rl import parallel
@@ -176,8 +177,7 @@ def context_rank(setting: Setting, folder: Path, comm: str) -> dict[str, Figures
 
 
 def run_rank(rank: int, world: int, port: int, part: str, setting: Setting, folder: str, out: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    enter(rank, world, port)
     dist.init_process_group("gloo")
     figures = prefix_rank(setting, Path(folder)) if part == "prefix" else context_rank(setting, Path(folder), part)
     if rank == 0:
@@ -186,11 +186,9 @@ def run_rank(rank: int, world: int, port: int, part: str, setting: Setting, fold
 
 
 def run_world(world: int, part: str, setting: Setting, folder: Path) -> dict[str, Any]:
-    """Forked from this process, which has imported the libraries and hosts the store."""
-    store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
+    """{variant: its figures}, as the first rank of a forked world wrote them."""
     out = folder / f"{part}_{world}.json"
-    arguments = (world, store.port, part, setting, str(folder / "model"), str(out))
-    torch.multiprocessing.start_processes(run_rank, arguments, nprocs=world, start_method="fork")
+    fork_world(world, run_rank, part, setting, str(folder / "model"), str(out))
     return json.loads(out.read_text())
 
 

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the scripts beside t
 import torch
 import torch.distributed as dist
 from bench_baselines import BUCKET_BYTES, CoreResharding, FullGather, LiveBytes, ReceivedBytes, as_matrix
+from bench_world import enter, fork_world
 from make_tiny_checkpoint import make_config, make_processor, make_tokenizer
 from torch import Tensor
 
@@ -295,19 +296,13 @@ def render(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run_rank(local_rank: int, setting: Setting, folder: str, port: int, json_path: str) -> None:
-    """Body of one rank. `port` 0: the environment is torchrun's."""
-    if port:
-        os.environ.update(
-            RANK=str(local_rank),
-            LOCAL_RANK=str(local_rank),
-            WORLD_SIZE=str(setting.world),
-            LOCAL_WORLD_SIZE=str(setting.world),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            TORCHELASTIC_USE_AGENT_STORE="True",
-            TORCHELASTIC_RESTART_COUNT="0",
-        )
+def run_forked(rank: int, world: int, port: int, setting: Setting, folder: str, json_path: str) -> None:
+    enter(rank, world, port)
+    run_rank(setting, folder, json_path)
+
+
+def run_rank(setting: Setting, folder: str, json_path: str) -> None:
+    """Body of one rank, in the environment of torchrun or of `bench_world`."""
     bench = build(setting, Path(folder))
     ranks = parallel.gather_lists([measure(bench, setting.repeat)])
     replica = parallel.gather_lists([num_bytes(bench.target)])[: setting.rollout_tensor]
@@ -318,14 +313,6 @@ def run_rank(local_rank: int, setting: Setting, folder: str, port: int, json_pat
         if wrong := [name for name, figures in record["variants"].items() if not figures["bit_equal"]]:
             raise SystemExit(f"not what vLLM's loader gives: {', '.join(wrong)}")
     dist.barrier()
-
-
-def fork_world(setting: Setting, folder: str, json_path: str) -> None:
-    """This process has imported the libraries; its children have them for nothing. It also hosts the store."""
-    store = dist.TCPStore("127.0.0.1", 0, setting.world, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.start_processes(
-        run_rank, (setting, folder, store.port, json_path), nprocs=setting.world, start_method="fork"
-    )
 
 
 def parse_sizes(text: str) -> Iterator[tuple[str, int]]:
@@ -384,9 +371,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model_folder(Path(folder), hidden_size(setting.megabytes, num_layers, itemsize), num_layers)
         if "RANK" in os.environ:
-            run_rank(0, setting, folder, 0, str(json_path))
+            run_rank(setting, folder, str(json_path))
         else:
-            fork_world(setting, folder, str(json_path))
+            fork_world(setting.world, run_forked, setting, folder, str(json_path))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from bench_vision_parts import RESPONSE_TOKENS, EncodedOnUse, Frames, artifact, make_groups, write_checkpoint
+from bench_world import enter, fork_world
 from make_videos import encode as write_video
 from megatron.core import parallel_state
 from torch import Tensor
@@ -80,23 +81,8 @@ class Setting:
 
 
 def join(rank: int, world: int, port: int, context: int = 1) -> parallel.ParallelMesh:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_COUNT="0",
-    )
+    enter(rank, world, port)
     return parallel.initialize(choose_backend("cpu", "float32"), 1, 1, context, rollout_tensor=1)
-
-
-def fork_world(world: int, work: Callable[..., None], *args: Any) -> None:
-    """This process has imported the libraries; its children have them for nothing. It also hosts the store."""
-    store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.start_processes(work, (world, store.port, *args), nprocs=world, start_method="fork")
 
 
 # ---------------------------------------------------------------------------------------------- one video on many ranks

@@ -62,7 +62,7 @@ class Frames:
         self._videos = videos
 
     def probe(self, path: str) -> VideoInfo:
-        raise NotImplementedError
+        raise AssertionError(f"{path}: nothing asks for this here")
 
     def decode(self, path: str, frame_indices: Sequence[int], size_hw: tuple[int, int]) -> Tensor:
         return self._videos[path][list(frame_indices)]

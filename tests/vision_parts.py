@@ -21,7 +21,7 @@ class MadeFrames:
         self.num_decoded = 0
 
     def probe(self, path: str) -> VideoInfo:
-        raise NotImplementedError
+        raise AssertionError(f"{path}: nothing asks for this here")
 
     def decode(self, path: str, frame_indices: Sequence[int], size_hw: tuple[int, int]) -> Tensor:
         self.num_decoded += len(frame_indices)

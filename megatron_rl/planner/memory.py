@@ -19,11 +19,10 @@ from megatron_rl.planner.gpus import Gpu
 from megatron_rl.planner.layout import Layout, chunks_in_flight, cut_of
 from megatron_rl.planner.model import PlannedModel, StageParams, stage_params
 from megatron_rl.planner.workload import Assumptions, Packing, Workload, fullest_share
+from megatron_rl.types import DECODED_BYTES
 from model_providers.shape import TransformerShape
 
 FP32 = 4
-FRAMES_PER_CALL = 64  # that a rank sends through the tower together
-DECODED_BYTES = 2**30  # of resized frames that a rank holds at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +164,7 @@ def _video_bytes(case: Case) -> float:
 def _encode_items(case: Case) -> Iterator[tuple[str, float]]:
     tower, work = case.model.tower, case.work
     if tower is not None:
-        frames = min(FRAMES_PER_CALL, work.num_frames)
+        frames = min(case.cfg.data.frames_per_chunk, work.num_frames)
         yield "decoded frames", min(DECODED_BYTES, 3.0 * work.num_frames * work.size_hw[0] * work.size_hw[1])
         yield "tower's activations", tower.working_bytes(frames, work.size_hw, case.cut.element)
 
@@ -186,7 +185,7 @@ def _trained_tower(case: Case, backward: bool) -> Iterator[tuple[str, float]]:
     yield "tower's gradients", tower.num_params * FP32
     yield "tower's optimizer", tower.num_params * per_param / case.layout.world
     if backward:
-        frames = min(FRAMES_PER_CALL, case.work.num_frames)
+        frames = min(case.cfg.data.frames_per_chunk, case.work.num_frames)
         yield "tower's activations", tower.kept_bytes(frames, case.work.size_hw, case.cut.element)
 
 

@@ -16,7 +16,7 @@ from megatron_rl.config import RunConfig
 from megatron_rl.planner.model import PlannedModel
 from megatron_rl.training.packing import attention_weight, make_bundles, plan_packing
 from megatron_rl.types import Prompt, Row, TrainSample
-from model_providers.attention.segments import Segment, shard
+from model_providers.attention.segments import segments_of, shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +161,6 @@ def fullest_share(prompt: int, response: int, num_responses: int, num_ranks: int
     """Part of a micro-batch's tokens that its fullest context parallel rank holds: 1 / num_ranks where it is even."""
     if num_ranks == 1:
         return 1.0
-    segments = [Segment(0, prompt)]
-    for index in range(num_responses):
-        start = prompt + index * response
-        segments.append(Segment(start, start + response, 0))
+    segments = segments_of([(prompt, [response] * num_responses)])
     hands = shard(segments, num_ranks, attention_weight(hidden_size))
     return max(sum(run.length for run in hand) for hand in hands) / (prompt + num_responses * response)

@@ -28,9 +28,7 @@ from megatron_rl.rollout.vision_routes import (
     plan_messages,
     split_over_ranks,
 )
-from megatron_rl.types import VideoArtifact, VideoEmbeds
-
-DECODED_BYTES = 1 << 30  # of resized frames that a rank holds at a time
+from megatron_rl.types import DECODED_BYTES, VideoArtifact, VideoEmbeds
 
 
 @dataclass(slots=True)

@@ -77,7 +77,7 @@ def pack(
         multiple = mesh.pipeline if mesh.virtual > 1 else 1
         plan = plan_packing(bundles, mesh.data, max_tokens, multiple)
         if mesh.rank == 0:
-            warn_once(bundles, provider.shape, mesh.context, mesh.data, max_tokens)
+            warn_once(bundles, provider.shape, mesh.context, mesh.context_comm, mesh.data, max_tokens)
         updates.append(
             [
                 build_microbatch(samples, members, cut, provider.position_ids, provider.video_starts)

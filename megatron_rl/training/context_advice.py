@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_rl.training.packing import Bundle, plan_packing
+from megatron_rl.training.packing import Bundle, attention_weight, plan_packing
+from model_providers.attention.segments import block_size, plan_attention, segments_of, shard
 from model_providers.shape import TransformerShape
 
 FLOPS_PER_BYTE = 2000.0
@@ -31,18 +32,29 @@ class Prediction:
 
 
 def predict(
-    bundles: Sequence[Bundle], shape: TransformerShape, context: int, num_data: int, max_tokens: int
+    bundles: Sequence[Bundle], shape: TransformerShape, context: int, comm: str, num_data: int, max_tokens: int
 ) -> Prediction:
     """The same devices and the same tokens a rank, with `context` of them to a micro-batch of `max_tokens`."""
-    cost = {bundle.members: bundle for bundle in bundles}
+    by_members = {bundle.members: bundle for bundle in bundles}
     plan = plan_packing(bundles, num_data, max_tokens)
-    ranks = [[cost[members] for bin in rank for members in bin] for rank in plan.bins]
-    most = max(ranks, key=lambda rank: sum(bundle.cost for bundle in rank))
-    work = sum(bundle.cost for bundle in most) / context * 24 * shape.hidden_size**2 * TRAINING_PASSES
-    row_bytes = 2 * 2 * shape.num_groups * shape.head_dim  # key and value, bf16
-    rows = sum(bundle.num_tokens for bundle in most) * (context - 1) / context
-    num_transfers = 4  # keys and values in forward and backward, and their gradients in fp32
-    return Prediction(context, max_tokens, work, rows * row_bytes * num_transfers * FLOPS_PER_BYTE)
+    ranks = [[[by_members[members] for members in bin] for bin in rank] for rank in plan.bins]
+    busiest = max(ranks, key=lambda rank: sum(bundle.cost for bin in rank for bundle in bin))
+    cost = sum(bundle.cost for bin in busiest for bundle in bin)
+    work = cost / context * 24 * shape.hidden_size**2 * TRAINING_PASSES
+    received = sum(_received_bytes(bin, shape, context, comm) for bin in busiest)
+    return Prediction(context, max_tokens, work, received * FLOPS_PER_BYTE)
+
+
+def _received_bytes(bundles: Sequence[Bundle], shape: TransformerShape, context: int, comm: str) -> float:
+    """Bytes in bf16 that a rank receives for one layer, there and back: what the trainer's own cut makes travel."""
+    if comm == "a2a":  # all heads of its rows out and in, in the forward and in the backward
+        rows = sum(bundle.num_tokens for bundle in bundles) / context * (context - 1) / context
+        return rows * 2 * (2 * shape.num_heads + 2 * shape.num_groups) * shape.head_dim * 2
+    segments = segments_of([(bundle.prompt, bundle.responses) for bundle in bundles])
+    shards = shard(segments, context, attention_weight(shape.hidden_size))
+    blocks = [block_size(exports) for exports in plan_attention(segments, shards, 0).exports]
+    num_transfers = 4  # keys and values in the forward and in the backward, and their gradients in fp32
+    return (sum(blocks) - min(blocks)) * 2 * shape.num_groups * shape.head_dim * 2 * num_transfers
 
 
 class SmallerContext(UserWarning):
@@ -52,27 +64,29 @@ class SmallerContext(UserWarning):
 _SAID: set[int] = set()  # sizes that have been warned of
 
 
-def warn_once(bundles: Sequence[Bundle], shape: TransformerShape, context: int, num_data: int, max_tokens: int) -> None:
+def warn_once(
+    bundles: Sequence[Bundle], shape: TransformerShape, context: int, comm: str, num_data: int, max_tokens: int
+) -> None:
     """Give the advice for the first batch that calls for it; every batch would repeat it with other figures."""
-    if context not in _SAID and (text := advise(bundles, shape, context, num_data, max_tokens)):
+    if context not in _SAID and (text := advise(bundles, shape, context, comm, num_data, max_tokens)):
         _SAID.add(context)
         warnings.warn(text, SmallerContext, stacklevel=2)
 
 
 def advise(
-    bundles: Sequence[Bundle], shape: TransformerShape, context: int, num_data: int, max_tokens: int
+    bundles: Sequence[Bundle], shape: TransformerShape, context: int, comm: str, num_data: int, max_tokens: int
 ) -> str | None:
     """A warning when fewer ranks to a micro-batch, each with as many tokens as now, would take less time."""
     if context == 1 or not bundles:
         return None
-    now = predict(bundles, shape, context, num_data, max_tokens)
-    choices = _smaller(bundles, shape, context, num_data, max_tokens)
+    now = predict(bundles, shape, context, comm, num_data, max_tokens)
+    choices = _smaller(bundles, shape, context, comm, num_data, max_tokens)
     best = min(choices, key=lambda p: p.time, default=now)
     if best.time >= WORTH_SAYING * now.time:
         return None
     longest = max(bundle.num_tokens for bundle in bundles)
     return (
-        f"parallel.context={context}: the longest of this batch has {longest} tokens, and receiving keys and values is "
+        f"parallel.context={context}: the longest of this batch has {longest} tokens, and what other ranks send is "
         f"{now.communication / now.time:.0%} of the predicted time; parallel.context={best.context} with "
         f"train.max_tokens_per_microbatch={best.max_tokens} (as many a rank) is predicted to take "
         f"{best.time / now.time:.2f} of it"
@@ -80,11 +94,11 @@ def advise(
 
 
 def _smaller(
-    bundles: Sequence[Bundle], shape: TransformerShape, context: int, num_data: int, max_tokens: int
+    bundles: Sequence[Bundle], shape: TransformerShape, context: int, comm: str, num_data: int, max_tokens: int
 ) -> Iterator[Prediction]:
     """Predictions for the divisors of `context` with which the longest sequence still fits."""
     longest = max(bundle.num_tokens for bundle in bundles)
     for fewer in range(1, context):
         budget = max_tokens * fewer // context
         if context % fewer == 0 and longest <= budget:
-            yield predict(bundles, shape, fewer, num_data * context // fewer, budget)
+            yield predict(bundles, shape, fewer, comm, num_data * context // fewer, budget)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.training.packing import Bin
 from megatron_rl.types import TrainSample, VideoArtifact
-from model_providers.attention.segments import AttentionPlan, Segment, plan_attention, plan_whole_attention, shard
+from model_providers.attention.segments import AttentionPlan, plan_attention, plan_whole_attention, segments_of, shard
 
 PositionIds = Callable[[Sequence[int], Sequence[VideoArtifact]], Tensor]
 VideoStarts = Callable[[Sequence[int], Sequence[VideoArtifact]], list[int]]
@@ -71,7 +71,8 @@ class _Packed:
 
     tokens: list[int] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
+    bundles: list[tuple[int, list[int]]] = field(default_factory=list)
+    """Lengths of each prompt and of its responses."""
     predictors: list[int] = field(default_factory=list)
     """Packed position of the token that predicts each response token."""
     targets: list[int] = field(default_factory=list)
@@ -91,16 +92,11 @@ class _Packed:
         self.videos += [(video, start + at) for video, at in zip(prompt.videos, starts, strict=True)]
         self.tokens.extend(prompt.token_ids)
         self.positions.append(positions[:, :num_prompt])
-        if len(samples) > 1:
-            self.segments.append(Segment(start, len(self.tokens)))
-        prefix = len(self.segments) - 1
+        self.bundles.append((num_prompt, [len(s.response_ids) for s in samples]))
         for sample in samples:
             assert sample.prompt.token_ids == prompt.token_ids, "a bundle has one prompt"
-            first = len(self.tokens)
             self._add_response(sample, last_prompt_token=start + num_prompt - 1)
             self.positions.append(positions[:, num_prompt : num_prompt + len(sample.response_ids)])
-            stop = len(self.tokens)
-            self.segments.append(Segment(first, stop, prefix) if len(samples) > 1 else Segment(start, stop))
 
     def _add_response(self, sample: TrainSample, last_prompt_token: int) -> None:
         first, count = len(self.tokens), len(sample.response_ids)
@@ -123,11 +119,12 @@ def build_microbatch(
     packed = _Packed()
     for members in bundles:
         packed.add([samples[i] for i in members], position_ids, video_starts)
-    shards = shard(packed.segments, cut.num_ranks, 0.0 if cut.by_heads else cut.attention_weight)
+    segments = segments_of(packed.bundles)
+    shards = shard(segments, cut.num_ranks, 0.0 if cut.by_heads else cut.attention_weight)
     if cut.by_heads and cut.num_ranks > 1:
-        attention = plan_whole_attention(packed.segments, shards)
+        attention = plan_whole_attention(segments, shards)
     else:
-        attention = plan_attention(packed.segments, shards, cut.rank)
+        attention = plan_attention(segments, shards, cut.rank)
     spans = [torch.arange(run.start, run.stop) for run in shards[cut.rank]]
     here = torch.cat([torch.zeros(0, dtype=torch.int64), *spans])  # packed position of each row
     padding = -len(here) % cut.pad_multiple or (cut.pad_multiple if not len(here) else 0)

@@ -20,14 +20,18 @@ Bin = tuple[tuple[int, ...], ...]  # the bundles of one micro-batch
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Samples (`members`, indices) with one prompt, which is stored and computed once, and the responses to it.
-
-    `cost` is in units of one token's linear layers.
+    """Samples (`members`, indices) with one prompt, which is stored and computed once, and the responses to it; the
+    lengths of both. `cost` is in units of one token's linear layers.
     """
 
     members: tuple[int, ...]
-    num_tokens: int
+    prompt: int
+    responses: tuple[int, ...]
     cost: float
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prompt + sum(self.responses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,8 @@ def make_bundles(samples: Sequence[TrainSample], max_tokens: int, hidden_size: i
 
 def _bundle(samples: Sequence[TrainSample], members: Sequence[int], hidden_size: int) -> Bundle:
     prompt = len(samples[members[0]].prompt.token_ids)
-    responses = [len(samples[i].response_ids) for i in members]
-    return Bundle(tuple(members), prompt + sum(responses), bundle_cost(prompt, responses, hidden_size))
+    responses = tuple(len(samples[i].response_ids) for i in members)
+    return Bundle(tuple(members), prompt, responses, bundle_cost(prompt, responses, hidden_size))
 
 
 def plan_packing(bundles: Sequence[Bundle], num_ranks: int, max_tokens: int, multiple: int = 1) -> PackPlan:

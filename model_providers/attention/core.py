@@ -82,7 +82,7 @@ class PlannedAttention(MegatronModule):
         if self._comm == "a2a" and self._group.size() > 1:
             out = _attend_by_heads(self.kernel, q, k, v, plan, self._group)
         else:
-            out = _PlannedAttention.apply(q, k, v, plan, self.kernel, self._comm or "all_gather", self._group)
+            out = _SoftmaxAttention.apply(q, k, v, plan, self.kernel, self._comm or "all_gather", self._group)
         return out.flatten(1).unsqueeze(1)
 
 
@@ -96,12 +96,12 @@ def _attend_by_heads(
     sizes = plan.rank_sizes
     q_all = TokensToHeads.apply(q[:num_rows], heads, sizes, group)
     k_all, v_all = (TokensToHeads.apply(t[:num_rows], kv_heads, sizes, group) for t in (k, v))
-    out = _PlannedAttention.apply(q_all, k_all, v_all, plan, kernel, "all_gather", None)
+    out = _SoftmaxAttention.apply(q_all, k_all, v_all, plan, kernel, "all_gather", None)
     out = HeadsToTokens.apply(out, num_heads, sizes, group)
     return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, len(q) - num_rows))
 
 
-class _PlannedAttention(torch.autograd.Function):
+class _SoftmaxAttention(torch.autograd.Function):
     """Own rows first, then the block of each other rank as it arrives. `group` None: there is no other rank."""
 
     @staticmethod

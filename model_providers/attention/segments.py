@@ -48,6 +48,24 @@ class Run:
         return self.stop - self.start
 
 
+def segments_of(bundles: Iterable[tuple[int, Sequence[int]]]) -> list[Segment]:
+    """Segments of bundles packed one behind the other, each a prompt length and the lengths of its responses. A prompt
+    with one response is one plain sequence."""
+    segments: list[Segment] = []
+    position = 0
+    for prompt, responses in bundles:
+        if len(responses) == 1:
+            lengths, prefix = [prompt + responses[0]], None
+        else:
+            lengths, prefix = list(responses), len(segments)
+            segments.append(Segment(position, position + prompt))
+            position += prompt
+        for length in lengths:
+            segments.append(Segment(position, position + length, prefix))
+            position += length
+    return segments
+
+
 Shard = tuple[Run, ...]  # what one rank holds, in packed order; its rows are numbered from 0 in this order
 
 

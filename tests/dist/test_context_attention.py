@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model_providers.attention import core, exchange
-from model_providers.attention.core import _attend_by_heads, _PlannedAttention
+from model_providers.attention.core import _attend_by_heads, _SoftmaxAttention
 from model_providers.attention.kernels import AtenCpu
 from model_providers.attention.segments import block_size, plan_attention, plan_whole_attention, shard
 from tests.attention_masks import mask_of, masked_attention, segments_of
@@ -61,7 +61,7 @@ def _attend(rank: int, case: Case) -> tuple[list[int], list[Tensor]]:
     if by_heads:
         out = _attend_by_heads(AtenCpu(), q, k, v, plan_whole_attention(segments, shards), group)
     else:
-        out = _PlannedAttention.apply(q, k, v, plan_attention(segments, shards, rank), AtenCpu(), case.comm, group)
+        out = _SoftmaxAttention.apply(q, k, v, plan_attention(segments, shards, rank), AtenCpu(), case.comm, group)
     results = [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
     assert all(torch.equal(t[len(here) :], torch.zeros_like(t[len(here) :])) for t in results), "padding leaks"
     return here, [t[: len(here)] for t in results]
@@ -115,7 +115,7 @@ def _count_bytes(rank: int, comm: str) -> tuple[int, int]:
         mock.patch.object(exchange.dist, "all_gather_into_tensor", gathered),
         mock.patch.object(exchange.dist, "P2POp", transfer),
     ):
-        core._PlannedAttention.apply(q, k, v, plan, AtenCpu(), comm, group)
+        core._SoftmaxAttention.apply(q, k, v, plan, AtenCpu(), comm, group)
     others = sum(block_size(exports) for origin, exports in enumerate(plan.exports) if origin != rank)
     return received, others
 

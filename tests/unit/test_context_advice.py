@@ -14,41 +14,58 @@ SHAPE = shape_of({"model_type": "qwen2", **tiny(272)})
 
 
 def _bundles(*lengths: int) -> list[Bundle]:
-    return [Bundle((i,), n, bundle_cost(0, [n], SHAPE.hidden_size)) for i, n in enumerate(lengths)]
+    return [Bundle((i,), 0, (n,), bundle_cost(0, [n], SHAPE.hidden_size)) for i, n in enumerate(lengths)]
+
+
+ROW_BYTES = 2 * 2 * 2 * 32  # key and value of two heads, bf16
 
 
 def test_prediction_by_hand() -> None:
-    """Two sequences on two data parallel ranks of two context parallel ranks each."""
-    found = predict(_bundles(100, 60), SHAPE, context=2, num_data=2, max_tokens=200)
-    assert found.work == pytest.approx(bundle_cost(0, [100], 128) / 2 * 24 * 128**2 * 3)
-    assert found.communication == pytest.approx(100 / 2 * (2 * 2 * 2 * 32) * 4 * FLOPS_PER_BYTE)
+    """One sequence over two ranks in zigzag: of its four chunks the first three are needed by the other rank; the one
+    that holds the second and third sends both and receives one."""
+    found = predict(_bundles(400), SHAPE, 2, "p2p", num_data=1, max_tokens=400)
+    assert found.work == pytest.approx(bundle_cost(0, [400], 128) / 2 * 24 * 128**2 * 3)
+    assert found.communication == pytest.approx(200 * ROW_BYTES * 4 * FLOPS_PER_BYTE)
 
 
-def test_short_sequences_do_not_need_the_ranks() -> None:
-    text = advise(_bundles(*[100] * 16), SHAPE, context=4, num_data=1, max_tokens=1600)
+def test_heads_travel_however_short_the_sequences() -> None:
+    found = predict(_bundles(100, 100), SHAPE, 2, "a2a", num_data=1, max_tokens=400)
+    assert found.communication == pytest.approx(200 / 2 / 2 * 2 * (2 * 4 + 2 * 2) * 32 * 2 * FLOPS_PER_BYTE)
+    text = advise(_bundles(*[100] * 16), SHAPE, 4, "a2a", num_data=1, max_tokens=1600)
     assert text is not None and "parallel.context=4: the longest of this batch has 100 tokens" in text
     assert "parallel.context=1 with train.max_tokens_per_microbatch=400" in text
 
 
+def test_short_sequences_that_stay_whole_cost_nothing() -> None:
+    assert predict(_bundles(*[100] * 16), SHAPE, 4, "all_gather", 1, 1600).communication == 0
+    assert advise(_bundles(*[100] * 16), SHAPE, 4, "all_gather", num_data=1, max_tokens=1600) is None
+
+
+def test_sequences_that_are_cut_although_they_would_fit() -> None:
+    """Two sequences over four ranks are cut; two ranks to each would do, and two such pairs."""
+    assert advise(_bundles(*[400] * 4), SHAPE, 4, "all_gather", num_data=1, max_tokens=1600) is None  # one a rank
+    text = advise(_bundles(*[700] * 4), SHAPE, 4, "all_gather", num_data=1, max_tokens=1400)
+    assert text is not None and "parallel.context=2 with train.max_tokens_per_microbatch=700" in text
+
+
 def test_a_long_sequence_needs_them() -> None:
-    assert advise(_bundles(1500, *[50] * 4), SHAPE, context=4, num_data=1, max_tokens=2000) is None
+    assert advise(_bundles(1500, *[50] * 4), SHAPE, 4, "p2p", num_data=1, max_tokens=2000) is None
 
 
 def test_idle_ranks_are_no_gain() -> None:
     """One sequence: with fewer ranks to it the others would have nothing to do, and a large model is all work."""
     wide = shape_of({"model_type": "qwen2", **tiny(272), "hidden_size": 8192})
-    [bundle] = _bundles(400)
-    assert advise([Bundle(bundle.members, 400, 400.0)], wide, context=4, num_data=1, max_tokens=1600) is None
+    assert advise([Bundle((0,), 0, (400,), 400.0)], wide, 4, "a2a", num_data=1, max_tokens=1600) is None
 
 
 def test_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_rl.training.context_advice._SAID", set())
     with pytest.warns(SmallerContext) as caught:
         for count in (16, 15):
-            warn_once(_bundles(*[100] * count), SHAPE, 4, 1, 1600)
+            warn_once(_bundles(*[100] * count), SHAPE, 4, "a2a", 1, 1600)
     assert len(caught) == 1
 
 
 def test_nothing_to_advise_without_context_parallelism() -> None:
-    assert advise(_bundles(100), SHAPE, context=1, num_data=4, max_tokens=400) is None
-    assert advise([], SHAPE, context=2, num_data=4, max_tokens=400) is None
+    assert advise(_bundles(100), SHAPE, 1, "p2p", num_data=4, max_tokens=400) is None
+    assert advise([], SHAPE, 2, "p2p", num_data=4, max_tokens=400) is None

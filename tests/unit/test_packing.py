@@ -15,8 +15,8 @@ HIDDEN = 128
 
 
 def _bundles(lengths: Sequence[int]) -> list[Bundle]:
-    """Sequences of a token each and the rest as its response."""
-    return [Bundle((i,), n, bundle_cost(0, [n], HIDDEN)) for i, n in enumerate(lengths)]
+    """Plain sequences."""
+    return [Bundle((i,), 0, (n,), bundle_cost(0, [n], HIDDEN)) for i, n in enumerate(lengths)]
 
 
 def _lengths(seed: int, count: int, shortest: int = 50, longest: int = 1000) -> list[int]:
