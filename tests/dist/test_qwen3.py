@@ -123,6 +123,26 @@ def _as_published(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"{layer}.{index}.{part}.weight", value) for part, value in parts)
 
 
+def _gradients_over_ranks(rank: int, folder: Path, context: int, comm: str, expert: int) -> Any:
+    """Gradient pieces of this rank, with the tokens spread over context parallel ranks."""
+    trainer = tp.open_trainer(folder, tp.join(context=context, comm=comm, expert=expert), tp.MEASURE)
+    batches = trainer.pack(text_samples(trainer.provider))
+    trainer.policy.train(tp.unscored(batches), {}, NllLoss(), step=0)
+    return tp.gradients(trainer)
+
+
+@pytest.mark.parametrize(("comm", "expert"), [("all_gather", 1), ("p2p", 2), ("a2a", 2)])
+def test_experts_learn_alike_from_tokens_of_several_ranks(
+    checkpoints: dict[str, Path], comm: str, expert: int
+) -> None:
+    [folder] = [path for kind, path in checkpoints.items() if "moe" in kind]
+    provider = open_provider(folder)
+    truth = tp.assemble(provider, run_world(1, _gradients_over_ranks, folder, 1, "all_gather", 1))
+    found = tp.assemble(provider, run_world(2, _gradients_over_ranks, folder, 2, comm, expert))
+    errors = tp.relative_errors(found, truth)
+    assert max(errors.values()) <= SAME, errors
+
+
 LAYOUTS = [(1, 1, "none", 1), (2, 1, "none", 1), (1, 2, "full", 1), (2, 2, "selective", 1)]
 WITH_EXPERTS = [(1, 1, "none", 2), (2, 1, "full", 2), (2, 2, "none", 2)]  # the first has two data parallel ranks
 
