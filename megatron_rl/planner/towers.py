@@ -102,7 +102,10 @@ def tower_of(config: Mapping[str, Any]) -> Tower | None:
     vision = config.get("vision_config")
     if not vision:
         return None
-    return _siglip(vision) if vision.get("model_type") == "siglip_vision_model" else _qwen(vision)
+    kind = vision.get("model_type", config["model_type"])  # the hub's files leave it to the model's own
+    if kind not in _TOWERS:
+        raise ValueError(f"model.hf: vision_config.model_type={kind}: not planned yet; one of {', '.join(_TOWERS)}")
+    return _TOWERS[kind](vision)
 
 
 def _qwen(vision: Mapping[str, Any]) -> Tower:
@@ -163,3 +166,6 @@ def _siglip(vision: Mapping[str, Any]) -> Tower:
         tokens_after_frame=vision["tokens_after_frame"],
         is_gated=False,
     )
+
+
+_TOWERS = {"qwen2_5_vl": _qwen, "qwen2_5_vl_vision": _qwen, "siglip_vision_model": _siglip}

@@ -85,6 +85,13 @@ def test_the_parameters_of_siglip_are_those_of_transformers() -> None:
     assert tower.tokens(10, tower.size_hw(720, 1280, 1, 1)) == 2570  # 448 / 14 / 2 squared, and a newline
 
 
+def test_an_unknown_tower_is_not_taken_for_another() -> None:
+    config = KNOWN_CONFIGS["Qwen2.5-VL-7B"]
+    other = {**config, "vision_config": {**config["vision_config"], "model_type": "dinov2"}}
+    with pytest.raises(ValueError, match="vision_config.model_type=dinov2: not planned yet; one of qwen2_5_vl"):
+        tower_of(other)
+
+
 def test_the_size_of_frames_is_that_of_transformers() -> None:
     from megatron_rl.device import define_torchvision_operators
 
