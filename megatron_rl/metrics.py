@@ -76,7 +76,7 @@ class MetricLog:
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            _finish_wandb(self._wandb)
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._file = self._wandb = self._tensorboard = None
@@ -102,6 +102,14 @@ def _start_wandb(run_dir: Path, mode: Literal["offline", "online"], project: str
     return wandb.init(
         dir=str(run_dir), mode=mode, project=project, name=name, group=name, config=dict(config), settings=settings
     )
+
+
+def _finish_wandb(run: Any) -> None:
+    """`finish` returns while wandb's own process is still writing the file; `teardown` waits until it has left."""
+    import wandb
+
+    run.finish()
+    wandb.teardown()
 
 
 class Progress:

@@ -237,11 +237,14 @@ def _alone(rank: int, checkpoint: Path, folder: Path, videos: Sequence[VideoArti
 def test_runs_at_the_same_time_share_a_folder_that_is_too_small(
     tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path
 ) -> None:
-    _, made = _run(1, tiny_checkpoint, tmp_path / "other", videos)
+    once, made = _run(1, tiny_checkpoint, tmp_path / "other", videos)
     bound = _size(tmp_path / "other") * 2 // 3
-    for result, counts in run_world(3, _alone, tiny_checkpoint, tmp_path / "cache", videos, bound):
+    runs = run_world(3, _alone, tiny_checkpoint, tmp_path / "cache", videos, bound)
+    for result, counts in runs:
         _assert_equal(result, made)
-        assert counts.damaged_entries == 0 and counts.encoded_patches > 0
+        assert counts.damaged_entries == 0
+    # Which run makes an entry depends on who comes first; but somebody has to make every one of them.
+    assert sum(counts.encoded_patches for _, counts in runs) >= once.encoded_patches > 0
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
