@@ -77,13 +77,17 @@ def _our_logprobs(folder: Path, ids: Sequence[int], targets: Tensor) -> Tensor:
         with backend.mcore_scope():
             loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder))
             model.load_state_dict(loaded["model"])
-        rows = torch.arange(len(targets)).repeat_interleave(targets.shape[1])
+        num_asking, num_choices = targets.shape
         output = model(
             input_ids=torch.tensor([ids]),
             position_ids=provider.position_ids(ids, [])[:, None],
             attention_mask=None,
             packed_seq_params=BatchLayout(
-                attention=plan_one_sequence(len(ids)), logit_rows=rows, targets=targets.flatten()
+                attention=plan_one_sequence(len(ids)),
+                last_attention=plan_one_sequence(len(ids), [(0, num_asking)]),
+                predicting_rows=torch.arange(num_asking),
+                predictors=torch.arange(num_asking).repeat_interleave(num_choices),
+                targets=targets.flatten(),
             ),
         )
     return output.view_as(targets)

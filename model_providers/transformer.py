@@ -8,6 +8,7 @@ with prompt length through the vocabulary.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from megatron_rl.device import Backend
 from megatron_rl.parallel import ParallelMesh
 from megatron_rl.types import FORBIDDEN_BIAS
 from model_providers.attention.core import BatchLayout, core_attention
+from model_providers.last_layer import LastLayer
 from model_providers.shape import TransformerShape
 from model_providers.weight_map import canonical_name, padded_vocab
 
@@ -142,7 +144,18 @@ def _block_spec(config: TransformerConfig, backend: Backend, chunk: int | None) 
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = core_attention(backend.attention_kernel)
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, chunk), layer_norm=norm)
+    num_here = get_num_layers_to_build(config, chunk)
+    layers = [layer] * num_here
+    if get_transformer_layer_offset(config, chunk) + num_here == config.num_layers:
+        layers[-1] = _last_layer(layer, backend)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _last_layer(layer: ModuleSpec, backend: Backend) -> ModuleSpec:
+    last = copy.deepcopy(layer)
+    last.module = LastLayer
+    last.submodules.self_attention.submodules.core_attention = core_attention(backend.attention_kernel, last_layer=True)
+    return last
 
 
 class LanguageModel(GPTModel):
@@ -179,7 +192,7 @@ class LanguageModel(GPTModel):
         self.real_vocab_size = shape.vocab_size
         self._first_expert = mesh.expert_rank * (shape.num_experts // mesh.expert)
         if self.post_process:
-            # _postprocess gathers the sequence itself, before it picks the rows that predict response tokens.
+            # _postprocess gathers the rows itself, before it repeats those that predict several tokens.
             self.output_layer.sequence_parallel = False
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
@@ -203,28 +216,15 @@ class LanguageModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, packed_seq_params: BatchLayout, **_: Any) -> Tensor:
         if not self.post_process:
             return hidden_states
-        rows = self._predicting_rows(hidden_states[:, 0], packed_seq_params.logit_rows)
+        predicting = hidden_states[:, 0]
+        if self.config.sequence_parallel:
+            # The output layer, its own sequence parallelism off, sums the gradient of its input over the ranks; so the
+            # gather's backward has to split it, not to sum again.
+            predicting = gather_from_sequence_parallel_region(predicting, tensor_parallel_output_grad=False)
+        rows = predicting.index_select(0, packed_seq_params.predictors)
         chunks = zip(rows.split(LOGIT_CHUNK), packed_seq_params.targets.split(LOGIT_CHUNK), strict=True)
         logprobs = [checkpoint(self._logprobs, h, t, use_reentrant=False) for h, t in chunks]
         return torch.cat(logprobs)
-
-    def _predicting_rows(self, hidden_TH: Tensor, logit_rows: Tensor) -> Tensor:
-        """Hidden states [R, H] of `logit_rows` on every tensor parallel rank. Under sequence parallelism, where each
-        holds a slice of the rows, only those that predict something travel, each once."""
-        if not self.config.sequence_parallel:
-            return hidden_TH.index_select(0, logit_rows)
-        group, size = self.pg_collection.tp, len(hidden_TH)
-        rows, copies = logit_rows.unique(return_inverse=True)
-        counts = torch.bincount(rows // size, minlength=group.size())
-        most = max(1, int(counts.max()))
-        mine = rows[rows // size == group.rank()] - group.rank() * size
-        picked = F.pad(hidden_TH.index_select(0, mine), (0, 0, 0, most - len(mine)))
-        # The output layer, its own sequence parallelism off, sums the gradient of its input over the ranks; so the
-        # gather's backward has to split it, not to sum again.
-        gathered = gather_from_sequence_parallel_region(picked, tensor_parallel_output_grad=False)
-        first = counts.cumsum(0) - counts  # of each rank's rows among all
-        places = rows // size * most + torch.arange(len(rows), device=rows.device) - first[rows // size]
-        return gathered.index_select(0, places[copies])
 
     def _logprobs(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None

@@ -40,8 +40,10 @@ class Cut:
 class MicroBatch:
     """One forward pass of this rank. Per-token fields [T], position_ids [3, T]; per-response-token fields [R].
 
-    logit_rows: the row that predicts each response token; response_index: which token of the micro-batch's responses
-        it is, these standing one behind the other in the order of `samples` (indices of the step's samples)
+    predicting_rows [K]: the rows that predict response tokens, all that the last layer computes; last_attention: what
+        these attend to; predictors [R]: which of them predicts each response token
+    response_index [R]: which token of the micro-batch's responses each is, these standing one behind the other in the
+        order of `samples` (indices of the step's samples)
     video_rows [n]: rows that hold video tokens, of the slice that this rank embeds; video_index [n]: which token of
         `videos` each is, these standing one behind the other; only videos that have a token there are listed
     """
@@ -49,7 +51,9 @@ class MicroBatch:
     token_ids: Tensor
     position_ids: Tensor
     attention: AttentionPlan
-    logit_rows: Tensor
+    last_attention: AttentionPlan
+    predicting_rows: Tensor
+    predictors: Tensor
     targets: Tensor
     advantages: Tensor
     rollout_logprobs: Tensor
@@ -121,18 +125,20 @@ def build_microbatch(
         packed.add([samples[i] for i in members], position_ids, video_starts)
     segments = segments_of(packed.bundles)
     shards = shard(segments, cut.num_ranks, 0.0 if cut.by_heads else cut.attention_weight)
+    asking = _stretches(packed.predictors)
     if cut.by_heads and cut.num_ranks > 1:
-        attention = plan_whole_attention(segments, shards)
+        attention, last_attention = (plan_whole_attention(segments, shards, q) for q in (None, asking))
     else:
-        attention = plan_attention(segments, shards, cut.rank)
+        attention, last_attention = (plan_attention(segments, shards, cut.rank, q) for q in (None, asking))
     spans = [torch.arange(run.start, run.stop) for run in shards[cut.rank]]
     here = torch.cat([torch.zeros(0, dtype=torch.int64), *spans])  # packed position of each row
     padding = -len(here) % cut.pad_multiple or (cut.pad_multiple if not len(here) else 0)
     row_of = torch.full((len(packed.tokens),), -1)
     row_of[here] = torch.arange(len(here))
 
-    logit_rows = row_of[torch.tensor(packed.predictors, dtype=torch.int64)]
-    mine = (logit_rows >= 0).nonzero().squeeze(1)
+    rows = row_of[torch.tensor(packed.predictors, dtype=torch.int64)]
+    mine = (rows >= 0).nonzero().squeeze(1)
+    predicting_rows, predictors = rows[mine].unique(return_inverse=True)
     num_embedded = (len(here) + padding) // cut.num_slices
     first = cut.slice_rank * num_embedded
     videos, video_rows, video_index = _videos_here(packed, row_of, first, first + num_embedded)
@@ -141,7 +147,9 @@ def build_microbatch(
         token_ids=_padded(torch.tensor(packed.tokens, dtype=torch.int64)[here], padding),
         position_ids=_padded(positions, padding),
         attention=attention,
-        logit_rows=logit_rows[mine],
+        last_attention=last_attention,
+        predicting_rows=predicting_rows,
+        predictors=predictors,
         targets=torch.tensor(packed.targets, dtype=torch.int64)[mine],
         advantages=torch.tensor(packed.advantages, dtype=torch.float32)[mine],
         rollout_logprobs=torch.tensor(packed.rollout_logprobs, dtype=torch.float32)[mine],
@@ -152,6 +160,16 @@ def build_microbatch(
         videos=videos,
         samples=tuple(i for members in bundles for i in members),
     )
+
+
+def _stretches(packed_positions: Sequence[int]) -> list[tuple[int, int]]:
+    """The distinct positions as ascending stretches [start, stop)."""
+    if not packed_positions:
+        return []
+    positions = torch.tensor(packed_positions)
+    mask = torch.zeros(int(positions.max()) + 1, dtype=torch.bool)
+    mask[positions] = True
+    return list(_runs(mask))
 
 
 def _padded(tensor: Tensor, padding: int) -> Tensor:

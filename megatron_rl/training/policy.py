@@ -180,7 +180,9 @@ class Policy:
     def _layout(self, batch: MicroBatch, embeds: Mapping[str, Tensor]) -> BatchLayout:
         layout = BatchLayout(
             attention=batch.attention,
-            logit_rows=batch.logit_rows.to(self.device),
+            last_attention=batch.last_attention,
+            predicting_rows=batch.predicting_rows.to(self.device),
+            predictors=batch.predictors.to(self.device),
             targets=batch.targets.to(self.device),
         )
         if self.mesh.is_first_stage and batch.videos:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of one rank's queries, one block of keys after the other, merged by log-sum-exp; and its gradient.
 
-Shapes: T this rank's rows (padding included, at the end), S rows of a block, A heads, K key/value heads, D head
+Shapes: T this rank's queries (padding included, at the end), S rows of a block, A heads, K key/value heads, D head
 dimension. Sums are kept in fp32 (fp64 for fp64).
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model_providers.attention.kernels import FlashKernel
-from model_providers.attention.segments import Interval, Piece
+from model_providers.attention.segments import AttentionPlan, Interval, Piece
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -42,13 +42,14 @@ class Forward:
     Padding rows attend to nothing: zeros.
     """
 
-    def __init__(self, kernel: FlashKernel, q: Tensor, k: Tensor, v: Tensor, run_lengths: Sequence[int]):
+    def __init__(self, kernel: FlashKernel, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan):
         """Starts with the causal part: every run against itself."""
         self._kernel, self._q = kernel, q
-        rows = sum(run_lengths)
+        rows, lengths = plan.num_queries, plan.run_lengths
         self.out, self.lse = q.new_zeros(q.shape), q.new_zeros(q.shape[:2], dtype=wide(q.dtype))
         if rows:
-            out, lse = kernel.forward(q[:rows], k[:rows], v[:rows], run_lengths, run_lengths, causal=True)
+            keys, values = rows_of(k, plan.run_rows), rows_of(v, plan.run_rows)
+            out, lse = kernel.forward(q[:rows], keys, values, lengths, lengths, causal=True)
             if rows == len(q):
                 self.out, self.lse = out, lse
             else:
@@ -86,18 +87,19 @@ class Backward:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        run_lengths: Sequence[int],
+        plan: AttentionPlan,
     ):
         """Starts with the causal part; `out` and `lse` are the finished ones."""
         self._kernel, self._grad, self._q, self._out, self._lse = kernel, grad, q, out, lse
-        rows = sum(run_lengths)
+        rows, lengths = plan.num_queries, plan.run_lengths
         self.dq, self.dk, self.dv = (t.new_zeros(t.shape, dtype=lse.dtype) for t in (q, k, v))
         if rows:
-            parts = kernel.backward(
-                *(t[:rows] for t in (grad, q, k, v, out, lse)), run_lengths, run_lengths, causal=True
-            )
-            for total, part in zip((self.dq, self.dk, self.dv), parts, strict=True):
-                total[:rows] = part
+            grad, q, out, lse = (t[:rows] for t in (grad, q, out, lse))
+            keys, values = rows_of(k, plan.run_rows), rows_of(v, plan.run_rows)
+            dq, dk, dv = kernel.backward(grad, q, keys, values, out, lse, lengths, lengths, causal=True)
+            self.dq[:rows] = dq
+            add_rows(self.dk, plan.run_rows, dk)
+            add_rows(self.dv, plan.run_rows, dv)
 
     def attend(self, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, pieces: Sequence[Piece]) -> None:
         """Take a block [S, K, D] into account; the gradients of its keys and values are added to `dk` and `dv`."""

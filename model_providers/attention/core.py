@@ -2,8 +2,8 @@
 """Megatron-core's `core_attention`, ours: packed segments, shared prefixes and context parallelism, all composing.
 
 The layout of a micro-batch travels as `packed_seq_params`, never as module state: recomputation and 1F1B interleave
-micro-batches. Shapes: T this rank's rows, B=1, A heads, K key/value heads, D head dimension, n video tokens here,
-R response tokens predicted here.
+micro-batches. Shapes: T this rank's rows, A heads, G key/value heads, D head dimension, n video tokens here, R response
+tokens predicted here by K rows. The batch dimension is 1.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.functional import pad
 
 from model_providers.attention.blockwise import Backward, Forward
 from model_providers.attention.exchange import EXCHANGES, HeadsToTokens, TokensToHeads, heads_of_rank, take_home
@@ -29,29 +30,36 @@ from model_providers.attention.segments import AttentionPlan
 class BatchLayout(PackedSeqParams):
     """What the model must know about this rank's part of a micro-batch beyond token ids and positions.
 
-    attention: what this rank's rows attend to
-    logit_rows [R]: rows whose hidden states predict a response token, a row once per token it predicts (the last token
-        of a shared prompt predicts the first token of every response); targets [R]: those tokens
+    attention: what this rank's rows attend to; last_attention: likewise for the K rows that predict a response token,
+        all that the last layer computes
+    predicting_rows [K]: those rows, ascending
+    predictors [R]: which of them predicts each response token (the last token of a shared prompt predicts the first
+        token of every response); targets [R]: those tokens
     video_rows [n]: rows that hold video tokens; video_embeds [n, H]: what stands there (first stage only)
     """
 
     qkv_format: str = "sbhd"
     attention: AttentionPlan | None = None
-    logit_rows: Tensor | None = None
+    last_attention: AttentionPlan | None = None
+    predicting_rows: Tensor | None = None
+    predictors: Tensor | None = None
     targets: Tensor | None = None
     video_rows: Tensor | None = None
     video_embeds: Tensor | None = None
 
 
-def core_attention(kernel_name: str) -> type[PlannedAttention]:
+def core_attention(kernel_name: str, last_layer: bool = False) -> type[PlannedAttention]:
     """The class that a layer spec takes, with the kernel chosen."""
-    return type("PlannedAttention", (PlannedAttention,), {"kernel": KERNELS[kernel_name]()})
+    return type("PlannedAttention", (PlannedAttention,), {"kernel": KERNELS[kernel_name](), "is_last": last_layer})
 
 
 class PlannedAttention(MegatronModule):
-    """q [T,1,A,D], k and v [T,1,K,D] -> [T,1,A*D]. `cp_comm_type`: all_gather, p2p (ring) or a2a (heads)."""
+    """q [T,1,A,D], k and v [T,1,G,D] -> [T,1,A*D], in the last layer [K',1,A*D] (last_layer.py).
+
+    `cp_comm_type`: all_gather, p2p (ring) or a2a (heads)."""
 
     kernel: FlashKernel
+    is_last: bool
 
     def __init__(
         self,
@@ -77,6 +85,9 @@ class PlannedAttention(MegatronModule):
     ) -> Tensor:
         assert packed_seq_params is not None and attention_mask is None, "the layout is the only mask"
         plan = packed_seq_params.attention
+        if self.is_last:
+            plan = packed_seq_params.last_attention
+            query = self._asking(query, packed_seq_params.predicting_rows)
         # A copy of v, which is a view of the whole projection: kept for the backward, it would keep all of that.
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1).contiguous()
         if self._comm == "a2a" and self._group.size() > 1:
@@ -85,20 +96,30 @@ class PlannedAttention(MegatronModule):
             out = _SoftmaxAttention.apply(q, k, v, plan, self.kernel, self._comm or "all_gather", self._group)
         return out.flatten(1).unsqueeze(1)
 
+    def _asking(self, query: Tensor, rows: Tensor) -> Tensor:
+        """The queries of `rows`, padded as the last layer pads them."""
+        num_slices = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        padding = padded_count(len(rows), num_slices) - len(rows)
+        return pad(query.index_select(0, rows), (0, 0, 0, 0, 0, 0, 0, padding))
+
+
+def padded_count(num_rows: int, multiple: int) -> int:
+    """At least one row, and equally many on each of `multiple` ranks."""
+    return max(1, -(-num_rows // multiple)) * multiple
+
 
 def _attend_by_heads(
     kernel: FlashKernel, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: dist.ProcessGroup
 ) -> Tensor:
     """Some heads of all tokens on each rank; padding rows stay at home and get zeros."""
-    num_rows, num_heads = plan.rank_sizes[group.rank()], q.shape[1]
+    num_queries, num_rows, num_heads = plan.query_sizes[group.rank()], plan.rank_sizes[group.rank()], q.shape[1]
     chosen = [heads_of_rank(num_heads, k.shape[1], rank, group.size()) for rank in range(group.size())]
     heads, kv_heads = [list(c[0]) for c in chosen], [c[1] for c in chosen]
-    sizes = plan.rank_sizes
-    q_all = TokensToHeads.apply(q[:num_rows], heads, sizes, group)
-    k_all, v_all = (TokensToHeads.apply(t[:num_rows], kv_heads, sizes, group) for t in (k, v))
+    q_all = TokensToHeads.apply(q[:num_queries], heads, plan.query_sizes, group)
+    k_all, v_all = (TokensToHeads.apply(t[:num_rows], kv_heads, plan.rank_sizes, group) for t in (k, v))
     out = _SoftmaxAttention.apply(q_all, k_all, v_all, plan, kernel, "all_gather", None)
-    out = HeadsToTokens.apply(out, num_heads, sizes, group)
-    return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, len(q) - num_rows))
+    out = HeadsToTokens.apply(out, num_heads, plan.query_sizes, group)
+    return pad(out, (0, 0, 0, 0, 0, len(q) - num_queries))
 
 
 class _SoftmaxAttention(torch.autograd.Function):
@@ -115,7 +136,7 @@ class _SoftmaxAttention(torch.autograd.Function):
         comm: str,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
-        work = Forward(kernel, q, k, v, plan.run_lengths)
+        work = Forward(kernel, q, k, v, plan)
         work.attend(k, v, plan.own)
         if group is not None and group.size() > 1:
             exchange = EXCHANGES[comm](plan, group)
@@ -130,7 +151,7 @@ class _SoftmaxAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         plan, group = ctx.plan, ctx.group
-        work = Backward(ctx.kernel, grad, q, k, v, out, lse, plan.run_lengths)
+        work = Backward(ctx.kernel, grad, q, k, v, out, lse, plan)
         work.attend(k, v, work.dk, work.dv, plan.own)
         if group is not None and group.size() > 1:
             exchange = EXCHANGES[ctx.comm](plan, group)

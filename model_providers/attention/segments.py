@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 
 Interval = tuple[int, int]  # [start, stop)
 
@@ -71,7 +73,7 @@ Shard = tuple[Run, ...]  # what one rank holds, in packed order; its rows are nu
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Query rows `q` of this rank attend to all key rows `k` of a block."""
+    """Queries `q` of this rank attend to all key rows `k` of a block."""
 
     q: Interval
     k: tuple[Interval, ...]
@@ -81,21 +83,27 @@ class Piece:
 class AttentionPlan:
     """The attention of one rank, of one layer, over one micro-batch.
 
-    run_lengths: its rows, run by run; each run attends to itself causally
-    own: pieces between its own rows
+    Queries are numbered from 0 among themselves: by their rows, where every row asks.
+
+    run_lengths: its queries, run by run; each run attends to itself causally
+    run_rows: the rows that these queries are
+    own: pieces between its own queries and its own rows
     exports: rows of each rank that others need; all together, in order, they are the rank's block
     blocks: pieces against the block of each rank
     rank_sizes: rows that each rank holds
+    query_sizes: queries that each rank has
     """
 
     run_lengths: tuple[int, ...]
+    run_rows: tuple[Interval, ...]
     own: tuple[Piece, ...]
     exports: tuple[tuple[Interval, ...], ...]
     blocks: tuple[tuple[Piece, ...], ...]
     rank_sizes: tuple[int, ...]
+    query_sizes: tuple[int, ...]
 
     @property
-    def num_rows(self) -> int:
+    def num_queries(self) -> int:
         return sum(self.run_lengths)
 
 
@@ -223,76 +231,122 @@ def _joined(runs: Iterable[Run]) -> Iterator[Run]:
 # ------------------------------------------------------------------------------------------------ who attends to whom
 
 
-def plan_attention(segments: Sequence[Segment], shards: Sequence[Shard], rank: int) -> AttentionPlan:
-    """The plan of `rank` where keys and values travel (ring, all-gather)."""
-    mine = shards[rank]
+def plan_attention(
+    segments: Sequence[Segment], shards: Sequence[Shard], rank: int, queries: Sequence[Interval] | None = None
+) -> AttentionPlan:
+    """The plan of `rank` where keys and values travel (ring, all-gather).
+
+    `queries`: the packed tokens that ask, ascending stretches; all of them by default. In the last layer only those
+    need to ask that predict something, though all of them are attended to.
+    """
+    asking = [_within(hand, queries) for hand in shards]
     rows = [_rows(hand) for hand in shards]
-    exported = [_exported(segments, shards, origin) for origin in range(len(shards))]
+    exported = [_exported(segments, shards[origin], asking, origin) for origin in range(len(shards))]
     blocks = []
     for origin, runs in enumerate(exported):
         stretches, offset = [], 0
         for run in runs:
             stretches.append((run, offset))
             offset += run.length
-        blocks.append(_pieces(segments, mine, stretches) if origin != rank else ())
+        blocks.append(_pieces(segments, asking[rank], stretches) if origin != rank else ())
+    own = list(_split(shards[rank], asking[rank]))
+    row_of = _rows(own)
     return AttentionPlan(
-        run_lengths=tuple(run.length for run in mine),
-        own=_pieces(segments, mine, [(run, rows[rank][run]) for run in mine]),
+        run_lengths=tuple(run.length for run in asking[rank]),
+        run_rows=_merged((row_of[run], row_of[run] + run.length) for run in asking[rank]),
+        own=_pieces(segments, asking[rank], [(run, row_of[run]) for run in own]),
         exports=tuple(
             _merged((rows[origin][run], rows[origin][run] + run.length) for run in runs)
             for origin, runs in enumerate(exported)
         ),
         blocks=tuple(blocks),
-        rank_sizes=tuple(sum(run.length for run in hand) for hand in shards),
+        rank_sizes=tuple(map(_size, shards)),
+        query_sizes=tuple(map(_size, asking)),
     )
 
 
-def plan_one_sequence(num_tokens: int) -> AttentionPlan:
+def plan_one_sequence(num_tokens: int, queries: Sequence[Interval] | None = None) -> AttentionPlan:
     """One causal sequence on one rank."""
-    return plan_attention([Segment(0, num_tokens)], [(Run(0, 0, num_tokens),)], 0)
+    return plan_attention([Segment(0, num_tokens)], [(Run(0, 0, num_tokens),)], 0, queries)
 
 
-def plan_whole_attention(segments: Sequence[Segment], shards: Sequence[Shard]) -> AttentionPlan:
+def plan_whole_attention(
+    segments: Sequence[Segment], shards: Sequence[Shard], queries: Sequence[Interval] | None = None
+) -> AttentionPlan:
     """The plan of a rank that sees the tokens of all ranks, one rank behind the other (all-to-all over heads)."""
     everything = tuple(_joined(run for hand in shards for run in hand))
-    whole = plan_attention(segments, [everything], 0)
-    sizes = tuple(sum(run.length for run in hand) for hand in shards)
-    return AttentionPlan(whole.run_lengths, whole.own, ((),) * len(shards), ((),) * len(shards), sizes)
+    nothing = ((),) * len(shards)
+    return replace(
+        plan_attention(segments, [everything], 0, queries),
+        exports=nothing,
+        blocks=nothing,
+        rank_sizes=tuple(map(_size, shards)),
+        query_sizes=tuple(_size(_within(hand, queries)) for hand in shards),
+    )
 
 
-def _rows(hand: Shard) -> dict[Run, int]:
+def _size(hand: Shard) -> int:
+    return sum(run.length for run in hand)
+
+
+def _within(hand: Shard, stretches: Sequence[Interval] | None) -> Shard:
+    """The parts of a rank's runs that lie in `stretches` (ascending; None is everywhere)."""
+    if stretches is None:
+        return hand
+    parts = []
+    for run in hand:
+        for start, stop in stretches[bisect_right(stretches, run.start, key=itemgetter(1)) :]:
+            if start >= run.stop:
+                break
+            parts.append(Run(run.segment, max(start, run.start), min(stop, run.stop)))
+    return tuple(parts)
+
+
+def _split(hand: Shard, parts: Shard) -> Iterator[Run]:
+    """The runs of `hand`, cut where one of its `parts` starts or ends."""
+    parts_of: dict[int, list[Run]] = {}
+    for part in parts:
+        parts_of.setdefault(part.segment, []).append(part)
+    for run in hand:
+        inside = [p for p in parts_of.get(run.segment, []) if run.start <= p.start and p.stop <= run.stop]
+        edges = sorted({run.start, run.stop, *(edge for part in inside for edge in (part.start, part.stop))})
+        yield from (Run(run.segment, *bounds) for bounds in itertools.pairwise(edges))
+
+
+def _rows(hand: Iterable[Run]) -> dict[Run, int]:
     """First row of each run."""
+    hand = list(hand)
     starts = itertools.accumulate((run.length for run in hand), initial=0)
     return dict(zip(hand, starts, strict=False))
 
 
-def _exported(segments: Sequence[Segment], shards: Sequence[Shard], origin: int) -> list[Run]:
-    """Runs of `origin` that some other rank attends to."""
+def _exported(segments: Sequence[Segment], held: Shard, asking: Sequence[Shard], origin: int) -> list[Run]:
+    """Runs held by `origin` that some other rank attends to."""
     last_start: dict[tuple[int, int], int] = {}
     riders: dict[int, set[int]] = {}
-    for rank, hand in enumerate(shards):
+    for rank, hand in enumerate(asking):
         for run in hand:
             last_start[run.segment, rank] = max(run.start, last_start.get((run.segment, rank), -1))
             prefix = segments[run.segment].prefix
             if prefix is not None:
                 riders.setdefault(prefix, set()).add(rank)
-    others = [rank for rank in range(len(shards)) if rank != origin]
+    others = [rank for rank in range(len(asking)) if rank != origin]
     return [
         run
-        for run in shards[origin]
+        for run in held
         if riders.get(run.segment, set()) - {origin}
         or any(last_start.get((run.segment, rank), -1) >= run.stop for rank in others)
     ]
 
 
-def _pieces(segments: Sequence[Segment], mine: Shard, block: Sequence[tuple[Run, int]]) -> tuple[Piece, ...]:
-    """Queries of `mine` against the runs of a block, given with their first rows. The causal part is left out."""
+def _pieces(segments: Sequence[Segment], asking: Shard, block: Sequence[tuple[Run, int]]) -> tuple[Piece, ...]:
+    """The queries `asking` against the runs of a block, given with their first rows. The causal part is left out."""
     by_segment: dict[int, list[tuple[Run, int]]] = {}
     for run, row in block:
         by_segment.setdefault(run.segment, []).append((run, row))
     pieces: list[Piece] = []
     row = 0
-    for run in mine:
+    for run in asking:
         prefix = segments[run.segment].prefix
         before = by_segment.get(prefix, []) if prefix is not None else []
         earlier = [(key, at) for key, at in by_segment.get(run.segment, []) if key.stop <= run.start]

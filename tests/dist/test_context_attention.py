@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from unittest import mock
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from model_providers.attention import core, exchange
 from model_providers.attention.core import _attend_by_heads, _SoftmaxAttention
 from model_providers.attention.kernels import AtenCpu
-from model_providers.attention.segments import block_size, plan_attention, plan_whole_attention, shard
+from model_providers.attention.segments import (
+    Interval, Segment, block_size, plan_attention, plan_whole_attention, shard,
+)
 from tests.attention_masks import mask_of, masked_attention, segments_of
 from tests.world import run_world
 
@@ -36,9 +39,11 @@ class Case:
     comm: str
     heads: int = 4
     kv_heads: int = 2
+    last_layer: bool = False
+    """Only some tokens ask."""
 
     def __str__(self) -> str:
-        return f"{self.shape}-{self.num_ranks}-{self.comm}-{self.heads}of{self.kv_heads}".replace(" ", "_")
+        return f"{self.shape}-{self.num_ranks}-{self.comm}-{self.heads}of{self.kv_heads}{'-last' * self.last_layer}".replace(" ", "_")
 
 
 def _tensors(case: Case) -> list[Tensor]:
@@ -48,28 +53,42 @@ def _tensors(case: Case) -> list[Tensor]:
     return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
 
 
-def _attend(rank: int, case: Case) -> tuple[list[int], list[Tensor]]:
-    """(packed positions of this rank's rows, its out, dq, dk, dv)."""
+def _attend(rank: int, case: Case) -> list[tuple[list[int], Tensor]]:
+    """out, dq, dk, dv, each with the packed positions of its rows."""
     dist.init_process_group("gloo")
     group = dist.new_group(list(range(case.num_ranks)))
     segments = segments_of(SHAPES[case.shape])
     by_heads = case.comm == "a2a"
     shards = shard(segments, case.num_ranks, 0.0 if by_heads else 0.01)
+    queries = _asking(segments) if case.last_layer else None
     here = [t for run in shards[rank] for t in range(run.start, run.stop)]
-    *qkv, grad = (torch.nn.functional.pad(t[here], (0, 0, 0, 0, 0, PADDING), value=1.0) for t in _tensors(case))
-    q, k, v = (t.requires_grad_() for t in qkv)
+    asking = [t for t in here if queries is None or any(start <= t < stop for start, stop in queries)]
+    places = asking, here, here, asking  # of q, k, v, grad
+    q, k, v, grad = (
+        torch.nn.functional.pad(t[place], (0, 0, 0, 0, 0, PADDING), value=1.0).requires_grad_()
+        for t, place in zip(_tensors(case), places, strict=True)
+    )
     if by_heads:
-        out = _attend_by_heads(AtenCpu(), q, k, v, plan_whole_attention(segments, shards), group)
+        out = _attend_by_heads(AtenCpu(), q, k, v, plan_whole_attention(segments, shards, queries), group)
     else:
-        out = _SoftmaxAttention.apply(q, k, v, plan_attention(segments, shards, rank), AtenCpu(), case.comm, group)
-    results = [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
-    assert all(torch.equal(t[len(here) :], torch.zeros_like(t[len(here) :])) for t in results), "padding leaks"
-    return here, [t[: len(here)] for t in results]
+        plan = plan_attention(segments, shards, rank, queries)
+        out = _SoftmaxAttention.apply(q, k, v, plan, AtenCpu(), case.comm, group)
+    results = [out.detach(), *torch.autograd.grad(out, (q, k, v), grad.detach())]
+    places = asking, asking, here, here  # of out, dq, dk, dv
+    for t, place in zip(results, places, strict=True):
+        assert torch.equal(t[len(place) :], torch.zeros_like(t[len(place) :])), "padding leaks"
+    return list(zip(places, [t[: len(place)] for t, place in zip(results, places, strict=True)], strict=True))
+
+
+def _asking(segments: Sequence[Segment]) -> list[Interval]:
+    """The last token of what stands alone or is a prompt, and all but the last of what rides on one."""
+    return [(s.stop - 1, s.stop) if s.prefix is None else (s.start, s.stop - 1) for s in segments]
 
 
 CASES = [
     *[Case(shape, n, comm) for shape in SHAPES for n in (2, 4) for comm in ("all_gather", "p2p", "a2a")],
     *[Case("both", 3, comm, heads=6) for comm in ("all_gather", "p2p", "a2a")],  # 2 heads a rank of 3 groups each
+    *[Case("both", n, comm, last_layer=True) for n in (1, 2, 4) for comm in ("all_gather", "p2p", "a2a")],
     Case("both", 4, "a2a", heads=4, kv_heads=1),
     Case("both", 2, "a2a", heads=8, kv_heads=4),
 ]
@@ -79,12 +98,20 @@ CASES = [
 def test_against_a_mask(case: Case, heavy_imports: None) -> None:
     *qkv, grad = _tensors(case)
     q, k, v = (t.requires_grad_() for t in qkv)
-    out = masked_attention(q, k, v, mask_of(segments_of(SHAPES[case.shape])))
+    segments = segments_of(SHAPES[case.shape])
+    out = masked_attention(q, k, v, mask_of(segments))
+    if case.last_layer:
+        asks = torch.zeros(len(out), 1, 1, dtype=torch.bool)
+        for start, stop in _asking(segments):
+            asks[start:stop] = True
+        out = out * asks
     expected = [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
-    found = [torch.full_like(t, float("nan")) for t in expected]
-    for here, results in run_world(case.num_ranks, _attend, case):
-        for total, part in zip(found, results, strict=True):
-            total[here] = part
+    nan = float("nan")
+    missing = 0.0 if case.last_layer else nan
+    found = [torch.full_like(t, fill) for t, fill in zip(expected, (missing, missing, nan, nan), strict=True)]
+    for results in run_world(case.num_ranks, _attend, case):
+        for total, (place, part) in zip(found, results, strict=True):
+            total[place] = part
     for ours, truth in zip(found, expected, strict=True):
         assert float((ours - truth).abs().max()) <= TOLERANCE
 

@@ -55,7 +55,7 @@ def _gaps(rank: int, cfg: RunConfig) -> tuple[torch.Tensor, int]:
         samples = [TrainSample(prompt, c.token_ids, 1.0, c.logprobs) for c in _everywhere(completions)]
         [[batch]] = pack([samples], 1, MAX_TOKENS, session.provider, session.mesh)
         [scores] = session.policy.logprobs([batch], embeds)
-        return scores - batch.rollout_logprobs, batch.attention.num_rows
+        return scores - batch.rollout_logprobs, batch.attention.num_queries
 
 
 def _everywhere(completions: list[Completion]) -> list[Completion]:

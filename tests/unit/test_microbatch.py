@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.training.microbatch import Cut, build_microbatch, gather_embeds
+from megatron_rl.training.microbatch import Cut, MicroBatch, build_microbatch, gather_embeds
 from megatron_rl.types import Prompt, Row, TrainSample, VideoArtifact
 from model_providers.attention.segments import Piece
 
@@ -42,6 +42,11 @@ def _starts(ids: Sequence[int], videos: Sequence[VideoArtifact]) -> list[int]:
     return starts
 
 
+def _predicting(batch: MicroBatch) -> Tensor:
+    """The row that predicts each response token."""
+    return batch.predicting_rows[batch.predictors]
+
+
 A, B = _video("a", 2), _video("b", 1)
 SAMPLES = [
     _sample([1, 1], [5], 0.25, 1.0),
@@ -55,7 +60,7 @@ def test_micro_batch_by_hand() -> None:
     assert batch.token_ids.tolist() == [3, V, 4, V, V, 3, 4, 4, 2, V, V, 3, 6, 7, 8, 0]
     assert batch.attention.run_lengths == (8, 7) and batch.attention.own == ()
     assert batch.position_ids.tolist() == [[*range(300, 308), *range(200, 207), 0]] * 3  # the last one is padding
-    assert batch.logit_rows.tolist() == [5, 6, 11, 12, 13]  # the position before each response token
+    assert _predicting(batch).tolist() == [5, 6, 11, 12, 13]  # the position before each response token
     assert batch.targets.tolist() == [4, 4, 6, 7, 8]
     assert batch.advantages.tolist() == [2.0, 2.0, -1.0, -1.0, -1.0]
     assert batch.rollout_logprobs.tolist() == [-0.5, -1.0, -0.5, -1.0, -1.5]
@@ -64,7 +69,7 @@ def test_micro_batch_by_hand() -> None:
     assert batch.videos == (B, A, A)
     assert batch.samples == (2, 1)
     assert batch.num_response_tokens == 5
-    assert torch.equal(batch.token_ids[batch.logit_rows + 1], batch.targets)
+    assert torch.equal(batch.token_ids[_predicting(batch) + 1], batch.targets)
 
 
 def test_embeddings_come_in_the_order_of_the_video_rows() -> None:
@@ -94,7 +99,10 @@ def test_a_shared_prompt_is_stored_once() -> None:
     ]  # both go on after the prompt
     assert batch.attention.run_lengths == (4, 2, 3)
     assert batch.attention.own == (Piece((4, 9), ((0, 4),)),)
-    assert batch.logit_rows.tolist() == [3, 4, 3, 6, 7]  # the prompt's last token predicts two first tokens
+    assert _predicting(batch).tolist() == [3, 4, 3, 6, 7]  # the prompt's last token predicts two first tokens
+    assert batch.predicting_rows.tolist() == [3, 4, 6, 7]  # no row of the prompt but its last, no last token
+    assert batch.last_attention.run_lengths == (1, 1, 2)
+    assert batch.last_attention.own == (Piece((0, 1), ((0, 3),)), Piece((1, 4), ((0, 4),)))
     assert batch.targets.tolist() == [5, 6, 7, 8, 9]
     assert batch.advantages.tolist() == [1.0, 1.0, -1.0, -1.0, -1.0]
     assert batch.video_rows.tolist() == [1, 2] and batch.videos == (A,) and batch.samples == (0, 1)
@@ -106,7 +114,7 @@ def test_context_parallel_ranks_hold_everything_once() -> None:
         build_microbatch([*GROUP, *SAMPLES], ((0, 1), (4,), (3,)), Cut(rank, 3, 2, 0.01), _positions, _starts)
         for rank in range(3)
     ]
-    assert sum(part.attention.num_rows for part in parts) == len(whole.token_ids)
+    assert sum(part.attention.num_queries for part in parts) == len(whole.token_ids)
     embeds = {"a": torch.tensor([[1.0], [2.0]]), "b": torch.tensor([[3.0]])}
     seen: dict[int, tuple[float, ...]] = {}
     for part in parts:
@@ -116,7 +124,7 @@ def test_context_parallel_ranks_hold_everything_once() -> None:
             part.advantages,
             part.rollout_logprobs,
             part.weights,
-            part.position_ids[0, part.logit_rows],
+            part.position_ids[0, _predicting(part)],
         )
         for index, *values in zip(part.response_index.tolist(), *(f.tolist() for f in fields), strict=True):
             seen[index] = tuple(values)
@@ -128,7 +136,7 @@ def test_context_parallel_ranks_hold_everything_once() -> None:
         whole.advantages,
         whole.rollout_logprobs,
         whole.weights,
-        whole.position_ids[0, whole.logit_rows],
+        whole.position_ids[0, _predicting(whole)],
     )
     assert [seen[i] for i in range(len(seen))] == list(zip(*(f.tolist() for f in fields), strict=True))
     rows = [
@@ -146,12 +154,12 @@ def test_context_parallel_ranks_hold_everything_once() -> None:
 def test_padding_attends_to_nothing(multiple: int, num_rows: int) -> None:
     batch = build_microbatch(SAMPLES, ((0,),), Cut(pad_multiple=multiple), _positions, _starts)
     assert batch.attention.run_lengths == (3,) and len(batch.token_ids) == num_rows
-    assert batch.logit_rows.tolist() == [1]
+    assert _predicting(batch).tolist() == [1]
 
 
 @pytest.mark.parametrize("cut", [Cut(pad_multiple=4), Cut(1, 2, 4, 0.01), Cut(1, 2, 4, 0.01, by_heads=True)], ids=str)
 def test_an_empty_micro_batch_is_padding_only(cut: Cut) -> None:
     batch = build_microbatch(SAMPLES, (), cut, _positions, _starts)
-    assert batch.token_ids.tolist() == [0] * 4 and batch.attention.num_rows == 0
+    assert batch.token_ids.tolist() == [0] * 4 and batch.attention.num_queries == 0
     assert batch.position_ids.shape == (3, 4) and batch.num_response_tokens == 0
-    assert batch.logit_rows.dtype == batch.targets.dtype == torch.int64
+    assert _predicting(batch).dtype == batch.targets.dtype == torch.int64

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model_providers.attention.segments import (
     AttentionPlan,
+    Interval,
     Piece,
     Run,
     Segment,
@@ -40,31 +41,48 @@ def _positions(hand: Shard) -> list[int]:
 
 def _attended(plan: AttentionPlan, own: Sequence[int], blocks: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
     """(query, key) packed positions, once per time that the plan computes them."""
-    row = 0
+    asking = [own[i] for interval in plan.run_rows for i in range(*interval)]
+    first = 0
     for length in plan.run_lengths:
-        yield from ((own[i], own[j]) for i in range(row, row + length) for j in range(row, i + 1))
-        row += length
-    assert row == plan.num_rows == len(own)
+        yield from ((asking[i], asking[j]) for i in range(first, first + length) for j in range(first, i + 1))
+        first += length
+    assert first == plan.num_queries == len(asking)
     for pieces, block in [(plan.own, own), *zip(plan.blocks, blocks, strict=True)]:
         for piece in pieces:
             keys = [block[j] for interval in piece.k for j in range(*interval)]
-            yield from ((own[i], key) for i in range(*piece.q) for key in keys)
+            yield from ((asking[i], key) for i in range(*piece.q) for key in keys)
 
 
-def _mask_of_plans(segments: Sequence[Segment], shards: Sequence[Shard]) -> Tensor:
+def _mask_of_plans(
+    segments: Sequence[Segment], shards: Sequence[Shard], queries: Sequence[Interval] | None = None
+) -> Tensor:
     counts = torch.zeros(segments[-1].stop, segments[-1].stop, dtype=torch.int)
     rows = [_positions(hand) for hand in shards]
-    for rank in range(len(shards)):
-        plan = plan_attention(segments, shards, rank)
+    plans = [plan_attention(segments, shards, rank, queries) for rank in range(len(shards))]
+    for rank, plan in enumerate(plans):
         blocks = [
             [rows[origin][i] for interval in exports for i in range(*interval)]
             for origin, exports in enumerate(plan.exports)
         ]
         assert [block_size(exports) for exports in plan.exports] == [len(block) for block in blocks]
         assert plan.rank_sizes == tuple(map(len, rows))
+        assert plan.query_sizes == tuple(other.num_queries for other in plans)
         for query, key in _attended(plan, rows[rank], blocks):
             counts[query, key] += 1
     return counts
+
+
+def _random_queries(rng: random.Random, num_tokens: int) -> list[Interval]:
+    edges = sorted(rng.sample(range(num_tokens + 1), 2 * rng.randint(0, min(5, num_tokens // 2))))
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _asked(mask: Tensor, queries: Sequence[Interval]) -> Tensor:
+    """The mask with the rows of all but the queries cleared."""
+    asks = torch.zeros(len(mask), dtype=torch.bool)
+    for start, stop in queries:
+        asks[start:stop] = True
+    return mask & asks[:, None]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5])
@@ -75,21 +93,40 @@ def test_the_parts_make_the_mask_each_pair_once(num_ranks: int, weight: float) -
         segments = _random_segments(rng)
         shards = shard(segments, num_ranks, weight)
         assert sorted(t for hand in shards for t in _positions(hand)) == list(range(segments[-1].stop))
-        assert torch.equal(_mask_of_plans(segments, shards), mask_of(segments).int())
+        mask = mask_of(segments)
+        assert torch.equal(_mask_of_plans(segments, shards), mask.int())
+        queries = _random_queries(rng, len(mask))
+        assert torch.equal(_mask_of_plans(segments, shards, queries), _asked(mask, queries).int())
 
 
 def test_all_to_all_sees_everything_in_the_order_of_arrival() -> None:
     rng = random.Random(1)
-    for num_ranks in (2, 3):
+    for num_ranks in (2, 3, 4):
         segments = _random_segments(rng)
         shards = shard(segments, num_ranks, 0.0)
-        plan = plan_whole_attention(segments, shards)
         arrived = [t for hand in shards for t in _positions(hand)]
-        counts = torch.zeros_like(mask_of(segments), dtype=torch.int)
-        for query, key in _attended(plan, arrived, [[]] * num_ranks):
-            counts[query, key] += 1
-        assert torch.equal(counts, mask_of(segments).int())
-        assert plan.rank_sizes == tuple(len(_positions(hand)) for hand in shards)
+        mask = mask_of(segments)
+        for queries in (None, _random_queries(rng, len(mask)), _random_queries(rng, len(mask))):
+            plan = plan_whole_attention(segments, shards, queries)
+            counts = torch.zeros_like(mask, dtype=torch.int)
+            for query, key in _attended(plan, arrived, [[]] * num_ranks):
+                counts[query, key] += 1
+            assert torch.equal(counts, (mask if queries is None else _asked(mask, queries)).int())
+            assert plan.rank_sizes == tuple(len(_positions(hand)) for hand in shards)
+            assert plan.query_sizes == tuple(
+                plan_attention(segments, shards, rank, queries).num_queries for rank in range(num_ranks)
+            )
+
+
+def test_what_nobody_asks_for_does_not_travel() -> None:
+    """In the last layer a response that one rank holds whole needs the prompt; the prompt needs nothing."""
+    segments = segments_of([(800, [])])
+    shards = shard(segments, 2, WEIGHT)
+    whole = plan_attention(segments, shards, 0)
+    last = plan_attention(segments, shards, 0, [(790, 800)])
+    assert block_size(whole.exports[0]) == 200 and block_size(whole.exports[1]) == 400
+    assert last.query_sizes == (10, 0)  # zigzag: rank 0 holds the first and the last quarter
+    assert block_size(last.exports[0]) == 0 and block_size(last.exports[1]) == 400
 
 
 def _work(segments: Sequence[Segment], hand: Shard, weight: float) -> float:
@@ -152,7 +189,7 @@ def test_a_shared_prompt_is_one_piece_for_all_responses() -> None:
 
 
 def test_one_sequence() -> None:
-    assert plan_one_sequence(9) == AttentionPlan((9,), (), ((),), ((),), (9,))
+    assert plan_one_sequence(9) == AttentionPlan((9,), ((0, 9),), (), ((),), ((),), (9,), (9,))
 
 
 def test_zigzag_by_hand() -> None:
