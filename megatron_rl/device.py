@@ -35,6 +35,10 @@ class Backend:
     engine_owns_weights: bool
     chunked_prefill: bool
     """vLLM takes a seeded request's noise back after each chunk of its prompt, which only CUDA generators can do."""
+    prefill_tokens: int
+    """Prompt tokens that vLLM prefills at a time; where it does not chunk, a longer prompt alone."""
+    kv_block_size: int | None
+    """Tokens of a block of vLLM's KV cache; only whole blocks of a prompt are shared. None: vLLM's own choice."""
     mcore_scope: Callable[[], AbstractContextManager[None]]
 
     def local_device(self, local_rank: int) -> torch.device:
@@ -85,6 +89,8 @@ def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
             engine_sleeps=True,
             engine_owns_weights=True,
             chunked_prefill=True,
+            prefill_tokens=8192,
+            kv_block_size=None,
             mcore_scope=nullcontext,
         )
     return Backend(
@@ -100,6 +106,8 @@ def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
         engine_sleeps=False,
         engine_owns_weights=False,
         chunked_prefill=False,
+        prefill_tokens=16384,
+        kv_block_size=32,  # vLLM's 128 would compute up to 127 tokens of a prompt once per response
         mcore_scope=redirect_cuda_to_cpu,
     )
 

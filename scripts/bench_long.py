@@ -81,23 +81,25 @@ def group(prompt: int, response: int, num_samples: int) -> list[TrainSample]:
     return [TrainSample(question, tokens(response), 1.0, (0.0,) * response) for _ in range(num_samples)]
 
 
-def train_flops(shape: TransformerShape, num_tokens: int, pairs: int, num_targets: int) -> float:
+def train_flops(shape: TransformerShape, num_tokens: int, pairs: int, num_targets: int, asked: int) -> float:
     """FLOPs of forward and backward. Linear layers: 2 a weight and token, thrice (forward, both gradients). Attention:
     4 * heads * head_dim for each pair of query and key, 3.5 times (flash recomputes the scores). Logits: 2 * H * V a
-    target, four times (their forward is done again)."""
+    target, four times (their forward is done again). The last layer: queries, output projection and feed-forward of
+    the `num_targets` tokens that predict, and the pairs `asked` by them."""
     heads = shape.num_heads * shape.head_dim
-    weights = shape.hidden_size * (2 * heads + 2 * shape.num_groups * shape.head_dim + 3 * shape.ffn_hidden_size)
-    layer = 6 * weights * num_tokens + 14 * heads * pairs
-    return shape.num_layers * layer + 8 * shape.hidden_size * shape.vocab_size * num_targets
+    projection = shape.hidden_size * (heads + 2 * shape.num_groups * shape.head_dim)
+    rest = shape.hidden_size * (heads + 3 * shape.ffn_hidden_size)
+    layer = 6 * (projection + rest) * num_tokens + 14 * heads * pairs
+    last = 6 * (projection * num_tokens + rest * num_targets) + 14 * heads * asked
+    return (shape.num_layers - 1) * layer + last + 8 * shape.hidden_size * shape.vocab_size * num_targets
 
 
 def flops_of(shape: TransformerShape, setting: Setting, share: bool) -> float:
     prompt, response, count = setting.prompt, setting.response, setting.num_samples
-    if not share:
-        length = prompt + response
-        return train_flops(shape, count * length, count * length**2 // 2, count * response)
-    pairs = prompt**2 // 2 + count * (prompt * response + response**2 // 2)
-    return train_flops(shape, prompt + count * response, pairs, count * response)
+    of_prompt, of_responses = prompt**2 // 2, count * (prompt * response + response**2 // 2)
+    prompts = 1 if share else count
+    num_tokens = prompts * prompt + count * response
+    return train_flops(shape, num_tokens, prompts * of_prompt + of_responses, count * response, of_responses)
 
 
 # ------------------------------------------------------------------------------------------------------- on each rank

@@ -54,6 +54,12 @@ def widths(shape: TransformerShape, tensor: int) -> Widths:
     return Widths(q, kv, fused, shape.ffn_hidden_size / tensor, shape.num_heads / tensor, groups)
 
 
+# What a last layer keeps only of the rows that predict something (model_providers.last_layer).
+OF_PREDICTING_ROWS = frozenset(
+    {"norm before feed-forward", "input of feed-forward", "q", "out", "lse", "feed-forward", "experts", "router"}
+)
+
+
 def layer_saved(shape: TransformerShape, cut: Cut) -> dict[str, float]:
     """{what: bytes a row} that one layer keeps."""
     hidden = shape.hidden_size / cut.tensor
@@ -61,14 +67,22 @@ def layer_saved(shape: TransformerShape, cut: Cut) -> dict[str, float]:
         return {"layer input": hidden * cut.element}
     selective = cut.recompute == "selective"
     # A fused norm is part of the feed-forward network: what it would keep is computed again too.
-    linears = 1 if selective and cut.kernels == "fused" and not shape.num_experts else 2
+    again = selective and cut.kernels == "fused" and not shape.num_experts
     return {
-        "norms": 2 * _norm(hidden, 1 / cut.tensor, cut),
-        "inputs of linears": linears * hidden * cut.element,
+        "input norm": _norm(hidden, 1 / cut.tensor, cut),
+        "norm before feed-forward": _norm(hidden, 1 / cut.tensor, cut),
+        "input of projection": hidden * cut.element,
+        "input of feed-forward": 0.0 if again else hidden * cut.element,
         "rotary": 4 * shape.head_dim * cut.element,  # cosines and sines, made anew for queries and for keys
         **_attention(shape, cut),
         **({} if selective else _feed_forward(shape, cut)),
     }
+
+
+def last_layer_bytes(shape: TransformerShape, cut: Cut, rows: int, predicting: int) -> float:
+    """Kept by the last layer for `rows` rows, of which `predicting` are computed to the end."""
+    saved = layer_saved(shape, cut).items()
+    return sum(size * (predicting if what in OF_PREDICTING_ROWS else rows) for what, size in saved)
 
 
 def recomputed_bytes(shape: TransformerShape, cut: Cut) -> float:
@@ -91,18 +105,13 @@ def _norm(width: float, count: float, cut: Cut) -> float:
 
 
 def _attention(shape: TransformerShape, cut: Cut) -> dict[str, float]:
-    """q, k after rotary, v, out, log-sum-exp."""
+    """q and k after rotary, v, out, log-sum-exp."""
     at, b = widths(shape, cut.tensor), cut.element
-    by_heads = cut.context_comm == "a2a" and cut.context > 1
-    saved = {"out": at.q * b}
-    if by_heads:  # all rows, some heads: as many elements, but for shared key/value heads, and a second `out`
-        kv = cut.context * _kv_heads_of_rank(at, cut.context) * shape.head_dim
-        saved["q, k, v"] = (at.q + 2 * kv) * b
-        saved["out of own heads"] = at.q * b
-        saved["lse"] = at.heads * FP32
-    else:
-        saved["q, k, v"] = (at.q + 2 * at.kv) * b
-        saved["lse"] = at.heads * FP32
+    saved = {"q": at.q * b, "k, v": 2 * at.kv * b, "out": at.q * b, "lse": at.heads * FP32}
+    if cut.context_comm == "a2a" and cut.context > 1:
+        # All rows, some heads: as many elements, but for shared key/value heads, and a second `out`.
+        saved["k, v"] = 2 * cut.context * _kv_heads_of_rank(at, cut.context) * shape.head_dim * b
+        saved["out"] *= 2
     if shape.qk_norm:
         saved["q, k norms"] = _qk_norms(at, cut)
     return saved
@@ -139,10 +148,10 @@ def _feed_forward(shape: TransformerShape, cut: Cut) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------- beside and beyond a layer
 
 
-def head_saved(shape: TransformerShape, cut: Cut, rows: int, responses: int) -> float:
-    """On the last stage: the final norm, and the hidden states of the `responses` rows that predict something."""
+def head_saved(shape: TransformerShape, cut: Cut, responses: int) -> float:
+    """On the last stage, of rows that predict something: the final norm, and one hidden state a response token."""
     hidden = shape.hidden_size / cut.tensor
-    return rows * _norm(hidden, 1 / cut.tensor, cut) + responses * shape.hidden_size * cut.element
+    return responses * (_norm(hidden, 1 / cut.tensor, cut) + shape.hidden_size * cut.element)
 
 
 def gather_buffer(shape: TransformerShape, cut: Cut, rows: int) -> float:
@@ -167,12 +176,29 @@ def exchange_bytes(shape: TransformerShape, cut: Cut, all_rows: int, backward: b
     return share * all_rows * 2 * at.kv * bytes_a_value
 
 
-def layer_working(shape: TransformerShape, cut: Cut, rows: int, all_rows: int, backward: bool) -> float:
+def last_stage_working(
+    shape: TransformerShape, cut: Cut, rows: int, all_rows: int, predicting: int, num_layers: int
+) -> float:
+    """Beyond what is kept, in the backward of a last stage of `num_layers`. The last layer comes first, and has freed
+    what it kept when it is the turn of one that computes all rows. Two gradients of the residual stream stand."""
+    kept = last_layer_bytes(shape, cut, rows, predicting)
+    again = last_layer_bytes(shape, replace(cut, recompute="none"), rows, predicting) - kept
+    most = again + layer_working(shape, cut, rows, all_rows, True, predicting)
+    if num_layers > 1:
+        before = recomputed_bytes(shape, cut) * rows + layer_working(shape, cut, rows, all_rows, True)
+        most = max(most, before - kept)
+    return most + rows * shape.hidden_size / cut.tensor * cut.element
+
+
+def layer_working(
+    shape: TransformerShape, cut: Cut, rows: int, all_rows: int, backward: bool, predicting: int | None = None
+) -> float:
     """Beyond what is kept, while one layer is computed: the larger of its attention and its feed-forward network.
 
     Without gradients, four tensors of the residual stream stand beside it. When the backward comes to attention, it has
-    freed what the feed-forward network behind it kept.
+    freed what the feed-forward network behind it kept. In a last layer that network has `predicting` rows.
     """
+    fed = rows if predicting is None else predicting
     at, b = widths(shape, cut.tensor), cut.element
     hidden = rows * shape.hidden_size / cut.tensor
     whole = (1 if cut.kernels == "local" else 2) * gather_buffer(shape, cut, rows)  # gathered input; its gradient
@@ -180,9 +206,9 @@ def layer_working(shape: TransformerShape, cut: Cut, rows: int, all_rows: int, b
     ffn = times * (shape.ffn_hidden_size if shape.num_experts else at.ffn)
     if backward:
         stream = hidden * (b + (FP32 if b != FP32 else 0))
-        attention = rows * (at.q + 2 * at.kv) * (b + FP32) + rows * at.q * b
-        attention -= rows * sum(_feed_forward(shape, cut).values())
-        feed_forward = 2 * rows * ffn * b  # gradient of gate and up
+        attention = rows * (at.q + 2 * at.kv) * (b + FP32) + fed * at.q * b
+        attention -= fed * sum(_feed_forward(shape, cut).values())
+        feed_forward = 2 * fed * ffn * b  # gradient of gate and up
     else:
         stream = 4 * hidden * b + rows * shape.head_dim * FP32  # and the table of rotary angles
         attention = rows * (at.fused + 2 * at.q + 2 * at.kv) * b + rows * at.q * FP32

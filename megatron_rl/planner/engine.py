@@ -16,7 +16,7 @@ from megatron_rl.planner.model import PlannedModel, engine_params
 from megatron_rl.planner.workload import Workload
 from model_providers.shape import TransformerShape
 
-CHUNK_TOKENS = 8192  # rollout.vllm_engine.CHUNK_TOKENS, whose import would load torch
+PREFILL_TOKENS = 8192  # device.Backend.prefill_tokens of a GPU, whose import would load torch
 CUDA_GRAPHS = GIB  # assumed, unless rollout.enforce_eager
 
 
@@ -71,7 +71,7 @@ def engine_need(cfg: RunConfig, model: PlannedModel, gpu: Gpu, work: Workload) -
 
 
 def _batched_tokens(cfg: RunConfig) -> int:
-    return max(cfg.rollout.max_num_seqs, min(cfg.max_model_len, CHUNK_TOKENS), 2048)
+    return max(cfg.rollout.max_num_seqs, PREFILL_TOKENS)
 
 
 def _working(cfg: RunConfig, shape: TransformerShape, element: int) -> float:

@@ -90,9 +90,17 @@ def step_flops(case: Case) -> Flops:
 
 
 def trained_forward(case: Case) -> tuple[float, float]:
-    """(linears, attention) of one pass over all that a step trains on; a shared prompt counts once a bundle."""
+    """(linears, attention) of one pass over all that a step trains on. A shared prompt counts once a bundle, and in the
+    last layer for little: its keys and values are made, and nothing else is computed for it."""
     work, packing, shape = case.work, case.packing, case.model.shape
     bundles = work.num_prompts * work.num_samples / packing.responses_a_bundle
-    tokens = bundles * (work.prompt_tokens + packing.responses_a_bundle * work.response_tokens)
-    pairs = bundles * causal_pairs(work.prompt_tokens, work.response_tokens, packing.responses_a_bundle)
-    return tokens * linear_flops(shape), attention_flops(shape, pairs)
+    predicting = packing.responses_a_bundle * work.response_tokens
+    pairs = causal_pairs(work.prompt_tokens, work.response_tokens, packing.responses_a_bundle)
+    linear = (work.prompt_tokens + predicting) * linear_flops(shape) - work.prompt_tokens * idle_flops(shape)
+    idle_pairs = work.prompt_tokens**2 / 2 / shape.num_layers
+    return bundles * linear, bundles * attention_flops(shape, pairs - idle_pairs)
+
+
+def idle_flops(shape: TransformerShape) -> float:
+    """What a prompt's token is spared in the last layer: output projection and feed-forward."""
+    return 2.0 * (shape.hidden_size * shape.num_heads * shape.head_dim + feed_forward_weights(shape))

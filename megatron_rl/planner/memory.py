@@ -209,6 +209,9 @@ def _passes(case: Case, params: StageParams, stage: int, backward: bool) -> Iter
     if backward:
         yield "activations", saved_bytes(case, stage)
         working += act.recomputed_bytes(shape, cut) * rows
+        if is_last:
+            num_layers = shape.num_layers // case.layout.pipeline
+            working = act.last_stage_working(shape, cut, rows, case.largest, case.response_rows, num_layers)
     yield "working memory", working
     if is_last:
         logits = act.logits_working(shape, cut, case.response_rows, params.largest, backward)
@@ -240,7 +243,9 @@ def saved_by_stage(
         kept = 2 + (0 if is_last and layout.virtual == 1 else chunks)
         saved += kept * rows * shape.hidden_size / cut.tensor * cut.element
     if is_last:
-        saved += act.head_saved(shape, cut, rows, response_rows)
+        saved += act.head_saved(shape, cut, response_rows)
+    if is_last and layout.virtual == 1:  # else the fullest moment is one of other chunks
+        saved += act.last_layer_bytes(shape, cut, rows, response_rows) - rows * act.layer_bytes(shape, cut)
     return saved
 
 

@@ -28,8 +28,6 @@ from megatron_rl.types import FORBIDDEN_BIAS, Completion, Prompt, Sampling
 
 EnginePrompt = Callable[[Prompt, Mapping[str, Tensor]], dict[str, Any]]
 
-CHUNK_TOKENS = 8192  # of a long prompt, prefilled at a time
-
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
@@ -185,7 +183,7 @@ def _prompt_difference(prompt: Prompt, got: Sequence[int]) -> str:
 def _build(settings: EngineSettings, backend: Backend) -> Any:
     from vllm import LLM
 
-    longest = min(settings.max_model_len, CHUNK_TOKENS) if backend.chunked_prefill else settings.max_model_len
+    longest = 0 if backend.chunked_prefill else settings.max_model_len
     return LLM(
         model=settings.folder,
         tokenizer=settings.folder,
@@ -195,7 +193,8 @@ def _build(settings: EngineSettings, backend: Backend) -> Any:
         distributed_executor_backend="external_launcher",
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=max(settings.max_num_seqs, longest, 2048),
+        max_num_batched_tokens=max(settings.max_num_seqs, longest, backend.prefill_tokens),
+        block_size=backend.kv_block_size,
         enable_chunked_prefill=backend.chunked_prefill,
         kv_cache_memory_bytes=settings.kv_cache_bytes or None,
         gpu_memory_utilization=settings.gpu_memory_utilization,

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from megatron_rl.training.packing import Bin
 from megatron_rl.types import TrainSample, VideoArtifact
-from model_providers.attention.segments import AttentionPlan, plan_attention, plan_whole_attention, segments_of, shard
+from model_providers.attention.segments import (
+    AttentionPlan,
+    plan_attention,
+    plan_whole_attention,
+    segments_of,
+    shard,
+    shard_by_tokens,
+)
 
 PositionIds = Callable[[Sequence[int], Sequence[VideoArtifact]], Tensor]
 VideoStarts = Callable[[Sequence[int], Sequence[VideoArtifact]], list[int]]
@@ -24,7 +31,7 @@ VideoStarts = Callable[[Sequence[int], Sequence[VideoArtifact]], list[int]]
 @dataclass(frozen=True, slots=True)
 class Cut:
     """Which part of a micro-batch a rank holds. `attention_weight` is that of `segments.shard`; with `by_heads` all
-    ranks compute attention for all tokens, so only their number counts. `pad_multiple`: rows are padded to it.
+    ranks compute attention for all tokens, and only their number counts. `pad_multiple`: rows are padded to it.
     Under sequence parallelism `num_slices` ranks share the rows, and this one embeds the slice `slice_rank` of them."""
 
     rank: int = 0
@@ -124,11 +131,12 @@ def build_microbatch(
     for members in bundles:
         packed.add([samples[i] for i in members], position_ids, video_starts)
     segments = segments_of(packed.bundles)
-    shards = shard(segments, cut.num_ranks, 0.0 if cut.by_heads else cut.attention_weight)
     asking = _stretches(packed.predictors)
     if cut.by_heads and cut.num_ranks > 1:
+        shards = shard_by_tokens(segments, cut.num_ranks)
         attention, last_attention = (plan_whole_attention(segments, shards, q) for q in (None, asking))
     else:
+        shards = shard(segments, cut.num_ranks, cut.attention_weight)
         attention, last_attention = (plan_attention(segments, shards, cut.rank, q) for q in (None, asking))
     spans = [torch.arange(run.start, run.stop) for run in shards[cut.rank]]
     here = torch.cat([torch.zeros(0, dtype=torch.int64), *spans])  # packed position of each row

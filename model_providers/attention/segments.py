@@ -141,6 +141,15 @@ def shard(segments: Sequence[Segment], num_ranks: int, attention_weight: float) 
     return shards
 
 
+def shard_by_tokens(segments: Sequence[Segment], num_ranks: int) -> tuple[Shard, ...]:
+    """Deal the tokens for all-to-all over heads, where all of them travel wherever they stand: to every rank equally
+    many of prompts and plain sequences, and equally many of responses, which the last layer computes alone."""
+    riding = [i for i, segment in enumerate(segments) if segment.prefix is not None]
+    others = [i for i, segment in enumerate(segments) if segment.prefix is None]
+    hands = zip(*(_cut(segments, line, num_ranks, 0.0) for line in (others, riding)), strict=True)
+    return tuple(tuple(_joined(sorted((*a, *b), key=lambda run: run.start))) for a, b in hands)
+
+
 def _sequences(segments: Sequence[Segment]) -> list[list[int]]:
     """Indices of each segment without prefix, with those of the segments that ride on it."""
     members: dict[int, list[int]] = {}

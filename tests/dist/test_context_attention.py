@@ -16,7 +16,7 @@ from model_providers.attention import core, exchange
 from model_providers.attention.core import _attend_by_heads, _SoftmaxAttention
 from model_providers.attention.kernels import AtenCpu
 from model_providers.attention.segments import (
-    Interval, Segment, block_size, plan_attention, plan_whole_attention, shard,
+    Interval, Segment, block_size, plan_attention, plan_whole_attention, shard, shard_by_tokens,
 )
 from tests.attention_masks import mask_of, masked_attention, segments_of
 from tests.world import run_world
@@ -59,7 +59,7 @@ def _attend(rank: int, case: Case) -> list[tuple[list[int], Tensor]]:
     group = dist.new_group(list(range(case.num_ranks)))
     segments = segments_of(SHAPES[case.shape])
     by_heads = case.comm == "a2a"
-    shards = shard(segments, case.num_ranks, 0.0 if by_heads else 0.01)
+    shards = shard_by_tokens(segments, case.num_ranks) if by_heads else shard(segments, case.num_ranks, 0.01)
     queries = _asking(segments) if case.last_layer else None
     here = [t for run in shards[rank] for t in range(run.start, run.stop)]
     asking = [t for t in here if queries is None or any(start <= t < stop for start, stop in queries)]

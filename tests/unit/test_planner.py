@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -18,7 +19,7 @@ from megatron_rl.config import DataConfig, ModelConfig, ParallelConfig, RolloutC
 from megatron_rl.plan import main
 from megatron_rl.planner import long_rl, search
 from megatron_rl.planner.activations import LOGIT_CHUNK, Cut, layer_saved
-from megatron_rl.planner.engine import CHUNK_TOKENS, engine_need
+from megatron_rl.planner.engine import PREFILL_TOKENS, engine_need
 from megatron_rl.planner.flops import causal_pairs, head_flops, linear_flops, step_flops
 from megatron_rl.planner.gpus import GIB, GPUS, gpu_of
 from megatron_rl.planner.layout import Layout, chunks_in_flight
@@ -172,7 +173,9 @@ def test_flops_by_hand() -> None:
     assert linear_flops(shape) == 2 * 28 * layer
     pairs = causal_pairs(work.prompt_tokens, 512, 4)
     assert pairs == work.prompt_tokens**2 / 2 + 4 * (work.prompt_tokens * 512 + 512**2 / 2)
-    linear, attention = 8 * work.group_tokens * linear_flops(shape), 8 * 4 * 28 * 3584 * pairs
+    prompt = work.prompt_tokens  # which in the last layer has keys and values, but neither attends nor goes on
+    linear = 8 * (work.group_tokens * linear_flops(shape) - prompt * 2 * (3584 * 3584 + 3 * 3584 * 18944))
+    attention = 8 * 4 * 3584 * (28 * pairs - prompt**2 / 2)
     head = head_flops(shape, 8 * 4 * 512)
     flops = step_flops(option.case)
     assert flops.log_probs == pytest.approx(linear + attention + head)
@@ -183,8 +186,9 @@ def test_a_fused_layer_by_hand() -> None:
     """Qwen2.5-VL-7B on a GPU at TP 4: 34 bytes a hidden column and what heads, rotary and feed-forward add."""
     shape = load_planned_model("Qwen2.5-VL-7B").shape
     saved = layer_saved(shape, Cut(tensor=4))
-    assert saved["norms"] + saved["inputs of linears"] == 4 * 3584 / 4 * 2 + 2 * 4 / 4
-    assert saved["q, k, v"] + saved["out"] == 2 * (2 * 896 + 2 * 128)
+    assert saved["input norm"] == saved["norm before feed-forward"] == 3584 / 4 * 2 + 4 / 4
+    assert saved["input of projection"] == saved["input of feed-forward"] == 3584 / 4 * 2
+    assert saved["q"] + saved["k, v"] + saved["out"] == 2 * (2 * 896 + 2 * 128)
     assert saved["feed-forward"] == 3 * 18944 / 4 * 2
     assert saved["rotary"] == 4 * 128 * 2
     assert saved["lse"] == 4 * 28 / 4
@@ -192,11 +196,12 @@ def test_a_fused_layer_by_hand() -> None:
 
 
 def test_constants_are_those_of_modules_that_import_torch() -> None:
-    from megatron_rl.rollout import vllm_engine
+    from megatron_rl import device
     from model_providers import transformer
 
     assert LOGIT_CHUNK == transformer.LOGIT_CHUNK
-    assert CHUNK_TOKENS == vllm_engine.CHUNK_TOKENS
+    with mock.patch("torch.cuda.is_available", return_value=True):
+        assert PREFILL_TOKENS == device.choose_backend("cuda").prefill_tokens
 
 
 # ---------------------------------------------------------------------------------------------------- memory and search

@@ -22,6 +22,7 @@ from model_providers.attention.segments import (
     plan_one_sequence,
     plan_whole_attention,
     shard,
+    shard_by_tokens,
 )
 from tests.attention_masks import mask_of, segments_of
 
@@ -103,7 +104,8 @@ def test_all_to_all_sees_everything_in_the_order_of_arrival() -> None:
     rng = random.Random(1)
     for num_ranks in (2, 3, 4):
         segments = _random_segments(rng)
-        shards = shard(segments, num_ranks, 0.0)
+        shards = shard_by_tokens(segments, num_ranks)
+        assert sorted(t for hand in shards for t in _positions(hand)) == list(range(segments[-1].stop))
         arrived = [t for hand in shards for t in _positions(hand)]
         mask = mask_of(segments)
         for queries in (None, _random_queries(rng, len(mask)), _random_queries(rng, len(mask))):
@@ -160,6 +162,17 @@ def test_work_and_tokens_are_balanced(shape: str, num_ranks: int) -> None:
     work = [_work(segments, hand, WEIGHT) for hand in shards]
     assert max(tokens) <= 1.06 * sum(tokens) / num_ranks
     assert max(work) <= 1.06 * sum(work) / num_ranks
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_by_tokens_prompts_and_responses_are_balanced_each(shape: str) -> None:
+    segments = segments_of(SHAPES[shape])
+    for riding in (False, True):
+        tokens = [
+            sum(run.length for run in hand if (segments[run.segment].prefix is not None) == riding)
+            for hand in shard_by_tokens(segments, 4)
+        ]
+        assert max(tokens) - min(tokens) <= 0.08 * sum(tokens) / 4 + 1
 
 
 def test_balance_is_by_work_where_tokens_tell_little() -> None:
