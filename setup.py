@@ -48,6 +48,8 @@ setup(
         "pyyaml",
         "jinja2",
         "av",
+        "pyarrow",
+        "huggingface-hub",
         "math-verify",
         "psutil",
         "rich",

@@ -1,149 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The video decoder of the project (protocol VideoDecoder): one DALI pipeline, on the GPU or on the CPU.
+"""The VideoDecoder of machines with a GPU: one DALI pipeline decodes (NVDEC) and resizes there, and frames stay there.
 
-Frames come from DALI's own decoder, or, for what its CPU build cannot decode or would decode wastefully, from PyAV
-(decoder.py). Everything after is the same DALI operators. The only module that imports DALI.
+DALI's decoder never seeks, so it gets a clip of just the packets of the plan (clip.py). It knows neither the stream's
+colour matrix (always BT.601) nor its rotation: both are made good afterwards. The only module that imports DALI.
+On a CPU the same pipeline decodes VP8, VP9 and MJPEG, which is how it is tested; nothing here was run on a GPU yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Literal, TypeVar
+import threading
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 
-from data.decoder import Scan, iter_frames, scan
+from data.clip import Clip, clip_parts, cut_clip
+from data.gop_plan import plan_runs
+from data.video_index import VideoIndex, index_video
 from megatron_rl.errors import VideoDecodeError
 from megatron_rl.types import VideoInfo
 
-T = TypeVar("T")
-Chunk = tuple[Sequence[int], torch.Tensor]  # frame indices, uint8 [F, 3, height, width]
-
 # Full-size frames in memory at once: 8192 frames of 720p together would be 22 GiB.
-_PYAV_CHUNK_BYTES = 64 << 20
-_NATIVE_CALL_BYTES = 2 << 30
-# DALI's decoder never seeks: it decodes from frame 0 to the last wanted one. On the CPU PyAV takes over where seeking
-# saves more than this factor. On the GPU nothing else decodes, and NVDEC reads through a long clip in seconds.
-_NATIVE_MAX_WASTE = 1.5
+_CALL_BYTES = 2 << 30
+_LUMA = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}  # weights of red and blue
 
 
 @pipeline_def
-def _frames_pipeline(native: bool, on_gpu: bool) -> DataNode:
-    if native:
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        indices = fn.external_source(name="indices", dtype=types.INT32, ndim=1)
-        # pad_mode "none": an index past the end is an error; by default it would be a black frame.
-        video = fn.decoders.video(encoded, device="mixed" if on_gpu else "cpu", frames=indices, pad_mode="none")
-    else:
-        video = fn.external_source(name="video", dtype=types.UINT8, ndim=4, layout="FHWC")
+def _frames_pipeline(on_gpu: bool) -> DataNode:
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    positions = fn.external_source(name="positions", dtype=types.INT32, ndim=1)
     size_hw = fn.external_source(name="size_hw", dtype=types.FLOAT, ndim=1)
+    # pad_mode "none": an index past the end is an error; by default it would be a black frame.
+    video = fn.decoders.video(encoded, device="mixed" if on_gpu else "cpu", frames=positions, pad_mode="none")
     video = fn.resize(video, size=size_hw, interp_type=types.INTERP_CUBIC, antialias=True)
     return fn.transpose(video, perm=[0, 3, 1, 2])
 
 
 class DaliVideoDecoder:
-    """Frames by index, resized. On a GPU everything is decoded there (NVDEC) and the frames stay there."""
+    """Frames by index, resized, on `device`."""
 
-    def __init__(self, device: Literal["cpu", "gpu"], num_threads: int, native_codecs: frozenset[str]):
+    def __init__(self, device: Literal["cpu", "gpu"], num_threads: int):
         self._on_gpu = device == "gpu"
         self._num_threads = num_threads
-        self._native_codecs = native_codecs
-        self._pipelines: dict[bool, Pipeline] = {}
+        self._pipeline: Pipeline | None = None
+        self._device_id = torch.cuda.current_device() if self._on_gpu else None  # of this thread; others have their own
+        self._lock = threading.Lock()
 
     def probe(self, path: str) -> VideoInfo:
-        return scan(path).info()
+        return index_video(path).info()
 
     def decode(self, path: str, frame_indices: Sequence[int], size_hw: tuple[int, int]) -> torch.Tensor:
         """uint8 RGB [F, 3, height, width]. Any order, repeats allowed."""
         assert len(frame_indices)
-        found = scan(path)
-        wanted = found.sorted_unique(frame_indices)
-        source = self._native if self._is_native(found, wanted) else self._pyav
-        row_of = {index: row for row, index in enumerate(wanted)}
-        frames = _collect(source(found, wanted, size_hw), row_of)
-        order = [row_of[index] for index in frame_indices]
-        return frames if order == list(range(len(wanted))) else frames[order]
+        index = index_video(path)
+        if index.by_number:
+            raise VideoDecodeError(path, "frames without timestamps (a raw stream?); remux it to mp4")
+        stored_hw = size_hw[::-1] if index.turn[0] else size_hw
+        rows: dict[int, torch.Tensor] = {}
+        room = max(_CALL_BYTES // (index.width * index.height * 3), 1)
+        for runs in clip_parts(index, plan_runs(index, index.sorted_unique(frame_indices)), room):
+            clip = cut_clip(index, runs)
+            with self._lock:
+                rows |= zip(clip.frames, self._run(index, clip, stored_hw), strict=True)
+        frames = torch.stack([rows[frame] for frame in frame_indices])
+        return upright(recolour(frames, index.colour_matrix), index.turn)
 
-    def _is_native(self, found: Scan, wanted: Sequence[int]) -> bool:
-        if self._on_gpu:
-            return True
-        return (
-            found.codec in self._native_codecs
-            and len(wanted) <= _frames_within(_NATIVE_CALL_BYTES, found)
-            and wanted[-1] + 1 <= _NATIVE_MAX_WASTE * found.num_decoded(wanted)
-        )
-
-    def _native(self, found: Scan, wanted: Sequence[int], size_hw: tuple[int, int]) -> Iterator[Chunk]:
-        """DALI decodes. As few calls as memory allows, since each one starts at frame 0."""
-        encoded = np.fromfile(found.path, np.uint8)
-        for part in _batched(wanted, _frames_within(_NATIVE_CALL_BYTES, found)):
-            feeds = {"encoded": encoded, "indices": np.asarray(part, np.int32)}
-            try:
-                frames = self._run(True, feeds, size_hw)
-            except RuntimeError as error:  # DALI raises nothing more specific
-                del self._pipelines[True]  # "Current pipeline object is no longer valid"
-                raise VideoDecodeError(found.path, _reason(found, error)) from error
-            if len(frames) != len(part):
-                raise VideoDecodeError(found.path, f"truncated: DALI gave {len(frames)} frames of {len(part)}")
-            yield part, frames
-
-    def _pyav(self, found: Scan, wanted: Sequence[int], size_hw: tuple[int, int]) -> Iterator[Chunk]:
-        """PyAV decodes; a decoding run goes on across chunks. A RuntimeError here is ours, not the file's."""
-        decoded = iter_frames(found, wanted, self._num_threads)
-        for part in _batched(decoded, _frames_within(_PYAV_CHUNK_BYTES, found)):
-            indices, frames = zip(*part, strict=True)
-            yield indices, self._run(False, {"video": np.stack(frames)}, size_hw)
-
-    def _run(self, native: bool, feeds: dict[str, np.ndarray], size_hw: tuple[int, int]) -> torch.Tensor:
+    def _run(self, index: VideoIndex, clip: Clip, size_hw: tuple[int, int]) -> torch.Tensor:
         """One clip through the pipeline. The tensor keeps DALI's buffer alive; later runs do not overwrite it."""
-        pipeline = self._pipelines.get(native)
-        if pipeline is None:
-            pipeline = self._pipelines[native] = self._build(native)
-        for name, array in {**feeds, "size_hw": np.asarray(size_hw, np.float32)}.items():
-            pipeline.feed_input(name, [array])
-        (frames,) = pipeline.run()
-        return torch.from_dlpack(frames.as_tensor())[0]
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        self._pipeline.feed_input("encoded", [clip.data])
+        self._pipeline.feed_input("positions", [np.asarray(clip.positions, np.int32)])
+        self._pipeline.feed_input("size_hw", [np.asarray(size_hw, np.float32)])
+        try:
+            (frames,) = self._pipeline.run()
+        except RuntimeError as error:  # DALI raises nothing more specific
+            self._pipeline = None  # "Current pipeline object is no longer valid"
+            raise VideoDecodeError(index.path, _reason(index, error)) from error
+        tensor = torch.from_dlpack(frames.as_tensor())[0]
+        if len(tensor) != len(clip.positions):
+            raise VideoDecodeError(
+                index.path, f"corrupt: DALI gave {len(tensor)} frames of {len(clip.positions)} asked for"
+            )
+        return tensor
 
-    def _build(self, native: bool) -> Pipeline:
+    def _build(self) -> Pipeline:
         pipeline = _frames_pipeline(
-            native,
             self._on_gpu,
             batch_size=1,
             num_threads=self._num_threads,
-            device_id=torch.cuda.current_device() if self._on_gpu else None,
+            device_id=self._device_id,
             prefetch_queue_depth=1,
         )
         pipeline.build()
         return pipeline
 
 
-def _frames_within(num_bytes: int, found: Scan) -> int:
-    return max(num_bytes // (found.width * found.height * 3), 1)
+def recolour(frames: torch.Tensor, matrix: str) -> torch.Tensor:
+    """uint8 [F, 3, H, W] that was made with BT.601, as if it had been made with `matrix` (but for clipped colours)."""
+    if matrix == "bt601":
+        return frames
+    step = (_yuv_to_rgb(*_LUMA[matrix]) @ torch.linalg.inv(_yuv_to_rgb(*_LUMA["bt601"]))).to(frames.device)
+    return torch.cat(
+        [torch.einsum("rc,fchw->frhw", step, f[None].float()).round().clamp(0, 255).byte() for f in frames]
+    )
 
 
-def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while part := list(islice(iterator, size)):
-        yield part
+def _yuv_to_rgb(red: float, blue: float) -> torch.Tensor:
+    """ITU-R BT.601/709/2020: RGB of (Y', Cb, Cr)."""
+    green = 1 - red - blue
+    return torch.tensor(
+        [
+            [1.0, 0.0, 2 * (1 - red)],
+            [1.0, -2 * (1 - blue) * blue / green, -2 * (1 - red) * red / green],
+            [1.0, 2 * (1 - blue), 0.0],
+        ]
+    )
 
 
-def _collect(chunks: Iterator[Chunk], row_of: dict[int, int]) -> torch.Tensor:
-    """All frames, each in its row; one chunk at a time, so that the clip is not held twice."""
-    frames = None
-    for indices, chunk in chunks:
-        if frames is None:
-            frames = chunk.new_empty((len(row_of), *chunk.shape[1:]))
-        frames[[row_of[index] for index in indices]] = chunk
-    assert frames is not None
-    return frames
+def upright(frames: torch.Tensor, turn: tuple[bool, bool, bool]) -> torch.Tensor:
+    """[F, 3, H, W] turned and mirrored as VideoIndex.turn says."""
+    transposed, flip_y, flip_x = turn
+    frames = frames.transpose(2, 3) if transposed else frames
+    dims = [dim for dim, flipped in ((2, flip_y), (3, flip_x)) if flipped]
+    return frames.flip(dims) if dims else frames.contiguous()
 
 
-def _reason(found: Scan, error: RuntimeError) -> str:
+def _reason(index: VideoIndex, error: RuntimeError) -> str:
     """DALI's message is a page; its sentence about the cause stands first or after "Error"."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     cause = next((line for line in lines if line.startswith(("Error", "[", "Failed", "Unexpected"))), lines[-1])
-    return f"DALI cannot decode this {found.codec} video (damaged, or a codec it does not support): {cause}"
+    return f"corrupt: DALI cannot decode this {index.codec} video (or does not support the codec): {cause}"

@@ -1,63 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSONL file -> checked rows. A line that cannot be used becomes a `BadRow` that names it; none is lost."""
+"""Data files -> checked rows. A line that cannot be used becomes a `BadRow` that names it; none is lost."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from data.sources import open_source, source_names
 from megatron_rl.types import BadRow, Row
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_UNSUPPORTED = ("image", "images", "audio", "audios")
+_UNSUPPORTED = ("audio", "audios")
 
 
-def read_jsonl(path: str, media_root: str, field: str = "data.train") -> tuple[list[Row], list[BadRow]]:
-    """Rows of `path` in file order; relative video paths are resolved against `media_root`, or the file's own folder.
+def read_rows(setting: str, media_root: str, field: str = "data.train") -> list[tuple[list[Row], list[BadRow]]]:
+    """(usable, bad) rows of each data set that `setting` lists (sources.py), in the order of its files.
 
-    `field` names the setting `path` came from, for the error message. Blank lines are no rows.
+    Relative media paths are resolved against `media_root`, or the folder of the data set.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"{field}={path}: no such file; give a JSONL file with the fields `problem` and `answer`")
+    _check_media_root(media_root)
+    found = []
+    for name in source_names(setting):
+        source = open_source(name, field)
+        root = Path(media_root).absolute() if media_root else source.root
+        rows: list[Row] = []
+        bad: list[BadRow] = []
+        for file in source.files:
+            good_here, bad_here = _read_file(file, root, f"{field}={name}")
+            rows += good_here
+            bad += bad_here
+        found.append((rows, bad))
+    return found
+
+
+def _check_media_root(media_root: str) -> None:
     if media_root and not Path(media_root).is_dir():
         raise ValueError(f"data.media_root={media_root}: no such folder; give the folder that holds the videos")
-    root = Path(media_root) if media_root else file.parent
+
+
+def _read_file(file: Path, root: Path, setting: str) -> tuple[list[Row], list[BadRow]]:
     rows: list[Row] = []
     bad: list[BadRow] = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    for number, record in _records(file, setting):
         source = f"{file.name}:{number}"
         try:
-            rows.append(_parse(line, source, root.absolute()))
+            rows.append(_row(_decoded(record) if isinstance(record, bytes) else record, source, root))
         except ValueError as error:
             bad.append(BadRow(source, str(error)))
     return rows, bad
 
 
-def _parse(line: bytes, source: str, root: Path) -> Row:
-    """The row of one line, or a ValueError that says what is wrong with it."""
+def _records(file: Path, setting: str) -> Iterator[tuple[int, object]]:
+    """(number from 1, record) of a file; a line of JSONL comes undecoded."""
+    if file.suffix == ".parquet":
+        yield from enumerate(_parquet(file, setting), start=1)
+    elif file.suffix == ".json":
+        try:
+            records = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{setting}: {file.name} is not JSON ({error}); is it JSONL?") from error
+        if not isinstance(records, list):
+            raise ValueError(f"{setting}: {file.name} holds no list of records; use JSONL or a JSON list")
+        yield from enumerate(records, start=1)
+    else:
+        yield from ((n, line) for n, line in enumerate(file.read_bytes().split(b"\n"), start=1) if line.strip())
+
+
+def _parquet(file: Path, setting: str) -> Iterator[object]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
     try:
-        record = json.loads(line.decode("utf-8"))
+        with ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches():
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{setting}: {file.name} is no readable Parquet file ({error}); copy it again") from error
+
+
+def _decoded(line: bytes) -> object:
+    try:
+        record: object = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"malformed JSON at column {error.colno}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte {error.start} of the line") from error
+    return record
+
+
+def _row(record: object, source: str, root: Path) -> Row:
+    """The row of one record, or a ValueError that says what is wrong with it."""
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
     for name in _UNSUPPORTED:
         if record.get(name):
-            raise ValueError(f"`{name}`: not supported yet; only text and videos are")
+            raise ValueError(f"`{name}`: not supported yet; only text, images and videos are")
     problem_type = record.get("problem_type") or ""
     return Row(
         source=source,
         problem=_text(record, "problem"),
         answer=_answer(record),
-        videos=tuple(str(root / video) for video in _videos(record)),
+        videos=tuple(str(root / video) for video in _paths(record, "videos")),
         problem_type=str(problem_type),
+        images=tuple(str(root / image) for image in _paths(record, "images") or _paths(record, "image")),
+        span=_span(record),
     )
+
+
+def _span(record: dict) -> tuple[float, float]:
+    """`video_start`, `video_end` in seconds: the part of its videos that a row is about."""
+    span = []
+    for name, default in (("video_start", 0.0), ("video_end", math.inf)):
+        value = record.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ValueError(f"`{name}` must be a number of seconds, found {type(value).__name__}")
+        span.append(default if value is None else float(value))
+    if not 0 <= span[0] < span[1]:
+        raise ValueError(f"`video_start` {span[0]} and `video_end` {span[1]} are no range of seconds")
+    return span[0], span[1]
 
 
 def _text(record: dict, name: str) -> str:
@@ -83,9 +146,9 @@ def _answer(record: dict) -> str:
     return answer
 
 
-def _videos(record: dict) -> list[str]:
-    videos = record.get("videos") or []
-    videos = [videos] if isinstance(videos, str) else videos
-    if not isinstance(videos, list) or not all(isinstance(video, str) and video.strip() for video in videos):
-        raise ValueError("`videos` must be a path or a list of paths")
-    return videos
+def _paths(record: dict, name: str) -> list[str]:
+    paths = record.get(name) or []
+    paths = [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path.strip() for path in paths):
+        raise ValueError(f"`{name}` must be a path or a list of paths")
+    return paths

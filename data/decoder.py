@@ -1,231 +1,276 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyAV half of video decoding: what a file holds, and exactly the wanted frames at full size.
+"""Exactly the wanted frames of a video with libavcodec (PyAV), and as little decoding as that takes.
 
-A frame is known by its presentation timestamp, found in one demux pass: counts and rates in headers are often wrong.
-Only groups of pictures that hold a wanted frame are decoded.
-Colour follows DALI (always BT.601, bilinear chroma), so that a clip looks the same whichever of the two decoded it.
+Runs of packets (gop_plan.py) are shared out over threads, each with its own container. A run starts at a keyframe,
+which is checked by its timestamp after every seek, and gets only the packets of the plan; then the decoder is drained.
+libavcodec hides damage: it marks a damaged picture but not those predicted from it, and may drop one without a word.
+So a run in which any picture is marked or lost fails as a whole.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import av
-import numpy as np
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
+from data.gop_plan import GopRun, earlier_start, plan_runs, split_runs
+from data.video_index import VideoIndex, cause, decode_all, demux
 from megatron_rl.errors import VideoDecodeError
-from megatron_rl.types import VideoInfo
 
-_LIKE_DALI = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND
-# Some containers (MPEG-TS) seek too far now and then. Then start so many keyframes earlier, at last from the beginning.
-_SEEK_BACK = (0, 1, 4)
-# Pictures to which nothing refers (most B-frames) need no decoding unless they are wanted. These decoders look at the
-# setting for every packet; others (dav1d) only when they are opened.
-_SKIPS_UNREFERENCED = frozenset({"h264", "hevc"})
-# Less than this missing at the end is how some muxers round, not a cut file.
-_TRUNCATION_SECONDS, _TRUNCATION_FRACTION = 1.0, 0.02
+Deliver = Callable[[int, av.VideoFrame], None]
+"""(frame number, decoded frame): called once for each wanted frame, from several threads, in no order."""
 
+Slots = threading.Semaphore
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Scan:
-    """One demux pass: `pts` of all shown frames and `keys` of the keyframes among them, ascending, in `time_base`."""
-
-    path: str
-    codec: str
-    width: int
-    height: int
-    time_base: float
-    pts: np.ndarray
-    keys: np.ndarray
-
-    def info(self) -> VideoInfo:
-        seconds = (self.pts - self.pts[0]) * self.time_base
-        return VideoInfo(self.path, self.codec, self.width, self.height, tuple(seconds.tolist()))
-
-    def sorted_unique(self, indices: Iterable[int]) -> list[int]:
-        """The indices, each once. Raises VideoDecodeError for one that the video does not have."""
-        wanted = sorted(set(indices))
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < len(self.pts):
-            raise VideoDecodeError(self.path, f"frames {wanted[0]}..{wanted[-1]} asked for, it has {len(self.pts)}")
-        return wanted
-
-    def gop(self, index: int) -> int:
-        """Number of the keyframe at or before frame `index`."""
-        return max(bisect_right(self.keys, self.pts[index]) - 1, 0)
-
-    def num_decoded(self, indices: Iterable[int]) -> int:
-        """How many frames have to be decoded to get these when seeking is free."""
-        last_of_gop = {self.gop(index): index for index in sorted(indices)}
-        return sum(last + 1 - int(np.searchsorted(self.pts, self.keys[gop])) for gop, last in last_of_gop.items())
+# Reading over so many packets is cheaper than a seek.
+_READ_OVER = 32
+# A keyframe flag may promise too much (gradual refresh); then start so many keyframes earlier.
+_START_EARLIER = (0, 1, 4)
+# Parts per thread, so that one slow part does not keep the others waiting.
+_PARTS_PER_THREAD = 4
+# Report damage rather than guess; check the picture hashes that some HEVC streams carry.
+_STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}
 
 
-def scan(path: str) -> Scan:
-    """What the file holds; remembered until the file changes. Raises VideoDecodeError."""
+class _Damaged(Exception):
+    """This run did not give all its pictures unharmed."""
+
+
+class OutOfStep(Exception):
+    """The demuxer does not give the packets of the index here: a seek missed."""
+
+
+def decode_frames(
+    index: VideoIndex, frames: Sequence[int], num_threads: int, deliver: Deliver, slots: Slots | None = None
+) -> None:
+    """Decode `frames` (any order, repeats count once) and hand each to `deliver`. Raises VideoDecodeError.
+
+    `slots` bounds the threads that decode at the same time where several videos are decoded at once.
+    """
+    wanted = index.sorted_unique(frames)
+    if not wanted:
+        return
+    if index.by_number:
+        with slots or nullcontext():
+            _decode_by_number(index, wanted, deliver)
+        return
+    runs = plan_runs(index, wanted)
+    num_workers = min(num_threads, len(runs))
+    parts = _Shared(split_runs(runs, num_workers * _PARTS_PER_THREAD if num_workers > 1 else 1))
+    if num_workers == 1:
+        _work(index, parts, deliver, slots)
+        return
+    with ThreadPoolExecutor(num_workers) as pool:
+        workers = [pool.submit(_work, index, parts, deliver, slots) for _ in range(num_workers)]
+        for worker in workers:
+            worker.result()
+
+
+class _Shared:
+    """Parts of the work, taken by whichever thread is free; none after one has failed."""
+
+    def __init__(self, parts: Sequence[list[GopRun]]):
+        self._parts = iter(parts)
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def __iter__(self) -> Iterator[list[GopRun]]:
+        while True:
+            with self._lock:
+                part = None if self._stopped else next(self._parts, None)
+            if part is None:
+                return
+            yield part
+
+
+def _work(index: VideoIndex, parts: _Shared, deliver: Deliver, slots: Slots | None) -> None:
+    """One thread: its own container and decoder over the parts that it takes."""
     try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise VideoDecodeError(path, f"cannot be read: {error.strerror}") from error
-    if stat.st_size == 0:
-        raise VideoDecodeError(path, "the file is empty (0 bytes)")
-    return _scan(path, stat.st_mtime_ns, stat.st_size)
-
-
-@functools.lru_cache(maxsize=256)
-def _scan(path: str, mtime_ns: int, size: int) -> Scan:
-    try:
-        with av.open(path) as container:
-            if container.format.name == "tty":  # FFmpeg plays text as a film of a terminal
-                raise VideoDecodeError(path, "a text file")
-            if not container.streams.video:
-                raise VideoDecodeError(path, f"no video stream{_other_streams(container)}")
-            return _scan_stream(path, container, container.streams.video[0])
-    except (av.FFmpegError, UnicodeDecodeError) as error:
-        raise VideoDecodeError(
-            path, f"not a readable video (cut, damaged or another kind of file): {_cause(error)}"
-        ) from error
-
-
-def _scan_stream(path: str, container: av.container.InputContainer, stream: av.VideoStream) -> Scan:
-    codec = stream.codec_context
-    if codec is None or codec.width == 0:
-        raise VideoDecodeError(path, "unknown codec or picture size (damaged file?)")
-    pts, keys, end, cut = [], [], 0, False
-    for packet in container.demux(stream):
-        if not packet.size:
-            continue
-        if packet.pts is None:
-            raise VideoDecodeError(path, "frames without timestamps (damaged, a raw stream, or AVI); remux it to mp4")
-        cut = packet.is_corrupt
-        end = max(end, packet.pts + (packet.duration or 0))
-        if packet.is_discard:  # outside the edit list: stored, never shown
-            continue
-        pts.append(packet.pts)
-        if packet.is_keyframe:
-            keys.append(packet.pts)
-    if not keys:
-        raise VideoDecodeError(path, "no keyframe" if pts else "no video frames")
-    if len(set(pts)) != len(pts):
-        raise VideoDecodeError(path, "two frames have the same timestamp; re-encode or remux the file")
-    time_base = float(stream.time_base)
-    missing = _stated_end(container, stream) - end * time_base
-    if cut or missing > max(_TRUNCATION_SECONDS, _TRUNCATION_FRACTION * end * time_base):
-        raise VideoDecodeError(path, f"truncated: the data ends after {end * time_base:.1f} s of video")
-    return Scan(path, codec.name, codec.width, codec.height, time_base, np.sort(pts), np.sort(keys))
-
-
-def _stated_end(container: av.container.InputContainer, stream: av.VideoStream) -> float:
-    """Second at which the headers say the video ends; 0 where they do not say. Other streams may be longer."""
-    start = float((stream.start_time or 0) * stream.time_base)
-    if stream.duration is not None:
-        return start + float(stream.duration * stream.time_base)
-    if tag := stream.metadata.get("DURATION"):  # Matroska, WebM
-        hours, minutes, seconds = tag.split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    if container.duration is not None and len(container.streams) == 1:
-        return start + container.duration / av.time_base
-    return 0.0
-
-
-def _cause(error: av.FFmpegError | UnicodeDecodeError) -> str:
-    return error.strerror if isinstance(error, av.FFmpegError) else str(error)
-
-
-def _other_streams(container: av.container.InputContainer) -> str:
-    kinds = sorted({stream.type for stream in container.streams})
-    return f" (only {', '.join(kinds)})" if kinds else ""
-
-
-def read_frames(path: str, indices: Sequence[int], num_threads: int = 1) -> np.ndarray:
-    """uint8 RGB [F, height, width, 3]: the frames at these presentation indices, any order, repeats allowed."""
-    found = scan(path)
-    frames = dict(iter_frames(found, indices, num_threads))
-    if not frames:
-        return np.empty((0, found.height, found.width, 3), np.uint8)
-    return np.stack([frames[index] for index in indices])
-
-
-def iter_frames(found: Scan, indices: Iterable[int], num_threads: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(index, uint8 [height, width, 3]) of each wanted frame, once, as they come. Raises VideoDecodeError."""
-    wanted = found.sorted_unique(indices)
-    to_rgb = _RgbConverter(found)
-    try:
-        with _open(found.path, num_threads) as container:
-            for gop, members in groupby(wanted, key=found.gop):
-                for index, frame in _decode_gop(container, found, gop, list(members), num_threads):
-                    yield index, to_rgb(frame)
+        with PacketReader(index) as reader:
+            for part in parts:
+                with slots or nullcontext():
+                    for run in part:
+                        _decode_run(index, run, reader, deliver)
     except av.FFmpegError as error:
-        raise VideoDecodeError(found.path, f"corrupt video data: {_cause(error)}") from error
+        parts.stop()
+        raise VideoDecodeError(index.path, f"cannot be read any more: {cause(error)}") from error
+    except VideoDecodeError:
+        parts.stop()
+        raise
 
 
-class _RgbConverter:
-    """libswscale, told to do what DALI does."""
+def _decode_run(index: VideoIndex, run: GopRun, reader: PacketReader, deliver: Deliver) -> None:
+    """The run, if need be without seeking or from an earlier keyframe."""
+    missing = dict(run.wanted)
+    reason = ""
+    for num_keys in _START_EARLIER:
+        attempt = earlier_start(index, run, num_keys) if num_keys else run
+        if num_keys and attempt.start == run.start:
+            break  # there is nothing earlier
+        try:
+            try:
+                _take(index, attempt, reader, missing, deliver)
+            except OutOfStep:
+                reader.never_seek()
+                _take(index, attempt, reader, missing, deliver)
+            return
+        except (_Damaged, OutOfStep) as error:
+            reason = reason or str(error)
+            reader.reset()
+    at = min(missing.values(), default=min(run.wanted.values()))
+    raise VideoDecodeError(index.path, f"corrupt: frame {at} cannot be decoded: {reason}")
 
-    def __init__(self, found: Scan):
-        self._found = found
-        self._reformatter = VideoReformatter()
 
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        size = self._found.width, self._found.height
-        if (frame.width, frame.height) != size:
-            raise VideoDecodeError(
-                self._found.path, f"the picture changes from {size} to {(frame.width, frame.height)} inside the file"
-            )
-        return self._reformatter.reformat(
-            frame,
-            format="rgb24",
-            src_colorspace=Colorspace.ITU601,
-            dst_colorspace=Colorspace.ITU601,
-            interpolation=_LIKE_DALI,
-        ).to_ndarray()
+def _take(index: VideoIndex, run: GopRun, reader: PacketReader, missing: dict[int, int], deliver: Deliver) -> None:
+    """Feed the run's packets, deliver what is `missing`, check that every picture came out unharmed.
+
+    Pictures shown before the run's keyframe (open groups) lack a reference here and are neither checked nor wanted.
+    """
+    key_pts = index.packet_pts[run.start]
+    expected: set[int] = set()
+    for number, packet in reader.packets(run.start, run.stop):
+        if packet is not None:
+            pts = packet.pts
+            assert pts is not None  # the reader has compared it with the index
+            if packet.is_corrupt:
+                raise _Damaged("data that it needs is damaged or missing in the file")
+            if index.is_droppable[number] and pts not in run.wanted:
+                continue
+            if index.is_shown[number] and pts >= key_pts:
+                expected.add(pts)
+        for frame in reader.decode(packet):
+            if frame.pts is not None and frame.pts < key_pts:
+                continue
+            if frame.is_corrupt:
+                raise _Damaged("a picture that it needs is damaged")
+            expected.discard(frame.pts)
+            if frame.pts in missing:
+                deliver(missing.pop(frame.pts), frame)
+    if expected or missing:
+        raise _Damaged("a picture that it needs is damaged or missing")
 
 
-def _open(path: str, num_threads: int) -> av.container.InputContainer:
+class PacketReader:
+    """A container that gives the packets of the index by number, and its decoder."""
+
+    def __init__(self, index: VideoIndex):
+        self._index = index
+        self._seeks = True
+        self._open()
+
+    def __enter__(self) -> PacketReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    def _open(self) -> None:
+        self._container = _open_strict(self._index.path)
+        self.stream = self._container.streams.video[0]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget where the container stands; the next run seeks."""
+        self.stream.codec_context.flush_buffers()
+        self._demux: Iterator[av.Packet] | None = None
+        self._next = 0
+
+    def never_seek(self) -> None:
+        """From now on read on, or from the beginning: behind a seek this container's packets are cut differently."""
+        self._seeks = False
+        self.reset()
+
+    def packets(self, start: int, stop: int) -> Iterator[tuple[int, av.Packet | None]]:
+        """(number, packet) of packets [start, stop) in decoding order, then (stop, None) to drain the decoder."""
+        packet = self._find(start)
+        for number in range(start, stop):
+            if packet is None or packet.pts != self._index.packet_pts[number]:
+                raise OutOfStep("the packets are not where they were before (damaged, or the file has changed)")
+            yield number, packet
+            self._next = number + 1
+            packet = self._read() if number + 1 < stop else None
+        yield stop, None
+        self.stream.codec_context.flush_buffers()
+
+    def decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        try:
+            return self.stream.codec_context.decode(packet)
+        except av.FFmpegError as error:
+            raise _Damaged(f"a picture that it needs is damaged ({cause(error)})") from error
+
+    def _read(self) -> av.Packet | None:
+        assert self._demux is not None
+        return next(self._demux, None)
+
+    def _find(self, number: int) -> av.Packet | None:
+        """Packet `number`: read on to it if it is near, else seek; if that misses, earlier, at last from the start."""
+        room = _READ_OVER if self._seeks else len(self._index.packet_pts)
+        if self._demux is not None and 0 <= number - self._next <= room:
+            return self._skip(number - self._next)
+        return (self._seek(number) if self._seeks else None) or self._from_beginning(number)
+
+    def _seek(self, number: int) -> av.Packet | None:
+        pts = int(self._index.packet_pts[number])
+        for seconds_earlier in (0, 2, 10):
+            target = pts - int(seconds_earlier / self._index.time_base)
+            self._container.seek(target, stream=self.stream, backward=True)
+            self._demux = demux(self._container, self.stream)
+            packet = self._read()
+            # A seek lands on a keyframe, or in some containers on any packet, before or behind the wanted one.
+            for _ in range(len(self._index.packet_pts)):
+                if packet is None or packet.pts == pts:
+                    break
+                if packet.pts is not None and packet.is_keyframe and packet.pts > pts:
+                    packet = None
+                    break
+                packet = self._read()
+            if packet is not None and packet.pts == pts:
+                return packet
+        return None
+
+    def _from_beginning(self, number: int) -> av.Packet | None:
+        self._container.close()
+        self._open()
+        self._demux = demux(self._container, self.stream)
+        return self._skip(number)
+
+    def _skip(self, count: int) -> av.Packet | None:
+        for _ in range(count):
+            self._read()
+        return self._read()
+
+
+def _open_strict(path: str) -> av.container.InputContainer:
+    """One decoder thread: libavcodec's own threads cost a third more CPU for little, and one that logs while PyAV frees
+    its decoder waits for the interpreter's lock forever."""
     container = av.open(path)
     context = container.streams.video[0].codec_context
-    context.thread_count = num_threads
-    context.thread_type = "AUTO"
+    context.thread_count = 1
+    context.options = _STRICT
     return container
 
 
-def _decode_gop(
-    container: av.container.InputContainer, found: Scan, gop: int, members: Sequence[int], num_threads: int
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """The frames `members` of one group of pictures. If a seek missed it starts earlier, at last at the beginning."""
-    missing = {int(found.pts[index]): index for index in members}
-    for back in _SEEK_BACK:
-        start = int(found.keys[max(gop - back, 0)])
-        container.seek(start, stream=container.streams.video[0], backward=True)
-        container.streams.video[0].codec_context.flush_buffers()
-        yield from _take(container, found, gop, missing)
-        if not missing:
-            return
-    with _open(found.path, num_threads) as from_beginning:
-        yield from _take(from_beginning, found, gop, missing)
-    if missing:
-        raise VideoDecodeError(found.path, f"frame {min(missing.values())} cannot be decoded (corrupt or truncated)")
-
-
-def _take(
-    container: av.container.InputContainer, found: Scan, gop: int, missing: dict[int, int]
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Decode from where the container stands until nothing is `missing` or the time of the last one has passed."""
-    stream = container.streams.video[0]
-    last = max(missing)
-    for packet in container.demux(stream):
-        if found.codec in _SKIPS_UNREFERENCED:
-            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in missing or not packet.size else "NONREF"
-        for frame in packet.decode():
-            # libavcodec marks a damaged picture but not those predicted from it: what follows in the group is lost too.
-            # Marks before the group's keyframe mean nothing: after a seek, pictures of an open group lack a reference.
-            if frame.is_corrupt and frame.pts is not None and frame.pts >= found.keys[gop]:
-                raise VideoDecodeError(found.path, f"corrupt data before frame {min(missing.values())}")
-            if frame.pts in missing:
-                yield missing.pop(frame.pts), frame
-            if not missing or (frame.pts is not None and frame.pts > last):
-                return
+def _decode_by_number(index: VideoIndex, wanted: Sequence[int], deliver: Deliver) -> None:
+    """From the beginning, counting, where packets have no timestamps to go by."""
+    members, last = set(wanted), wanted[-1]
+    try:
+        with _open_strict(index.path) as container:
+            for number, frame in enumerate(decode_all(container)):
+                if frame.is_corrupt:
+                    break
+                if number in members:
+                    members.discard(number)
+                    deliver(number, frame)
+                if number == last:
+                    return
+    except av.FFmpegError as error:
+        raise VideoDecodeError(
+            index.path, f"corrupt: frame {min(members)} cannot be decoded: {cause(error)}"
+        ) from error
+    raise VideoDecodeError(index.path, f"corrupt: frame {min(members)} or one before it is damaged")

@@ -29,21 +29,29 @@ def run(cfg: RunConfig) -> dict[str, float]:
     from megatron_rl.device import choose_backend
     from megatron_rl.quarantine import Quarantine
     from megatron_rl.rollout.phase import build_prompts, encode_videos
-    from megatron_rl.session import load_tokenizer, open_builder, open_decoder, open_tower, open_vision, read_rows
+    from megatron_rl.session import (
+        load_tokenizer,
+        open_builder,
+        open_decoder,
+        open_model,
+        open_tower,
+        open_vision,
+        usable_rows,
+    )
     from megatron_rl.step_metrics import vision_metrics
     from megatron_rl.watchdog import watch_world
-    from model_providers.registry import open_provider
 
     backend = choose_backend(cfg.device, cfg.model.dtype)
     mesh = parallel.initialize(backend, tensor=1, pipeline=1, context=1, rollout_tensor=1)
     with watch_world():
-        provider = open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels)
+        provider = open_model(cfg)
         decoder = open_decoder(cfg, backend)
-        builder = open_builder(cfg, load_tokenizer(cfg.model.hf), provider, decoder)
+        builder = open_builder(cfg.data, load_tokenizer(cfg.model.hf), provider, decoder)
         vision = open_vision(cfg, open_tower(cfg, backend, provider), provider, decoder)
         quarantine = Quarantine(Path(cfg.run_dir) / FOLDER, mesh.rank == 0, max_fraction=1.0)
         files = [(path, name) for path, name in ((cfg.data.train, "data.train"), (cfg.data.eval, "data.eval")) if path]
-        rows = [row for path, name in files for row in read_rows(path, cfg.data.media_root, name, quarantine)]
+        datasets = [part for files, name in files for part in usable_rows(files, cfg.data.media_root, name, quarantine)]
+        rows = [row for part in datasets for row in part]
         starts = range(0, len(rows), cfg.train.prompts_per_step)
         for start in follow(starts, len(starts), "encoding") if mesh.rank == 0 else starts:
             pairs = list(enumerate(rows))[start : start + cfg.train.prompts_per_step]

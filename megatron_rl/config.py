@@ -32,29 +32,43 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str = ""
-    """JSONL file with the fields `problem`, `answer`, and optionally `videos`, `problem_type`."""
+    """Data sets with commas between: a JSONL, JSON or Parquet file, a folder of them, or owner/name on the Hugging Face
+    hub; `@split` behind the last two. Fields: `problem`, `answer`; optionally `videos`, `images`, `video_start` and
+    `video_end` (seconds), `problem_type`."""
+    weights: tuple[float, ...] = ()
+    """How often rows of each data set in `train` are drawn, relative; empty = each row once an epoch."""
     eval: str = ""
-    """JSONL file to evaluate on; empty = no evaluation."""
+    """Data sets to evaluate on, as in `train`; empty = no evaluation."""
     media_root: str = ""
-    """Folder against which relative video paths are resolved; empty = the folder of the JSONL file."""
+    """Folder against which relative video paths are resolved; empty = the folder of the data set."""
     format_prompt: str = ""
     """Jinja file rendered with `content` = the problem; empty = the problem as it is."""
     num_frames: int = 32
     """Frames taken uniformly from each video; 0 = use `fps`."""
     fps: float = 0.0
     """Frames a second to take when num_frames is 0."""
+    min_frames: int = 4
+    """Lower bound on the frames taken by `fps` (a clip with fewer gives each once)."""
     max_frames: int = 8192
     """Upper bound on the frames taken by `fps`."""
+    frame_rule: Literal["time", "processor"] = "time"
+    """time: by timestamp; processor: the very frames that the Hugging Face processor of the model would take."""
     min_pixels: int = 100_352
     """Smallest frame area after resizing."""
     max_pixels: int = 602_112
     """Largest frame area after resizing."""
+    total_pixels: int = 0
+    """Largest area of all frames of a video together: long videos get smaller frames; 0 = no such bound."""
     max_prompt_tokens: int = 4096
     """Prompts longer than this (video tokens included) are set aside and counted, never cut."""
     shuffle: bool = True
     """Reshuffle every epoch, by (seed, epoch)."""
     max_bad_fraction: float = 0.2
     """The run stops when more than this part of a batch had to be set aside."""
+    manifest: str = ""
+    """File of sha256 sums (as `sha256sum` writes it) that every media file must match; empty = not checked."""
+    prefetch_mib: int = 1024
+    """Decoded frames of the next batch that a rank may hold while the engine generates; 0 = decode when needed."""
     decode_threads: int = 1
     """Decoder threads per rank."""
     frames_per_chunk: int = 64

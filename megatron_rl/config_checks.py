@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from data.frames import frame_setting_problems
+from data.frames import FrameSettings
+from data.loader import weight_problems
 from data.prompts import template_problems
+from data.sources import source_names, source_problems
 from megatron_rl.config import RunConfig
 from megatron_rl.errors import raise_all
 from megatron_rl.rewards.registry import load_reward
@@ -29,7 +31,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
         "at least 1",
         lambda value: value >= 1,
         "parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.context parallel.expert "
-        "rollout.tensor rollout.num_samples "
+        "rollout.tensor rollout.num_samples data.min_frames "
         "rollout.max_response_tokens rollout.max_num_seqs rollout.sync_buffer_mib data.max_frames data.min_pixels "
         "data.max_pixels data.max_prompt_tokens data.decode_threads data.frames_per_chunk "
         "algorithm.max_filter_rounds train.num_steps "
@@ -38,6 +40,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
     (
         "at least 0",
         lambda value: value >= 0,
+        "data.total_pixels data.prefetch_mib "
         "seed data.num_frames data.fps rollout.max_model_len rollout.kv_cache_gib algorithm.kl_coef eval.every "
         "eval.show train.optimizer.lr train.optimizer.weight_decay train.optimizer.warmup_steps checkpoint.every",
     ),
@@ -181,7 +184,10 @@ def _algorithm(cfg: RunConfig) -> Iterator[str]:
 def _files(cfg: RunConfig, job: Job) -> Iterator[str]:
     if not cfg.data.train and not (job == "rl" and cfg.rollout.replay_from):
         yield "data.train=: there is nothing to train on; set it to a JSONL file"
-    for path in ("data.train", "data.eval", "data.format_prompt"):
+    for path in ("data.train", "data.eval"):
+        yield from source_problems(_at(cfg, path), path)
+    yield from weight_problems(len(source_names(cfg.data.train)), cfg.data.weights)
+    for path in ("data.format_prompt", "data.manifest"):
         if _at(cfg, path) and not Path(_at(cfg, path)).is_file():
             yield _problem(cfg, path, "no such file; check the path")
     if cfg.data.format_prompt and Path(cfg.data.format_prompt).is_file():
@@ -216,7 +222,7 @@ def _model(cfg: RunConfig, job: Job) -> Iterator[str]:
         yield _problem(cfg, "model.freeze_vision", "the model has no vision tower that could be trained; use true")
     patch = hf.get("vision_config", {}).get("temporal_patch_size", 1)
     if cfg.data.num_frames > 0:
-        yield from frame_setting_problems(cfg.data.num_frames, cfg.data.fps, cfg.data.max_frames, patch)
+        yield from FrameSettings(cfg.data.num_frames).problems(patch)
     if job == "rl":
         yield from _fits_engine(cfg, text)
 

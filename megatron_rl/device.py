@@ -14,9 +14,6 @@ import torch
 
 from megatron_rl.mcore_on_cpu import redirect_cuda_to_cpu
 
-# Codecs of DALI's CPU video decoder since 2.1.1 (H.264 and HEVC left it then); NVDEC takes everything.
-DALI_CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})
-
 
 @dataclass(frozen=True, slots=True)
 class Backend:
@@ -30,7 +27,6 @@ class Backend:
     attention_kernel: Literal["aten_cpu", "aten_cuda", "flash_attn"]
     optimizer: Literal["adamw", "fused"]
     decoder_device: Literal["cpu", "gpu"]
-    native_codecs: frozenset[str]
     engine_sleeps: bool
     engine_owns_weights: bool
     chunked_prefill: bool
@@ -85,7 +81,6 @@ def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
             attention_kernel="flash_attn" if importlib.util.find_spec("flash_attn") else "aten_cuda",
             optimizer="fused",
             decoder_device="gpu",
-            native_codecs=frozenset(),
             engine_sleeps=True,
             engine_owns_weights=True,
             chunked_prefill=True,
@@ -102,7 +97,6 @@ def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
         attention_kernel="aten_cpu",
         optimizer="adamw",
         decoder_device="cpu",
-        native_codecs=DALI_CPU_CODECS,
         engine_sleeps=False,
         engine_owns_weights=False,
         chunked_prefill=False,

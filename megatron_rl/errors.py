@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 
 class BadSample(Exception):
     """One sample cannot be used (missing video, malformed row ...). The loop quarantines it and goes on."""
 
-    def __init__(self, source: str, reason: str):
+    def __init__(self, source: str, reason: str, kind: Literal["row", "media", "overlong"] = "row"):
         super().__init__(f"{source}: {reason}")
         self.source = source
         self.reason = reason
+        self.kind = kind
 
 
 class VideoDecodeError(BadSample):
     """A video file is missing, empty, truncated, corrupt or has no video stream."""
+
+    def __init__(self, source: str, reason: str):
+        super().__init__(source, reason, "media")
 
 
 class WeightMismatch(ValueError):

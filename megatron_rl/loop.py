@@ -8,15 +8,16 @@ an optional KL term to a frozen reference. Every function here is collective.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+from data.loader import RowLoader
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.groups import keep_informative
 from megatron_rl.protocols import PolicyLoss, RewardFunction, RolloutEngine
-from megatron_rl.rollout.phase import build_prompts, encode_videos, generate
+from megatron_rl.rollout.phase import encode_videos, generate
 from megatron_rl.rollout.resharder import Resharder
 from megatron_rl.rollout.store import RolloutStore
 from megatron_rl.session import Session
@@ -25,8 +26,6 @@ from megatron_rl.training.batch import make_samples, pack
 from megatron_rl.training.microbatch import MicroBatch, localize
 from megatron_rl.training.policy import Reference, ScoredBatch
 from megatron_rl.types import Group, Prompt, Row, Sampling, SyncReport, VideoEmbeds
-
-NextRows = Callable[[], list[tuple[int, Row]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class Rollout:
 def rl_step(
     session: Session,
     rollout: Rollout,
-    next_rows: NextRows,
+    loader: RowLoader,
     loss: PolicyLoss,
     reference: Reference | None,
     store: RolloutStore | None,
@@ -50,8 +49,8 @@ def rl_step(
     """One step of the main job: sync, sample, score, learn. Returns its metrics."""
     session.vision.forget()
     with rollout_phase(session, rollout, step) as report:
-        sampled, groups = collect_groups(session, rollout, next_rows, step)
-    metrics = rollout_metrics(sampled, groups, session.quarantine.total) | sync_metrics(report)
+        sampled, groups = collect_groups(session, rollout, loader, step)
+    metrics = rollout_metrics(sampled, groups, session.quarantine.metrics()) | sync_metrics(report)
     if store is not None:
         store.save(step, groups)
     if not session.cfg.rollout.only:
@@ -69,7 +68,7 @@ def replay_step(
         pairs = [(g.prompt.prompt_id, g.prompt.row) for g in groups]
         prompts = usable_prompts(session, pairs, f"replayed step {step}")
     store.check_unchanged(groups, prompts)
-    metrics = rollout_metrics(groups, groups, session.quarantine.total)
+    metrics = rollout_metrics(groups, groups, session.quarantine.metrics())
     metrics |= train_on(session, groups, loss, reference, step)
     return metrics | vision_metrics(session.vision.take_counts())
 
@@ -101,15 +100,13 @@ def sync_weights(session: Session, rollout: Rollout) -> SyncReport | None:
 
 def usable_prompts(session: Session, pairs: Sequence[tuple[int, Row]], where: str) -> list[Prompt]:
     """Prompts whose videos are encoded; what cannot be used is set aside and counted."""
-    prompts, bad_rows = build_prompts(pairs, session.builder, session.mesh)
+    prompts, bad_rows = session.ahead.take(pairs)
     prompts, bad_videos = encode_videos(prompts, session.vision)
     session.quarantine.add([*bad_rows, *bad_videos], len(pairs), where)
     return prompts
 
 
-def collect_groups(
-    session: Session, rollout: Rollout, next_rows: NextRows, step: int
-) -> tuple[list[Group], list[Group]]:
+def collect_groups(session: Session, rollout: Rollout, loader: RowLoader, step: int) -> tuple[list[Group], list[Group]]:
     """(all sampled groups, those to learn from): one round, or with `filter_groups` as many as it takes."""
     cfg, algorithm = session.cfg.rollout, session.cfg.algorithm
     sampling = Sampling(
@@ -125,7 +122,9 @@ def collect_groups(
     kept: list[Group] = []
     for _ in range(algorithm.max_filter_rounds):
         with session.progress.phase(step, "encode"):
-            prompts = usable_prompts(session, next_rows(), f"step {step}")
+            prompts = usable_prompts(session, loader.next_batch(), f"step {step}")
+            if step + 1 < session.cfg.train.num_steps or algorithm.filter_groups:
+                session.ahead.prepare(loader.peek_batch())  # decoded while the engine generates
         with session.progress.phase(step, "gen"):
             groups = generate(prompts, session.vision, rollout.engine, rollout.reward, sampling, session.mesh)
         if not algorithm.filter_groups:

@@ -5,7 +5,7 @@ exist."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +34,14 @@ class VideoSpec(Protocol):
     patch_size: int
     temporal_patch_size: int
     merge_size: int
+    frame_family: Literal["stride", "linspace"]
+    """How the Hugging Face processor of the family counts frames (data/frames.py)."""
 
     def size_hw(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         """Height and width to which frames are resized: multiples of patch_size * merge_size."""
 
-    def placeholder(self, num_tokens: int) -> tuple[int, ...]:
-        """Token ids that replace the single video placeholder of the chat template."""
+    def placeholder(self, num_tokens: int, is_image: bool = False) -> tuple[int, ...]:
+        """Token ids that replace the single placeholder of a video or an image in the chat template."""
 
 
 class VideoDecoder(Protocol):
@@ -90,6 +92,9 @@ class EmbeddingStore(Protocol):
     def identify(self, videos: Sequence[VideoArtifact]) -> None:
         """Called with every video before it is read or written. Collective."""
 
+    def holds(self, video: VideoArtifact, start: int, stop: int) -> bool:
+        """Whether `read` will find something, unless it is damaged or removed meanwhile."""
+
     def read(self, video: VideoArtifact, start: int, stop: int) -> tuple[Tensor | None, int]:
         """Embeddings of the temporal patches [start, stop), or None where they are not all there; and the number of
         entries that turned out to be damaged."""
@@ -107,8 +112,9 @@ class ModelProvider(Protocol):
     shape: TransformerShape
     weight_map: WeightMap
     video_spec: VideoSpec | None
-    """None, like the two below, for a family that takes no video: rows with one are refused."""
+    """None, like the three below, for a family that takes no video: rows with one are refused."""
     video_token_id: int | None
+    image_token_id: int | None
 
     @property
     def forbidden_tokens(self) -> tuple[int, ...]:

@@ -16,20 +16,39 @@ class Quarantine:
 
     def __init__(self, run_dir: str | Path, writes: bool, max_fraction: float):
         self.path = Path(run_dir) / "quarantine.jsonl"
-        self.total = 0
+        self.counts = {"row": 0, "media": 0, "overlong": 0}
         self._writes = writes
         self._max_fraction = max_fraction
 
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def metrics(self) -> dict[str, float]:
+        """Rows set aside since the run (re)started: all, and by what was wrong."""
+        kinds = {"row": "data/bad_rows", "media": "data/bad_media", "overlong": "data/overlong"}
+        return {"data/quarantined": float(self.total)} | {kinds[kind]: float(n) for kind, n in self.counts.items()}
+
     def add(self, bad: Sequence[BadRow], num_rows: int, where: str) -> None:
-        """Set `bad` aside, out of `num_rows`. Called with the same arguments on every rank."""
-        self.total += len(bad)
+        """Set `bad` aside, out of `num_rows`. Called with the same arguments on every rank.
+
+        Prompts that are too long are a matter of taste, not of faulty data: they stop a run only where nothing is left.
+        """
+        for row in bad:
+            self.counts[row.kind] += 1
         if self._writes and bad:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad)
-        if num_rows and len(bad) > self._max_fraction * num_rows:
-            listed = "\n".join(f"  {row.source}: {row.reason}" for row in bad[:20])
+        faulty = [row for row in bad if row.kind != "overlong"]
+        listed = "\n".join(f"  {row.source}: {row.reason}" for row in (faulty or bad)[:20])
+        if num_rows and len(faulty) > self._max_fraction * num_rows:
             raise ValueError(
-                f"data.max_bad_fraction={self._max_fraction}: {len(bad)} of {num_rows} rows of {where} cannot be used; "
-                f"mend them, or raise the limit to go on without them. All are listed in {self.path}\n{listed}"
+                f"data.max_bad_fraction={self._max_fraction}: {len(faulty)} of {num_rows} rows of {where} cannot be "
+                f"used; mend them, or raise the limit to go on without them. All are listed in {self.path}\n{listed}"
+            )
+        if bad and len(bad) == num_rows:
+            raise ValueError(
+                f"data.max_prompt_tokens: none of the {num_rows} rows of {where} is left, {len(bad) - len(faulty)} are "
+                f"too long; raise it, or take fewer or smaller frames. All are listed in {self.path}\n{listed}"
             )

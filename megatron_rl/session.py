@@ -16,18 +16,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data.dali import DaliVideoDecoder
-from data.dataset import read_jsonl
+from data.dataset import read_rows
+from data.frames import FrameSettings
 from data.loader import RowLoader
+from data.manifest import Manifest
+from data.prefetch import FramePrefetcher
 from data.prompts import PromptBuilder
+from data.video import open_video_decoder
 from megatron_rl import parallel
-from megatron_rl.config import RunConfig
+from megatron_rl.config import DataConfig, RunConfig
 from megatron_rl.device import Backend, choose_backend, define_torchvision_operators
 from megatron_rl.metrics import MetricLog, Progress
 from megatron_rl.parallel import ParallelMesh
 from megatron_rl.protocols import ModelProvider, VideoDecoder, VideoTower
 from megatron_rl.quarantine import Quarantine
 from megatron_rl.rollout.embedding_store import DiskStore
+from megatron_rl.rollout.lookahead import Lookahead
 from megatron_rl.rollout.vision_cache import VisionCache
 from megatron_rl.signals import StopFlag
 from megatron_rl.training import checkpoint
@@ -56,6 +60,7 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     builder: PromptBuilder
     vision: VisionCache
+    ahead: Lookahead
     policy: Policy
     quarantine: Quarantine
     log: MetricLog
@@ -100,7 +105,10 @@ def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
     )
     with watch_world() as watchdog:
         session = _build_session(cfg, temperature, backend, mesh, watchdog, stop)
-        yield session
+        try:
+            yield session
+        finally:
+            session.vision.close()  # else the interpreter would finish decoding before it ends
         session.log.close()
     parallel.shut_down()
 
@@ -109,19 +117,22 @@ def _build_session(
     cfg: RunConfig, temperature: float, backend: Backend, mesh: ParallelMesh, watchdog: Watchdog, stop: StopFlag
 ) -> Session:
     torch.manual_seed(cfg.seed)
-    provider = open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels)
+    provider = open_model(cfg)
     tower = open_tower(cfg, backend, provider)
     policy = _build_policy(cfg, temperature, backend, mesh, provider, tower)
     decoder = open_decoder(cfg, backend)
     tokenizer = load_tokenizer(cfg.model.hf)
+    builder = open_builder(cfg.data, tokenizer, provider, decoder)
+    vision = open_vision(cfg, tower, provider, decoder)
     return Session(
         cfg=cfg,
         backend=backend,
         mesh=mesh,
         provider=provider,
         tokenizer=tokenizer,
-        builder=open_builder(cfg, tokenizer, provider, decoder),
-        vision=open_vision(cfg, tower, provider, decoder),
+        builder=builder,
+        vision=vision,
+        ahead=Lookahead(builder, mesh, vision),
         policy=policy,
         quarantine=Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction),
         log=_open_log(cfg, mesh),
@@ -132,23 +143,27 @@ def _build_session(
     )
 
 
-def open_decoder(cfg: RunConfig, backend: Backend) -> DaliVideoDecoder:
-    return DaliVideoDecoder(backend.decoder_device, cfg.data.decode_threads, backend.native_codecs)
+def open_model(cfg: RunConfig) -> ModelProvider:
+    return open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels, cfg.data.total_pixels)
+
+
+def open_decoder(cfg: RunConfig, backend: Backend) -> VideoDecoder:
+    return open_video_decoder(backend.decoder_device, cfg.data.decode_threads)
 
 
 def open_builder(
-    cfg: RunConfig, tokenizer: PreTrainedTokenizerBase, provider: ModelProvider, decoder: VideoDecoder
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, provider: ModelProvider, decoder: VideoDecoder
 ) -> PromptBuilder:
     return PromptBuilder(
         tokenizer,
         provider.video_spec,
         decoder,
         video_placeholder_id=provider.video_token_id,
-        format_prompt=cfg.data.format_prompt,
-        num_frames=cfg.data.num_frames,
-        fps=cfg.data.fps,
-        max_frames=cfg.data.max_frames,
-        max_prompt_tokens=cfg.data.max_prompt_tokens,
+        image_placeholder_id=provider.image_token_id,
+        format_prompt=data.format_prompt,
+        frames=FrameSettings(data.num_frames, data.fps, data.min_frames, data.max_frames, data.frame_rule),
+        max_prompt_tokens=data.max_prompt_tokens,
+        manifest=Manifest(data.manifest) if data.manifest else None,
     )
 
 
@@ -172,7 +187,8 @@ def open_vision(
     if cfg.data.cache_dir and tower is not None:
         max_bytes = int(cfg.data.cache_gib * 2**30)
         store = DiskStore(cfg.data.cache_dir, max_bytes, tower.fingerprint(), tower.dtype, hidden)
-    return VisionCache(tower, decoder, hidden, frames_per_chunk=cfg.data.frames_per_chunk, store=store)
+    frames = FramePrefetcher(decoder, cfg.data.prefetch_mib << 20, cfg.data.decode_threads)
+    return VisionCache(tower, frames, hidden, frames_per_chunk=cfg.data.frames_per_chunk, store=store)
 
 
 def _build_policy(
@@ -225,22 +241,24 @@ def _open_log(cfg: RunConfig, mesh: ParallelMesh) -> MetricLog:
     return MetricLog(cfg.run_dir, mesh.rank == 0, cfg.log.wandb, cfg.log.project, cfg.log.tensorboard, asdict(cfg))
 
 
-def read_rows(path: str, media_root: str, field: str, quarantine: Quarantine) -> list[Row]:
-    """Usable rows of a JSONL file; the others are counted and listed."""
-    rows, bad = read_jsonl(path, media_root, field)
-    quarantine.add(bad, len(rows) + len(bad), where=path)
-    return rows
+def usable_rows(setting: str, media_root: str, field: str, quarantine: Quarantine) -> list[list[Row]]:
+    """Usable rows of each data set that the setting lists; the others are counted and listed."""
+    found = read_rows(setting, media_root, field)
+    for rows, bad in found:
+        quarantine.add(bad, len(rows) + len(bad), where=f"{field}={setting}")
+    return [rows for rows, _ in found]
 
 
 def open_loader(session: Session) -> RowLoader:
     cfg = session.cfg
-    rows = read_rows(cfg.data.train, cfg.data.media_root, "data.train", session.quarantine)
-    return RowLoader(rows, cfg.train.prompts_per_step, cfg.seed, cfg.data.shuffle)
+    rows = usable_rows(cfg.data.train, cfg.data.media_root, "data.train", session.quarantine)
+    return RowLoader(rows, cfg.train.prompts_per_step, cfg.seed, cfg.data.shuffle, cfg.data.weights)
 
 
 def read_eval_rows(session: Session) -> list[Row]:
     cfg = session.cfg.data
-    return read_rows(cfg.eval, cfg.media_root, "data.eval", session.quarantine) if cfg.eval else []
+    found = usable_rows(cfg.eval, cfg.media_root, "data.eval", session.quarantine) if cfg.eval else []
+    return [row for rows in found for row in rows]
 
 
 def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:

@@ -40,7 +40,8 @@ def run_session(session: Session) -> None:
     loader = open_loader(session)
     journal = Journal(session, loader)
     for step in range(journal.resume(), cfg.train.num_steps):
-        metrics = sft_step(session, loader.next_batch(), step)
+        pairs, upcoming = loader.next_batch(), loader.peek_batch() if step + 1 < cfg.train.num_steps else []
+        metrics = sft_step(session, pairs, upcoming, step)
         journal.end_step(step, metrics, note=f"nll {metrics.get('sft/nll', float('nan')):.3f}")
         if journal.stopped:
             return
@@ -49,7 +50,7 @@ def run_session(session: Session) -> None:
     journal.close({**nll, "hf_export": hf_export}, [])
 
 
-def sft_step(session: Session, pairs: Sequence, step: int) -> dict[str, float]:
+def sft_step(session: Session, pairs: Sequence, upcoming: Sequence, step: int) -> dict[str, float]:
     """One pass over a batch of rows in `updates_per_step` updates. Collective."""
     from megatron_rl.algorithms.losses import NllLoss
     from megatron_rl.loop import fetch_embeds, usable_prompts
@@ -61,6 +62,8 @@ def sft_step(session: Session, pairs: Sequence, step: int) -> dict[str, float]:
     session.vision.forget()
     with session.progress.phase(step, "encode"):
         prompts = usable_prompts(session, pairs, f"step {step}")
+        if upcoming:
+            session.ahead.prepare(upcoming)  # decoded while this batch is learned
     updates = pack(
         reference_samples(session, prompts),
         cfg.train.updates_per_step,
@@ -77,7 +80,7 @@ def sft_step(session: Session, pairs: Sequence, step: int) -> dict[str, float]:
             scored = [ScoredBatch(b, None, None) for b in batches]
             now = session.vision.refreshed(made)
             totals.add(policy.train(scored, now.tables, NllLoss(), step, partial(session.vision.backward, now)))
-    metrics = {"data/quarantined": float(session.quarantine.total), "sft/num_samples": float(len(prompts))}
+    metrics = session.quarantine.metrics() | {"sft/num_samples": float(len(prompts))}
     return totals.reduced() | metrics | vision_metrics(session.vision.take_counts())
 
 
@@ -91,7 +94,7 @@ def reference_samples(session: Session, prompts: Sequence[Prompt]) -> list[list[
         answer = tokenizer.encode(prompt.row.answer, add_special_tokens=False) + [tokenizer.eos_token_id]
         if len(answer) > longest:
             reason = f"answer of {len(answer)} tokens is over rollout.max_response_tokens={longest}"
-            bad.append(BadRow(prompt.row.source, reason))
+            bad.append(BadRow(prompt.row.source, reason, "overlong"))
         else:
             samples.append([TrainSample(prompt, tuple(answer), advantage=0.0, rollout_logprobs=(0.0,) * len(answer))])
     session.quarantine.add(bad, len(prompts), "a batch of reference answers")

@@ -56,11 +56,13 @@ class GapWatch:
         return {"rollout/logprob_gap_max": reduce_max(self._largest)}
 
 
-def rollout_metrics(groups: Sequence[Group], kept: Sequence[Group], num_quarantined: int) -> dict[str, float]:
+def rollout_metrics(
+    groups: Sequence[Group], kept: Sequence[Group], quarantined: Mapping[str, float]
+) -> dict[str, float]:
     """Rewards, lengths, truncation and informativeness of all sampled groups; `kept` are those to learn from."""
     scored = [s for group in groups for s in group.scored]
     if not scored:
-        return {"rollout/num_groups": 0.0, "data/quarantined": float(num_quarantined)}
+        return {"rollout/num_groups": 0.0, **quarantined}
     metrics = {
         **_spread("critic/score", [s.reward for s in scored]),
         **_spread("response_length", [float(len(s.completion.token_ids)) for s in scored]),
@@ -69,7 +71,7 @@ def rollout_metrics(groups: Sequence[Group], kept: Sequence[Group], num_quaranti
         "rollout/num_groups": float(len(groups)),
         "rollout/dropped_groups": float(len(groups) - len(kept)),
         "rollout/zero_variance_groups": statistics.fmean(float(len({s.reward for s in g.scored}) == 1) for g in groups),
-        "data/quarantined": float(num_quarantined),
+        **quarantined,
     }
     for name in scored[0].parts:
         metrics[f"reward/{name}"] = statistics.fmean(s.parts[name] for s in scored)

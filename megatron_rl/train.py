@@ -58,7 +58,7 @@ def run_session(session: Session) -> None:
         if replaying:
             metrics = replay_step(session, loss, reference, store, step)
         else:
-            metrics = rl_step(session, rollout, loader.next_batch, loss, reference, store, step)
+            metrics = rl_step(session, rollout, loader, loss, reference, store, step)
         metrics |= evaluation.after_step(step)
         journal.end_step(step, metrics, note=f"reward {metrics.get('critic/score/mean', float('nan')):.3f}")
         if journal.stopped:

@@ -8,6 +8,7 @@ H hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -20,45 +21,61 @@ FORBIDDEN_BIAS = -100.0
 """Added to the logits of tokens that must not be sampled, by trainer and engine; vLLM clamps biases to it."""
 
 
-DECODED_BYTES = 1 << 30
-"""Of resized frames that a rank holds at a time, on their way into the vision tower."""
+DECODED_BYTES = 64 << 20
+"""Of resized frames that are decoded together and go into the vision tower one piece after the other."""
 
 VisionPart = Literal["tower", "projector"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One checked line of a JSONL file. `source` is "file.jsonl:12"; video paths are absolute."""
+    """One checked line of a data file. `source` is "file.jsonl:12"; paths are absolute.
+
+    `span` (start, end) is the range of seconds of its videos that is looked at.
+    """
 
     source: str
     problem: str
     answer: str
     videos: tuple[str, ...] = ()
     problem_type: str = ""
+    images: tuple[str, ...] = ()
+    span: tuple[float, float] = (0.0, math.inf)
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that was set aside, and why. Counted, listed in `<run>/quarantine.jsonl`, never replaced."""
+    """A row that was set aside, and why: its own fault, its media's, or its length. Counted, listed in
+    `<run>/quarantine.jsonl`, never replaced."""
 
     source: str
     reason: str
+    kind: Literal["row", "media", "overlong"] = "row"
 
 
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
     """What one demux pass tells about a file. `timestamps[i]` is the presentation time of frame i in seconds, first
-    frame 0."""
+    frame 0. `width` and `height` are those of the picture as shown, rotation applied. `average_fps` is what the header
+    says; 0 where it says nothing."""
 
     path: str
     codec: str
     width: int
     height: int
     timestamps: tuple[float, ...]
+    average_fps: float = 0.0
 
     @property
     def num_frames(self) -> int:
         return len(self.timestamps)
+
+    @property
+    def rate(self) -> float:
+        """Frames a second, by the header or else by the timestamps; 1 for a single frame."""
+        if self.average_fps > 0:
+            return self.average_fps
+        return (self.num_frames - 1) / self.timestamps[-1] if self.timestamps[-1] > 0 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +83,8 @@ class VideoArtifact:
     """Which frames of a video, at which size, making which tokens: decided once, used by vLLM and by the trainer.
 
     `key` is the sha256 of everything else, file identity included. `grid_thw` counts patches after the temporal merge:
-    a video gives t*h*w patches and `num_tokens` = t*h*w / merge_size**2 language tokens.
+    a video gives t*h*w patches and `num_tokens` = t*h*w / merge_size**2 language tokens. An image is a video of one
+    temporal patch whose frames are all that picture, with placeholders of its own.
     """
 
     key: str
@@ -77,6 +95,7 @@ class VideoArtifact:
     grid_thw: tuple[int, int, int]
     seconds_per_grid: float
     num_tokens: int
+    is_image: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +110,8 @@ class VideoEmbeds:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A tokenized question. `token_ids` holds every placeholder token of every video (already expanded)."""
+    """A tokenized question. `token_ids` holds every placeholder token of every video and image (already
+    expanded); `videos` are both kinds in the order of their tokens."""
 
     prompt_id: int
     row: Row

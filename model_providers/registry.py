@@ -13,7 +13,9 @@ from model_providers.qwen3.provider import QwenText
 PROVIDERS = {Qwen2_5_VL.model_type: Qwen2_5_VL, **dict.fromkeys(QwenText.model_types, QwenText)}
 
 
-def open_provider(folder: str | Path, min_pixels: int = 100_352, max_pixels: int = 602_112) -> ModelProvider:
+def open_provider(
+    folder: str | Path, min_pixels: int = 100_352, max_pixels: int = 602_112, total_pixels: int = 0
+) -> ModelProvider:
     """The provider of a Hugging Face checkpoint folder."""
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -22,4 +24,4 @@ def open_provider(folder: str | Path, min_pixels: int = 100_352, max_pixels: int
     if model_type not in PROVIDERS:
         known = ", ".join(sorted(PROVIDERS))
         raise ValueError(f"model.hf={folder}: model_type {model_type!r} has no provider; choose one of: {known}")
-    return PROVIDERS[model_type](folder, min_pixels, max_pixels)
+    return PROVIDERS[model_type](folder, min_pixels, max_pixels, total_pixels)

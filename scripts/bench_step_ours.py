@@ -91,7 +91,7 @@ def run(task: Task, channel: Channel) -> None:
             before = {name: weight.detach().clone() for name, weight in weights.items()}
             channel.wait_for_turn()
             clock = Clock()
-            metrics = rl_step(session, rollout, loader.next_batch, loss, None, None, step)
+            metrics = rl_step(session, rollout, loader, loss, None, None, step)
             times = clock.read()
             phases = session.progress.end_step(step)
             phases.pop("timing_s/step")  # it includes the other sides' turns

@@ -37,7 +37,8 @@ from make_videos import encode as write_video
 from megatron.core import parallel_state
 from torch import Tensor
 
-from data.dali import DaliVideoDecoder
+from data.prefetch import FramePrefetcher
+from data.video import open_video_decoder
 from megatron_rl import parallel
 from megatron_rl.algorithms.losses import PpoClip
 from megatron_rl.device import choose_backend
@@ -93,8 +94,8 @@ def encode_one_video(rank: int, world: int, port: int, folder: str, video: Video
     mesh = join(rank, world, port, context=world)
     provider, backend = open_provider(folder), choose_backend("cpu", "float32")
     tower = provider.build_vision(backend, torch.device("cpu"))
-    decoder = DaliVideoDecoder(backend.decoder_device, 1, backend.native_codecs)
-    cache = VisionCache(tower, decoder, provider.shape.hidden_size)
+    frames = FramePrefetcher(open_video_decoder(backend.decoder_device, 1), 0)
+    cache = VisionCache(tower, frames, provider.shape.hidden_size)
     [batches] = pack(make_groups(provider, [video], 2), 1, 1 << 20, provider, mesh)
     _, wanted = localize(batches)
     dist.barrier()
@@ -148,7 +149,7 @@ class Step:
             v.path: torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for v in self.videos
         }
         hidden = self._provider.shape.hidden_size
-        self._cache = VisionCache(self._tower, Frames(self._frames), hidden)
+        self._cache = VisionCache(self._tower, FramePrefetcher(Frames(self._frames), 0), hidden)
         self._groups = make_groups(self._provider, self.videos, setting.responses)
         self.num_encoded = 0
 

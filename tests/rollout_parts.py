@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from data.dataset import read_jsonl
+from data.dataset import read_rows
 from megatron_rl.config import DataConfig, LogConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig, TrainConfig
 from megatron_rl.device import choose_backend
 from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
@@ -54,7 +54,7 @@ def small_config(
 
 def mixed_rows(videos: Path) -> list[Row]:
     """One video, text only, two videos."""
-    rows, bad = read_jsonl(str(videos / "train.jsonl"), "")
+    [(rows, bad)] = read_rows(str(videos / "train.jsonl"), "")
     assert not bad
     text = Row("text:1", "What is two plus two?", "4")
     two = Row("two:1", "First <video> then <video> what changed?", "A", rows[1].videos + rows[2].videos)

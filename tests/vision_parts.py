@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.prefetch import FramePrefetcher
 from megatron_rl.rollout.vision_cache import VisionCache
 from megatron_rl.types import VideoInfo, VisionPart
 from tests import tiny_policy as tp
@@ -38,4 +39,6 @@ def open_cache(folder: Path, trained: frozenset[VisionPart] = frozenset(), frame
     """Over `folder`'s tower, in chunks so small that the samples of tiny_policy take several."""
     provider = tp.open_provider(folder)
     tower = provider.build_vision(tp.BACKEND, torch.device("cpu"), trained)
-    return VisionCache(tower, MadeFrames(), provider.shape.hidden_size, frames_per_chunk=frames_per_chunk)
+    return VisionCache(
+        tower, FramePrefetcher(MadeFrames(), 0), provider.shape.hidden_size, frames_per_chunk=frames_per_chunk
+    )

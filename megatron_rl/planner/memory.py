@@ -165,7 +165,7 @@ def _encode_items(case: Case) -> Iterator[tuple[str, float]]:
     tower, work = case.model.tower, case.work
     if tower is not None:
         frames = min(case.cfg.data.frames_per_chunk, work.num_frames)
-        yield "decoded frames", min(DECODED_BYTES, 3.0 * work.num_frames * work.size_hw[0] * work.size_hw[1])
+        yield "decoded frames", min(DECODED_BYTES, _frame_bytes(case)) + _decoded_ahead(case)
         yield "tower's activations", tower.working_bytes(frames, work.size_hw, case.cut.element)
 
 
@@ -173,6 +173,17 @@ def _generate_items(case: Case, num_prompts: int) -> Iterator[tuple[str, float]]
     """Each rank of a replica fetches the videos of its prompts, and joins them once more for the engine."""
     if case.model.tower is not None:
         yield "embeddings fetched", 2 * -(-num_prompts // case.layout.num_replicas) * _video_bytes(case)
+        yield "frames decoded ahead", _decoded_ahead(case)
+
+
+def _frame_bytes(case: Case) -> float:
+    """Of the resized frames of one video."""
+    return 3.0 * case.work.num_frames * case.work.size_hw[0] * case.work.size_hw[1]
+
+
+def _decoded_ahead(case: Case) -> float:
+    """This rank's share of the frames of the next batch; on a GPU they stay there."""
+    return min(case.cfg.data.prefetch_mib << 20, case.work.num_prompts * _frame_bytes(case) / case.layout.world)
 
 
 def _trained_tower(case: Case, backward: bool) -> Iterator[tuple[str, float]]:

@@ -8,15 +8,20 @@ recipe allows, unless the user knows better (`Assumptions`). Lengths are in toke
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
+
+from data.frames import FrameSettings, choose_frames
 from megatron_rl.config import RunConfig
 from megatron_rl.planner.model import PlannedModel
+from megatron_rl.planner.towers import Tower
 from megatron_rl.training.packing import attention_weight, make_bundles, plan_packing
-from megatron_rl.types import Prompt, Row, TrainSample
+from megatron_rl.types import Prompt, Row, TrainSample, VideoInfo
 from model_providers.attention.segments import segments_of, shard
+
+FRAMES_A_SECOND = 30.0  # of the video that is assumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +80,8 @@ def workload_of(cfg: RunConfig, model: PlannedModel, assumed: Assumptions) -> Wo
     if model.tower is None:
         prompt = cfg.data.max_prompt_tokens
         return Workload(0, (0, 0), 0, prompt, cfg.train.prompts_per_step, cfg.rollout.num_samples, responses)
-    data = cfg.data
-    frames = _num_frames(cfg, model.tower.temporal_patch, assumed.seconds)
-    size_hw = model.tower.size_hw(assumed.height, assumed.width, data.min_pixels, data.max_pixels)
+    frames = _num_frames(cfg, model.tower.temporal_patch, assumed)
+    size_hw = _size_hw(cfg, model.tower, assumed, frames)
     video = model.tower.tokens(frames, size_hw)
     return Workload(
         num_frames=frames,
@@ -90,12 +94,24 @@ def workload_of(cfg: RunConfig, model: PlannedModel, assumed: Assumptions) -> Wo
     )
 
 
-def _num_frames(cfg: RunConfig, multiple: int, seconds: float) -> int:
-    """As data.frames chooses them from a video of that length: by number, or by rate up to data.max_frames."""
-    if cfg.data.num_frames:
-        return -(-cfg.data.num_frames // multiple) * multiple
-    ticks = min(math.floor(seconds * cfg.data.fps) + 1, cfg.data.max_frames)
-    return max(ticks // multiple * multiple, multiple)
+def _num_frames(cfg: RunConfig, multiple: int, assumed: Assumptions) -> int:
+    """As data.frames chooses them from a video of that length, though a number beyond its bound may be asked about."""
+    data = cfg.data
+    if data.num_frames:
+        return -(-data.num_frames // multiple) * multiple
+    shown = np.arange(0.0, assumed.seconds, 1 / FRAMES_A_SECOND)
+    info = VideoInfo("", "", assumed.width, assumed.height, tuple(shown.tolist()), FRAMES_A_SECOND)
+    settings = FrameSettings(data.num_frames, data.fps, data.min_frames, data.max_frames)
+    return len(choose_frames(info, settings, multiple))
+
+
+def _size_hw(cfg: RunConfig, tower: Tower, assumed: Assumptions, num_frames: int) -> tuple[int, int]:
+    """As a model family's video spec does; data.total_pixels is shared evenly by the frames."""
+    data, largest = cfg.data, cfg.data.max_pixels
+    if data.total_pixels:
+        share = data.total_pixels * tower.temporal_patch // num_frames
+        largest = max(min(largest, share), int(data.min_pixels * 1.05))
+    return tower.size_hw(assumed.height, assumed.width, data.min_pixels, largest)
 
 
 def workload_problems(cfg: RunConfig, model: PlannedModel, work: Workload) -> list[str]:

@@ -73,6 +73,13 @@ class DiskStore:
         found = {key: content for part in everyone for key, content in part.items()}
         self._content = {key: content for key, content in (self._content | found).items() if content is not None}
 
+    def holds(self, video: VideoArtifact, start: int, stop: int) -> bool:
+        """Whether there is an entry for all of the temporal patches [start, stop), whole or damaged."""
+        content = self._content.get(video.key)
+        return content is not None and all(
+            self._path(self._key(video, content, *entry)).exists() for entry in _entries(start, stop)
+        )
+
     def read(self, video: VideoArtifact, start: int, stop: int) -> tuple[Tensor | None, int]:
         """Embeddings of the temporal patches [start, stop), and how many entries were there but damaged."""
         parts, num_damaged = [], 0

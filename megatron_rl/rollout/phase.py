@@ -23,7 +23,7 @@ def build_prompts(
         try:
             mine.append((index, builder.build(prompt_id, row)))
         except BadSample as error:
-            mine.append((index, BadRow(row.source, f"{error.source}: {error.reason}")))
+            mine.append((index, BadRow(row.source, f"{error.source}: {error.reason}", error.kind)))
     built = [item for _, item in sorted(gather_lists(mine), key=lambda pair: pair[0])]
     return [p for p in built if isinstance(p, Prompt)], [b for b in built if isinstance(b, BadRow)]
 
@@ -35,7 +35,7 @@ def encode_videos(prompts: Sequence[Prompt], vision: VisionCache) -> tuple[list[
     for prompt in prompts:
         reasons = [f"{video.path}: {failed[video.key]}" for video in prompt.videos if video.key in failed]
         if reasons:
-            bad.append(BadRow(prompt.row.source, "; ".join(reasons)))
+            bad.append(BadRow(prompt.row.source, "; ".join(reasons), "media"))
         else:
             good.append(prompt)
     return good, bad

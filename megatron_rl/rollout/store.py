@@ -54,7 +54,7 @@ def _group(data: dict[str, Any]) -> Group:
 
 
 def _prompt(data: dict[str, Any]) -> Prompt:
-    row = Row(**{**data["row"], "videos": tuple(data["row"]["videos"])})
+    row = Row(**{k: _tuples(v) for k, v in data["row"].items()})
     videos = tuple(VideoArtifact(**{k: _tuples(v) for k, v in video.items()}) for video in data["videos"])
     return Prompt(data["prompt_id"], row, tuple(data["token_ids"]), videos)
 

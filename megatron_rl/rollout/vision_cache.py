@@ -9,7 +9,7 @@ rollout replica, to a rank of the trainer's first stage the tokens of its own ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.prefetch import FramePrefetcher, FrameRequest
 from megatron_rl.errors import VideoDecodeError
-from megatron_rl.protocols import EmbeddingStore, VideoDecoder, VideoTower
+from megatron_rl.protocols import EmbeddingStore, VideoTower
 from megatron_rl.rollout.vision_routes import (
     Message,
     Piece,
@@ -29,6 +30,8 @@ from megatron_rl.rollout.vision_routes import (
     split_over_ranks,
 )
 from megatron_rl.types import DECODED_BYTES, VideoArtifact, VideoEmbeds
+
+Work = tuple[FrameRequest, tuple[Piece, ...]]  # frames to decode together, and the pieces that they make
 
 
 @dataclass(slots=True)
@@ -67,14 +70,14 @@ class VisionCache:
     def __init__(
         self,
         tower: VideoTower | None,
-        decoder: VideoDecoder,
+        frames: FramePrefetcher,
         hidden_size: int,
         blank: bool = False,
         frames_per_chunk: int = 64,
         store: EmbeddingStore | None = None,
     ):
         assert store is None or tower is None or not tower.is_trained, "what is trained is not kept on disk"
-        self._tower, self._decoder, self._hidden = tower, decoder, hidden_size
+        self._tower, self._frames, self._hidden = tower, frames, hidden_size
         self._blank, self._frames_per_chunk, self._store = blank, frames_per_chunk, store
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._step = _Step()
@@ -82,7 +85,7 @@ class VisionCache:
 
     def blanked(self) -> VisionCache:
         """A second cache over the same tower, which sees black frames."""
-        return VisionCache(self._tower, self._decoder, self._hidden, True, self._frames_per_chunk)
+        return VisionCache(self._tower, self._frames, self._hidden, True, self._frames_per_chunk)
 
     def take_counts(self) -> VisionCounts:
         """The counts, which start again at zero."""
@@ -94,6 +97,25 @@ class VisionCache:
         self._step = _Step()
 
     # ---------------------------------------------------------------------------------------------------------- encode
+
+    def prefetch(self, videos: Sequence[VideoArtifact]) -> None:
+        """Decode this rank's share of the videos of a batch to come in the background, instead of any before; not what
+        is in the store. Collective."""
+        self._frames.drop()
+        unique = list({v.key: v for v in videos}.values())
+        if not unique or self._tower is None:
+            return
+        pieces, store = self._split(unique), self._store
+        if store is not None:
+            store.identify(unique)
+        for video in unique:
+            own = [p for p in pieces[video.key] if p.owner == self._rank]
+            lacking = [p for p in own if store is None or not store.holds(video, p.start, p.stop)]
+            self._frames.ask([request for request, _ in frame_requests(video, lacking)])
+
+    def close(self) -> None:
+        """Nothing more will be encoded: do not decode what was asked for."""
+        self._frames.drop()
 
     def encode(self, videos: Sequence[VideoArtifact]) -> dict[str, str]:
         """Encode what is not there yet (equal keys once). Returns {key: reason} of those videos that cannot be used.
@@ -108,12 +130,12 @@ class VisionCache:
             step.videos |= unique
             step.pieces |= self._split(list(unique.values()))
             step.version = self._tower.version
-            if self._store is not None:
-                self._store.identify(list(unique.values()))
+            missing = self._missing(list(unique.values()))
+            self._frames.ask([request for work in missing.values() for request, _ in work])
             failed = {}
-            for key, video in unique.items():
+            for key, work in missing.items():
                 try:
-                    self._make(video, [p for p in step.pieces[key] if p.owner == self._rank])
+                    self._make(step.videos[key], work)
                 except VideoDecodeError as error:
                     failed[key] = error.reason
             step.failed |= self._agree_on_failures(failed)
@@ -126,17 +148,17 @@ class VisionCache:
         unit = self._store.patches_per_entry if self._store is not None else 1
         return split_over_ranks(videos, self._world, most, unit)
 
-    def _make(self, video: VideoArtifact, pieces: Sequence[Piece]) -> None:
-        """Embeddings of this rank's pieces of a video, from the store or from the file."""
-        stored = self._read_stored(video, pieces)
-        self._step.made |= stored
-        for piece, frames in self._decode(video, [p for p in pieces if p not in stored]):
-            self._step.made[piece] = embeds = self._tower.encode(frames)
-            self.counts.encoded_patches += _patches(video, piece)
-            if self._tower.is_trained:
-                self._step.frames[piece] = frames.cpu()
-            if self._store is not None:
-                self._store.write(video, piece.start, embeds)
+    def _missing(self, videos: Sequence[VideoArtifact]) -> dict[str, list[Work]]:
+        """{key: what this rank has to encode}, once the store has been read."""
+        if self._store is not None:
+            self._store.identify(videos)
+        missing = {}
+        for video in videos:
+            own = [p for p in self._step.pieces[video.key] if p.owner == self._rank]
+            stored = self._read_stored(video, own)
+            self._step.made |= stored
+            missing[video.key] = frame_requests(video, [p for p in own if p not in stored])
+        return missing
 
     def _read_stored(self, video: VideoArtifact, pieces: Sequence[Piece]) -> dict[Piece, Tensor]:
         if self._store is None:
@@ -150,19 +172,32 @@ class VisionCache:
                 self.counts.cached_patches += _patches(video, piece)
         return found
 
-    def _decode(self, video: VideoArtifact, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
-        """The frames of each piece. Pieces that follow each other are decoded together, as many as memory allows:
-        some decoders read every file from its start."""
-        patch = self._tower.spec.temporal_patch_size
-        bytes_per_patch = patch * 3 * video.size_hw[0] * video.size_hw[1]
-        most = max(1, DECODED_BYTES // bytes_per_patch)
-        for _, group in groupby(pieces, key=lambda p: (p.start - pieces[0].start) // most):
-            together = list(group)
-            indices = [i for p in together for i in video.frame_indices[p.start * patch : p.stop * patch]]
-            frames = self._decoder.decode(video.path, indices, video.size_hw)
-            sizes = [(p.stop - p.start) * patch for p in together]
-            for piece, part in zip(together, frames.split(sizes), strict=True):
-                yield piece, torch.zeros_like(part) if self._blank else part
+    def _make(self, video: VideoArtifact, work: Sequence[Work]) -> None:
+        """Embeddings of this rank's pieces of a video. All frames are taken, whatever comes of the first, so that none
+        stay behind."""
+        error: VideoDecodeError | None = None
+        for request, pieces in work:
+            try:
+                frames = self._frames.take(request)
+            except VideoDecodeError as found:
+                error = error or found
+                continue
+            if error is None:
+                self._encode_pieces(video, pieces, torch.zeros_like(frames) if self._blank else frames)
+        if error is not None:
+            raise error
+
+    def _encode_pieces(self, video: VideoArtifact, pieces: Sequence[Piece], frames: Tensor) -> None:
+        """`frames` are those of all the pieces, one behind the other."""
+        per_patch = len(frames) // sum(p.stop - p.start for p in pieces)
+        parts = frames.split([(p.stop - p.start) * per_patch for p in pieces])
+        for piece, part in zip(pieces, parts, strict=True):
+            self._step.made[piece] = embeds = self._tower.encode(part)
+            self.counts.encoded_patches += _patches(video, piece)
+            if self._tower.is_trained:
+                self._step.frames[piece] = part.cpu()
+            if self._store is not None:
+                self._store.write(video, piece.start, embeds)
 
     def _agree_on_failures(self, failed: dict[str, str]) -> dict[str, str]:
         everyone: list[dict[str, str]] = [{} for _ in range(self._world)]
@@ -282,3 +317,15 @@ class VisionCache:
 
 def _patches(video: VideoArtifact, piece: Piece) -> int:
     return (piece.stop - piece.start) * video.grid_thw[1] * video.grid_thw[2]
+
+
+def frame_requests(video: VideoArtifact, pieces: Sequence[Piece]) -> list[Work]:
+    """The frames of the pieces, decoded together as far as DECODED_BYTES allows."""
+    per_patch = len(video.frame_indices) // video.grid_thw[0]
+    most = max(1, DECODED_BYTES // (per_patch * 3 * video.size_hw[0] * video.size_hw[1]))
+    work = []
+    for _, group in groupby(pieces, key=lambda p: (p.start - pieces[0].start) // most):
+        together = tuple(group)
+        frames = [i for p in together for i in video.frame_indices[p.start * per_patch : p.stop * per_patch]]
+        work.append((FrameRequest(video.path, tuple(frames), video.size_hw, video.is_image), together))
+    return work

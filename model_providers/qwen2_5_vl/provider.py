@@ -28,11 +28,12 @@ OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Qwen2_5_VL:
-    """Provider of one checkpoint folder. `min_pixels`, `max_pixels` bound the frame area after resizing."""
+    """Provider of one checkpoint folder. `min_pixels`, `max_pixels` bound the frame area after resizing,
+    `total_pixels` (0 = not) that of all frames of a video together."""
 
     model_type = "qwen2_5_vl"
 
-    def __init__(self, folder: str | Path, min_pixels: int, max_pixels: int):
+    def __init__(self, folder: str | Path, min_pixels: int, max_pixels: int, total_pixels: int = 0):
         self.folder = Path(folder)
         config = json.loads((self.folder / "config.json").read_text())
         self._text: dict[str, Any] = config.get("text_config") or config
@@ -41,7 +42,7 @@ class Qwen2_5_VL:
         self.video_token_id: int = config["video_token_id"]
         self.shape = shape_of(config)
         self.weight_map = weight_map(self.shape)
-        self.video_spec = self._video_spec(min_pixels, max_pixels)
+        self.video_spec = self._video_spec(min_pixels, max_pixels, total_pixels)
 
     @property
     def forbidden_tokens(self) -> tuple[int, ...]:
@@ -75,37 +76,44 @@ class Qwen2_5_VL:
         return rope_positions(len(token_ids), starts, videos, self.video_spec.merge_size, rate)
 
     def video_starts(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> list[int]:
-        """Index of the first placeholder token of each video."""
+        """Index of the first placeholder token of each video or image."""
         starts, position = [], 0
         for video in videos:
-            position = list(token_ids).index(self.video_token_id, position)
+            position = list(token_ids).index(self._placeholder(video), position)
             starts.append(position)
             position += video.num_tokens
         return starts
 
     def engine_prompt(self, prompt: Prompt, embeds: Mapping[str, Tensor]) -> dict[str, Any]:
-        """vLLM's input: one placeholder a video (vLLM expands it itself) and the embeddings in its place.
+        """vLLM's input: one placeholder a video or image (vLLM expands it itself) and the embeddings in its place.
 
         Without ids of ours, vLLM's caches go by the content of the embeddings, which cannot be stale.
         """
         ids = list(prompt.token_ids)
         starts = self.video_starts(ids, prompt.videos)
         for start, video in reversed(list(zip(starts, prompt.videos, strict=True))):
-            ids[start : start + video.num_tokens] = [self.video_token_id]
+            ids[start : start + video.num_tokens] = [self._placeholder(video)]
         request: dict[str, Any] = {"prompt_token_ids": ids}
-        if prompt.videos:
-            request["multi_modal_data"] = {
-                "video": {
-                    "video_embeds": torch.cat([embeds[v.key] for v in prompt.videos]),
-                    "video_grid_thw": torch.tensor([v.grid_thw for v in prompt.videos]),
-                    "second_per_grid_ts": torch.tensor([v.seconds_per_grid for v in prompt.videos]),
+        data: dict[str, dict[str, Tensor]] = {}
+        uuids: dict[str, list[str]] = {}
+        for kind in ("image", "video"):
+            items = [v for v in prompt.videos if v.is_image == (kind == "image")]
+            if items:
+                data[kind] = {
+                    f"{kind}_embeds": torch.cat([embeds[v.key] for v in items]),
+                    f"{kind}_grid_thw": torch.tensor([v.grid_thw for v in items]),
                 }
-            }
-            pairs = ((embeds[v.key], v) for v in prompt.videos)
-            request["multi_modal_uuids"] = {"video": [_identity(tensor, video) for tensor, video in pairs]}
+                uuids[kind] = [_identity(embeds[v.key], v) for v in items]
+                if kind == "video":
+                    data[kind]["second_per_grid_ts"] = torch.tensor([v.seconds_per_grid for v in items])
+        if data:
+            request |= {"multi_modal_data": data, "multi_modal_uuids": uuids}
         return request
 
-    def _video_spec(self, min_pixels: int, max_pixels: int) -> QwenVideoSpec:
+    def _placeholder(self, video: VideoArtifact) -> int:
+        return self.image_token_id if video.is_image else self.video_token_id
+
+    def _video_spec(self, min_pixels: int, max_pixels: int, total_pixels: int) -> QwenVideoSpec:
         processor: dict[str, Any] = {}
         for file in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
             if (self.folder / file).is_file():
@@ -117,7 +125,9 @@ class Qwen2_5_VL:
             merge_size=self._vision["spatial_merge_size"],
             min_pixels=min_pixels,
             max_pixels=max_pixels,
+            total_pixels=total_pixels,
             placeholder_id=self.video_token_id,
+            image_placeholder_id=self.image_token_id,
             mean=tuple(processor.get("image_mean", OPENAI_CLIP_MEAN)),
             std=tuple(processor.get("image_std", OPENAI_CLIP_STD)),
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,18 +32,26 @@ class QwenVideoSpec:
     merge_size: int
     min_pixels: int
     max_pixels: int
+    total_pixels: int
     placeholder_id: int
+    image_placeholder_id: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    frame_family: Literal["stride"] = "stride"
 
     def size_hw(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        """As transformers' Qwen2VLVideoProcessor; a bound on the whole video is shared evenly by its frames (there
+        `cap_pixels_per_frame`)."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        factor = self.patch_size * self.merge_size
-        return smart_resize(height, width, factor, self.min_pixels, self.max_pixels)
+        factor, largest = self.patch_size * self.merge_size, self.max_pixels
+        if self.total_pixels:
+            share = self.total_pixels * self.temporal_patch_size // num_frames
+            largest = max(min(largest, share), int(self.min_pixels * 1.05))
+        return smart_resize(height, width, factor, self.min_pixels, largest)
 
-    def placeholder(self, num_tokens: int) -> tuple[int, ...]:
-        return (self.placeholder_id,) * num_tokens
+    def placeholder(self, num_tokens: int, is_image: bool = False) -> tuple[int, ...]:
+        return (self.image_placeholder_id if is_image else self.placeholder_id,) * num_tokens
 
     def patchify(self, frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """uint8 [F, 3, height, width] -> normalised patches [t*h*w, 3*P*p*p] and the grid (t, h, w)."""

@@ -26,9 +26,10 @@ class QwenText:
     model_types = ("qwen2", "qwen3", "qwen3_moe")
     video_spec = None
     video_token_id = None
+    image_token_id = None
     forbidden_tokens: tuple[int, ...] = ()
 
-    def __init__(self, folder: str | Path, min_pixels: int, max_pixels: int):
+    def __init__(self, folder: str | Path, min_pixels: int, max_pixels: int, total_pixels: int = 0):
         self.folder = Path(folder)
         self.shape = shape_of(json.loads((self.folder / "config.json").read_text()))
         self.weight_map = weight_map(self.shape)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.prefetch import FramePrefetcher
 from megatron_rl.cache_videos import run as fill
 from megatron_rl.config import CheckpointConfig, EvalConfig, RunConfig
 from megatron_rl.device import choose_backend
@@ -50,7 +51,7 @@ def _open(checkpoint: Path, folder: Path, max_bytes: int = ROOMY, dtype: str = "
     backend, provider = choose_backend("cpu", dtype), open_provider(checkpoint)
     tower = provider.build_vision(backend, torch.device("cpu"))
     store = DiskStore(folder, max_bytes, tower.fingerprint(), tower.dtype, provider.shape.hidden_size)
-    return VisionCache(tower, MadeFrames(), provider.shape.hidden_size, frames_per_chunk=16, store=store)
+    return VisionCache(tower, FramePrefetcher(MadeFrames(), 0), provider.shape.hidden_size, frames_per_chunk=16, store=store)
 
 
 def _run(

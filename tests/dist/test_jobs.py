@@ -98,11 +98,11 @@ def transformers_answer(rank: int, hf: Path, eval_file: Path) -> list[tuple[list
     """(vLLM's tokens, transformers' greedy tokens) of every evaluated prompt, from the exported folder."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from data.dali import DaliVideoDecoder
+    from data.pixels import CpuVideoDecoder
     from megatron_rl.rollout.store import RolloutStore
     from model_providers.registry import open_provider
 
-    provider, decoder = open_provider(hf, 3136, 3136), DaliVideoDecoder("cpu", 1, frozenset({"vp9"}))
+    provider, decoder = open_provider(hf, 3136, 3136), CpuVideoDecoder(1)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).eval()
     pairs = []
     for group in RolloutStore(eval_file.parent, writes=False).load(int(eval_file.stem.removeprefix("step_"))):

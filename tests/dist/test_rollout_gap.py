@@ -10,9 +10,11 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from megatron_rl.algorithms.losses import PpoClip
 from megatron_rl.config import RunConfig
@@ -111,6 +113,28 @@ def test_trainer_scores_what_the_engine_sampled(
     assert float(torch.cat([g.moved for g in gaps]).abs().max()) > 0.1, (
         "the update was too small to notice stale weights"
     )
+
+
+def test_images_alone_and_among_videos_are_scored_alike(
+    tiny_checkpoint: Path, tiny_videos: Path, tmp_path: Path
+) -> None:
+    """vLLM places images and videos itself: a wrong order, placeholder or position would show."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for number, (width, height) in enumerate(((90, 60), (60, 140))):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(paths[-1])
+    video = mixed_rows(tiny_videos)[0].videos
+    rows = [
+        Row("image:1", "What is this?", "A", images=(paths[0],)),
+        Row("images:2", "From <image> to <image> what changed?", "A", images=tuple(paths)),
+        Row("both:3", "Is <image> in <video> or is <image>?", "A", video, images=tuple(paths)),
+    ]
+    cfg = small_config(tiny_checkpoint, tmp_path, 2, 1, 2)
+    cfg = replace(cfg, train=replace(cfg.train, optimizer=replace(cfg.train.optimizer, lr=1e-2)))
+    for gaps in run_world(2, _measure, cfg, rows, timeout=120):
+        assert gaps.num_prompts_with_video == 6 and len(gaps.before) > 100
+        assert float(gaps.before.abs().max()) <= 1e-4 and float(gaps.after.abs().max()) <= 1e-4
 
 
 def test_bfloat16_stays_within_the_usual_multiplicative_error(

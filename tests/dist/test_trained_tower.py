@@ -16,6 +16,7 @@ from torch import Tensor
 
 from checkpoint_tools.mcore_to_hf import mcore_to_hf
 from checkpoint_tools.verify import verify
+from data.prefetch import FramePrefetcher
 from megatron_rl.algorithms.losses import PpoClip
 from megatron_rl.rollout.vision_cache import VisionCache
 from megatron_rl.training import checkpoint
@@ -70,7 +71,7 @@ class Parts:
         self.tower = provider.build_vision(tp.BACKEND, torch.device("cpu"), case.trained)
         policy = Policy(model, tp.BACKEND, mesh, case.hyper, self.tower)
         self.trainer = tp.Trainer(provider, mesh, policy)
-        self.cache = VisionCache(self.tower, MadeFrames(), tp.HIDDEN, frames_per_chunk=8)
+        self.cache = VisionCache(self.tower, FramePrefetcher(MadeFrames(), 0), tp.HIDDEN, frames_per_chunk=8)
         self.case = case
         self.groups = tp.grouped_samples(provider)
         self.videos = videos_of(self.groups)
@@ -116,7 +117,7 @@ def _one_graph(rank: int, folder: Path) -> Any:
     trainer = tp.open_trainer(folder, tp.join(), tp.MEASURE)
     tower = trainer.provider.build_vision(tp.BACKEND, torch.device("cpu"), BOTH)
     groups = tp.grouped_samples(trainer.provider)
-    decoder = MadeFrames()
+    decoder = FramePrefetcher(MadeFrames(), 0)
     embeds = {
         v.key: tower._forward(decoder.decode(v.path, v.frame_indices, v.size_hw)) for v in videos_of(groups)
     }
@@ -229,7 +230,7 @@ def test_an_update_changes_what_is_trained_and_the_reference_stays(
         assert all(not torch.equal(first[key], now[key]) for key in now)
     tower = tp.open_provider(tiny_checkpoint).build_vision(tp.BACKEND, torch.device("cpu"))
     for video in videos_of(tp.grouped_samples(tp.open_provider(tiny_checkpoint))):
-        whole = tower.encode(MadeFrames().decode(video.path, video.frame_indices, video.size_hw))
+        whole = tower.encode(FramePrefetcher(MadeFrames(), 0).decode(video.path, video.frame_indices, video.size_hw))
         torch.testing.assert_close(ranks[0][2][video.key], whole, rtol=1e-5, atol=1e-5)
 
 
@@ -343,7 +344,7 @@ def test_export_other_starts_and_what_is_refused(tiny_checkpoint: Path, tmp_path
     trained = run_world(2, _updates, tiny_checkpoint, root, case, 0, N, N)[0][1]
     [started] = run_world(1, _start_from, tiny_checkpoint, root, again)
     assert all(torch.equal(started[name], weight) for name, weight in trained.items())
-    frames = MadeFrames().decode("clip", range(4), (56, 56))
+    frames = FramePrefetcher(MadeFrames(), 0).decode("clip", range(4), (56, 56))
     for folder in (checkpoint.step_folder(root, N), checkpoint.step_folder(again, 1)):
         mcore_to_hf(folder, out, force=True)
         exported = HfCheckpoint(out)

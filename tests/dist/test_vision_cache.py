@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.dali import DaliVideoDecoder
-from megatron_rl.device import DALI_CPU_CODECS, choose_backend
+from data.pixels import CpuVideoDecoder
+from data.prefetch import FramePrefetcher
+from megatron_rl.device import choose_backend
 from megatron_rl.rollout.vision_cache import VisionCache
 from megatron_rl.rollout.vision_routes import Piece, split_over_ranks
 from megatron_rl.types import VideoArtifact
@@ -70,7 +72,7 @@ def make_cache(folder: Path) -> VisionCache:
     dist.init_process_group("gloo")
     backend, provider = choose_backend("cpu", "float32"), open_provider(folder, 3136, 3136)
     tower = provider.build_vision(backend, torch.device("cpu"))
-    return VisionCache(tower, DaliVideoDecoder("cpu", 1, DALI_CPU_CODECS), provider.shape.hidden_size)
+    return VisionCache(tower, FramePrefetcher(CpuVideoDecoder(1), 1 << 30), provider.shape.hidden_size)
 
 
 def _encode_and_fetch(rank: int, folder: Path, videos: list[VideoArtifact]) -> list[dict[str, Tensor]]:
@@ -115,14 +117,55 @@ def test_ranks_together_encode_what_one_rank_does(
         assert all(torch.equal(ranks[rank][0][key], ranks[0][0][key]) for key in alone), "ranks see other embeddings"
 
 
+class CountingDecoder(CpuVideoDecoder):
+    """Notes what is decoded, and in which thread."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.calls: list[tuple[str, tuple[int, ...], bool]] = []
+
+    def decode(self, path: str, frame_indices, size_hw):
+        in_background = threading.current_thread() is not threading.main_thread()
+        self.calls.append((path, tuple(frame_indices), in_background))
+        return super().decode(path, frame_indices, size_hw)
+
+
+def _encode_prefetched(rank: int, folder: Path, now: list[VideoArtifact], upcoming: list[VideoArtifact]):
+    dist.init_process_group("gloo")
+    provider, decoder = open_provider(folder, 3136, 3136), CountingDecoder()
+    tower = provider.build_vision(choose_backend("cpu", "float32"), torch.device("cpu"))
+    cache = VisionCache(tower, FramePrefetcher(decoder, 1 << 30), provider.shape.hidden_size)
+    cache.encode(now)
+    cache.prefetch(upcoming)
+    cache.encode([replace(now[0], key="evaluation between")])
+    cache.forget()
+    cache.encode(upcoming)
+    return cache.fetch(upcoming), decoder.calls
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_frames_made_ready_are_the_same_and_no_frame_of_a_batch_is_decoded_twice_on_the_node(
+    world: int, tiny_checkpoint: Path, videos: list[VideoArtifact], alone: dict[str, Tensor], monkeypatch
+) -> None:
+    monkeypatch.setattr("megatron_rl.rollout.vision_cache._CHUNK_BYTES", 3 * 2 * 3 * 56 * 56)  # 3 temporal patches
+    ranks = run_world(world, _encode_prefetched, tiny_checkpoint, videos[:1], videos[1:], timeout=120)
+    for embeds, _ in ranks:
+        for video in videos[1:]:
+            torch.testing.assert_close(embeds[video.key], alone[video.key], rtol=1e-5, atol=1e-5)
+    for video in videos[1:]:
+        calls = [(frames, background) for _, calls in ranks for path, frames, background in calls if path == video.path]
+        assert all(background for _, background in calls)
+        assert sum(len(frames) for frames, _ in calls) == len(video.frame_indices)
+
+
 def _transformers_embeddings(folder: Path, video: VideoArtifact) -> tuple[Tensor, Tensor]:
-    """transformers' own processor and tower: (on frames that DALI resized, on full-size frames it resizes itself)."""
+    """transformers' own processor and tower: (on frames that we resized, on full-size frames it resizes itself)."""
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     processor = Qwen2VLVideoProcessor.from_pretrained(folder)
-    decoder = DaliVideoDecoder("cpu", 1, DALI_CPU_CODECS)
+    decoder = CpuVideoDecoder(1)
     results = []
     for size_hw in (video.size_hw, (64, 64)):
         frames = decoder.decode(video.path, video.frame_indices, size_hw)
@@ -148,8 +191,7 @@ def test_embeddings_are_those_of_transformers(
     [(same_frames, own_resize)] = run_world(1, compare, timeout=120)
     ours = alone["k0"]
     torch.testing.assert_close(ours, same_frames, rtol=0, atol=1e-4)
-    # DALI and torchvision round bicubic pixels differently, by one or two of 255 levels.
-    assert float((ours - own_resize).norm() / own_resize.norm()) < 0.02
+    torch.testing.assert_close(ours, own_resize, rtol=0, atol=1e-4)
 
 
 def _encode_with_a_bad_file(rank: int, folder: Path, good: list[VideoArtifact], bad: list[VideoArtifact]):

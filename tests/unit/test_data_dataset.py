@@ -7,14 +7,16 @@ import json
 
 import pytest
 
-from data.dataset import read_jsonl
+from data.dataset import read_rows
+from data.sources import source_problems
 from megatron_rl.types import BadRow, Row
 
 
 def read(tmp_path, *lines, media_root=""):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines) + b"\n")
-    return read_jsonl(str(path), media_root)
+    [found] = read_rows(str(path), media_root)
+    return found
 
 
 def test_longvideo_reason_record(tmp_path):
@@ -39,10 +41,20 @@ def test_video_paths(tmp_path):
     assert row.videos == (str(media / "x.mp4"), "/elsewhere/y.mp4")
 
 
+def test_images(tmp_path):
+    (one, several), _ = read(
+        tmp_path,
+        {"problem": "p", "answer": "a", "image": "x.png"},
+        {"problem": "p", "answer": "a", "images": ["x.png", "/y.jpg"], "videos": "v.mp4"},
+    )
+    assert one.images == (str(tmp_path / "x.png"),) and one.videos == ()
+    assert several.images == (str(tmp_path / "x.png"), "/y.jpg") and several.videos == (str(tmp_path / "v.mp4"),)
+
+
 def test_relative_roots_become_absolute(tmp_path, monkeypatch):
     read(tmp_path, {"problem": "p", "answer": "a", "videos": "x.mp4"})
     monkeypatch.chdir(tmp_path)
-    (row,), _ = read_jsonl("train.jsonl", "")
+    [((row,), _)] = read_rows("train.jsonl", "")
     assert row.videos == (str(tmp_path / "x.mp4"),)
 
 
@@ -58,7 +70,7 @@ def test_relative_roots_become_absolute(tmp_path, monkeypatch):
         ({"problem": "p", "answer": "<answer> </answer>"}, "`answer` is empty"),
         ({"problem": "p", "answer": ["a"]}, "`answer` must be text, found list"),
         ({"problem": "p", "answer": True}, "found bool"),
-        ({"problem": "p", "answer": "a", "images": ["i.png"]}, "`images`: not supported yet"),
+        ({"problem": "p", "answer": "a", "images": [{"bytes": "x"}]}, "`images` must be a path or a list of paths"),
         ({"problem": "p", "answer": "a", "audio": "s.wav"}, "`audio`: not supported yet"),
         ({"problem": "p", "answer": "a", "videos": [3]}, "`videos` must be"),
         ({"problem": "p", "answer": "a", "videos": {"path": "x"}}, "`videos` must be"),
@@ -74,7 +86,124 @@ def test_bad_line_is_named_and_the_others_are_kept(tmp_path, line, reason):
 
 def test_missing_file_and_folder_name_the_setting(tmp_path):
     with pytest.raises(ValueError, match=r"^data\.eval=.*no\.jsonl: no such file; "):
-        read_jsonl(str(tmp_path / "no.jsonl"), "", field="data.eval")
+        read_rows(str(tmp_path / "no.jsonl"), "", field="data.eval")
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"^data\.media_root=.*/no: no such folder; "):
-        read_jsonl(str(tmp_path / "train.jsonl"), str(tmp_path / "no"))
+        read_rows(str(tmp_path / "train.jsonl"), str(tmp_path / "no"))
+
+
+# ---------------------------------------------------------------------------------- JSON, Parquet, folders, splits, hub
+
+RECORDS = [{"problem": f"p{n}", "answer": n, "videos": [f"{n}.mp4"]} for n in range(4)]
+
+
+def write_parquet(path, records):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow of requirements/cpu.lock is not installed")
+    from pyarrow.parquet import write_table
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(pyarrow.Table.from_pylist(records), path)
+
+
+def write_json(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "\n".join(map(json.dumps, records))
+    path.write_text(lines if path.suffix == ".jsonl" else json.dumps(records))
+
+
+def problems(setting) -> list[list[str]]:
+    return [[row.problem for row in rows] for rows, bad in read_rows(str(setting), "") if not bad]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, name):
+    bad_record = {"problem": "no answer", "answer": None, "videos": []}
+    (write_parquet if name.endswith("parquet") else write_json)(tmp_path / name, [*RECORDS, bad_record])
+    [(rows, bad)] = read_rows(str(tmp_path / name), "")
+    assert rows == [Row(f"{name}:{n + 1}", f"p{n}", str(n), (str(tmp_path / f"{n}.mp4"),)) for n in range(4)]
+    assert bad == [BadRow(f"{name}:5", "`answer` is missing")]
+
+
+def test_the_shards_of_a_folder_s_split_in_order(tmp_path):
+    for number in range(3):
+        write_json(tmp_path / f"data/train-{number:05}-of-00003.jsonl", [RECORDS[number]])
+    write_json(tmp_path / "data/test-00000-of-00001.json", [RECORDS[3]])
+    assert problems(tmp_path) == problems(f"{tmp_path}@train") == [["p0", "p1", "p2"]]
+    assert problems(f"{tmp_path}@test") == [["p3"]]
+    [((row, *_), _)] = read_rows(str(tmp_path), "")
+    assert row.videos == (str(tmp_path / "0.mp4"),), "media paths go by the folder that was named"
+    with pytest.raises(ValueError, match=r"^data\.train=.*@dev: has the splits data, test, train; choose one with @"):
+        read_rows(f"{tmp_path}@dev", "")
+
+
+def test_a_split_may_be_a_folder_and_a_single_one_needs_no_name(tmp_path):
+    write_json(tmp_path / "one/val/0000.jsonl", RECORDS[:2])
+    write_json(tmp_path / "two/train/0000.jsonl", RECORDS[:1])
+    write_json(tmp_path / "two/val/0000.jsonl", RECORDS[1:])
+    assert problems(tmp_path / "one") == [["p0", "p1"]]
+    assert problems(tmp_path / "two") == [["p0"]]
+    assert problems(f"{tmp_path}/two@val") == [["p1", "p2", "p3"]]
+
+
+def test_several_data_sets(tmp_path):
+    write_json(tmp_path / "a,b@c.jsonl", RECORDS[:1])
+    write_json(tmp_path / "d.json", RECORDS[1:])
+    assert problems(tmp_path / "a,b@c.jsonl") == [["p0"]], "a path that exists is taken as it is"
+    (tmp_path / "a,b@c.jsonl").rename(tmp_path / "a.jsonl")
+    assert problems(f"{tmp_path}/a.jsonl, {tmp_path}/d.json") == [["p0"], ["p1", "p2", "p3"]]
+
+
+def test_a_hub_name_is_downloaded(tmp_path, monkeypatch):
+    """No network here: the download is replaced, its arguments are checked."""
+    write_json(tmp_path / "train.jsonl", RECORDS[:1])
+    write_json(tmp_path / "test.jsonl", RECORDS[1:])
+    asked = []
+
+    def snapshot_download(name, repo_type, allow_patterns):
+        asked.append((name, repo_type, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert problems("some/data@test") == [["p1", "p2", "p3"]]
+    assert asked == [("some/data", "dataset", ["*.jsonl", "*.json", "*.parquet"])]
+
+
+def test_a_hub_name_that_cannot_be_had_names_the_setting():
+    with pytest.raises(ValueError, match=r"^data\.train=no-such/data-set: neither a file here nor"):
+        read_rows("no-such/data-set", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.json", '{"problem": "p"}', "holds no list of records"),
+        ("a.json", '{"problem": "p"}\n{"problem": "q"}', "is it JSONL"),
+        ("a.csv", "problem,answer", "not one of .jsonl"),
+        ("a.parquet", "PAR1 nonsense", "no readable Parquet"),
+    ],
+)
+def test_files_of_another_form_are_refused(tmp_path, name, content, reason):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow", reason="pyarrow of requirements/cpu.lock is not installed")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=reason):
+        read_rows(str(tmp_path / name), "")
+
+
+def test_settings_are_checked_without_reading(tmp_path):
+    write_json(tmp_path / "a.jsonl", RECORDS)
+    assert source_problems(f"{tmp_path}/a.jsonl, owner/name@train", "data.train") == []
+    found = source_problems(f"{tmp_path}/a.jsonl@train, {tmp_path}/gone.jsonl, {tmp_path}@dev", "data.eval")
+    assert len(found) == 3 and all(problem.startswith(f"data.eval={tmp_path}") for problem in found)
+
+
+def test_a_range_of_seconds(tmp_path):
+    (row, other), bad = read(
+        tmp_path,
+        {"problem": "p", "answer": "a", "videos": "x.mp4", "video_start": 3, "video_end": 9.5},
+        {"problem": "p", "answer": "a", "videos": "x.mp4", "video_end": None},
+        {"problem": "p", "answer": "a", "videos": "x.mp4", "video_start": 9, "video_end": 3},
+        {"problem": "p", "answer": "a", "videos": "x.mp4", "video_start": "0:10"},
+    )
+    assert (row.span, other.span) == ((3.0, 9.5), (0.0, float("inf")))
+    assert ["no range of seconds" in bad[0].reason, "found str" in bad[1].reason] == [True, True]

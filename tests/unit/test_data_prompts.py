@@ -3,27 +3,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from dataclasses import dataclass, replace
 
 import pytest
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from data.frames import FrameSettings
+from data.manifest import Manifest
 from data.prompts import PromptBuilder
 from megatron_rl.errors import BadSample, VideoDecodeError
 from megatron_rl.types import Row, VideoInfo
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|video_pad|>",
+    "<|image_pad|>",
+]
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for c in m.content %}{% if c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 BEFORE, AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-VIDEO_PAD = "<|video_pad|>"
+VIDEO_PAD, IMAGE_PAD = "<|video_pad|>", "<|image_pad|>"
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +55,18 @@ class FakeSpec:
     """Patches of 4 pixels, 2 frames, merged 2x2; a frame keeps its size, rounded down to a multiple of 8."""
 
     patch_size, temporal_patch_size, merge_size = 4, 2, 2
+    frame_family = "linspace"
 
-    def __init__(self, pad: int):
-        self.pad = pad
+    def __init__(self, pad: int, image_pad: int = -1):
+        self.pad, self.image_pad = pad, image_pad
 
     def size_hw(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         if width > 50 * height:
             raise ValueError("too wide")
         return height // 8 * 8, width // 8 * 8
 
-    def placeholder(self, num_tokens: int) -> tuple[int, ...]:
-        return (self.pad,) * num_tokens
+    def placeholder(self, num_tokens: int, is_image: bool = False) -> tuple[int, ...]:
+        return (self.image_pad if is_image else self.pad,) * num_tokens
 
 
 @dataclass
@@ -76,13 +90,14 @@ def paths(tmp_path) -> tuple[str, ...]:
 @pytest.fixture
 def make(tokenizer):
     def build(decoder=None, **settings) -> PromptBuilder:
-        pad = tokenizer.convert_tokens_to_ids(VIDEO_PAD)
-        defaults = {"num_frames": 4, "fps": 0.0, "max_frames": 8, "max_prompt_tokens": 500}
+        pad, image_pad = (tokenizer.convert_tokens_to_ids(token) for token in (VIDEO_PAD, IMAGE_PAD))
+        defaults = {"frames": FrameSettings(4), "max_prompt_tokens": 500}
         return PromptBuilder(
             settings.pop("tokenizer", tokenizer),
-            FakeSpec(pad),
+            FakeSpec(pad, image_pad),
             decoder or FakeDecoder(),
             video_placeholder_id=pad,
+            image_placeholder_id=image_pad,
             **{**defaults, **settings},
         )
 
@@ -133,6 +148,44 @@ def test_two_videos_go_first_or_where_the_markers_are(make, tokenizer, paths):
     assert [video.path for video in placed.videos] == list(paths)
 
 
+@pytest.fixture
+def images(tmp_path) -> tuple[str, ...]:
+    """24x16 and 8x32 pixels: 6 and 4 patches of 4 pixels a row and column, merged 2x2 to 6 and 4 tokens."""
+    Image.new("RGB", (24, 16), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (8, 32), "blue").save(tmp_path / "b.jpg")
+    return str(tmp_path / "a.png"), str(tmp_path / "b.jpg")
+
+
+def image_pads(num: int) -> str:
+    return "<|vision_start|>" + IMAGE_PAD * num + "<|vision_end|>"
+
+
+def test_images_alone_and_between_videos(make, tokenizer, paths, images):
+    builder = make()
+    alone = builder.build(0, replace(row("Same?"), images=images))
+    assert text(tokenizer, alone) == BEFORE + image_pads(6) + image_pads(4) + "Same?" + AFTER
+    (first, second) = alone.videos
+    assert (first.is_image, first.grid_thw, first.size_hw, first.num_tokens) == (True, (1, 4, 6), (16, 24), 6)
+    assert first.frame_indices == (0, 0) and second.grid_thw == (1, 8, 2) and first.key != second.key
+    mixed = replace(row("In <image> is <video> and <image>?", paths[0]), images=images)
+    prompt = builder.build(0, mixed)
+    assert text(tokenizer, prompt) == BEFORE + f"In {image_pads(6)} is {pads(12)} and {image_pads(4)}?" + AFTER
+    assert [video.path for video in prompt.videos] == [images[0], paths[0], images[1]]
+    loose = builder.build(0, replace(row("First <video> then?", paths[0]), images=images[:1]))
+    assert text(tokenizer, loose) == BEFORE + image_pads(6) + "First " + pads(12) + " then?" + AFTER
+
+
+def test_an_image_that_cannot_be_used_is_media_s_fault(make, tmp_path, images):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    for path, reason in ((broken, "not a readable image"), (tmp_path / "gone.png", "No such file")):
+        with pytest.raises(BadSample, match=reason) as refused:
+            make().build(0, replace(row("p"), images=(str(path),)))
+        assert refused.value.kind == "media" and refused.value.source == "train.jsonl:7"
+    with pytest.raises(BadSample, match="1 <image> markers in the text for 2 images"):
+        make().build(0, replace(row("<image>"), images=images))
+
+
 def test_videos_of_different_lengths_get_their_own_number_of_tokens(make, tokenizer, paths):
     @dataclass
     class ByName(FakeDecoder):
@@ -145,8 +198,15 @@ def test_videos_of_different_lengths_get_their_own_number_of_tokens(make, tokeni
 
 
 def test_frames_by_rate(make, paths):
-    (video,) = make(num_frames=0, fps=2.0, max_frames=6).build(0, row("p", paths[0])).videos
+    (video,) = make(frames=FrameSettings(0, 2.0, 4, 6)).build(0, row("p", paths[0])).videos
     assert len(video.frame_indices) == 6
+
+
+def test_a_range_of_seconds(make, paths):
+    (video,) = make().build(0, replace(row("p", paths[0]), span=(1.0, 3.0))).videos
+    assert video.timestamps == (1.0, 1.6, 2.3, 2.9)
+    with pytest.raises(BadSample, match="a.mp4: video_start=5.0: the last frame is shown at 3.900 s"):
+        make().build(0, replace(row("p", paths[0]), span=(5.0, 6.0)))
 
 
 def test_format_prompt(make, tokenizer, tmp_path, paths):
@@ -170,7 +230,7 @@ def test_a_wrong_format_prompt_is_found_at_the_start(make, tmp_path, template, r
     if template is not None:
         path.write_text(template)
     with pytest.raises(ValueError, match=reason) as refused:
-        make(format_prompt=str(path), num_frames=3)
+        make(format_prompt=str(path), frames=FrameSettings(3))
     assert "data.format_prompt=" in str(refused.value) and "data.num_frames=3" in str(refused.value)
 
 
@@ -205,7 +265,7 @@ def test_markers_must_match_the_videos(make, paths, problem):
 def test_a_long_prompt_is_refused_not_cut(make, tokenizer, paths):
     length = len(make().build(0, row("What?", paths[0])).token_ids)
     assert len(make(max_prompt_tokens=length).build(0, row("What?", paths[0])).token_ids) == length
-    with pytest.raises(BadSample, match=rf"{length} tokens .12 of them video. is over data.max_prompt_tokens"):
+    with pytest.raises(BadSample, match=rf"{length} tokens .12 of them video or image. is over data.max_prompt_tokens"):
         make(max_prompt_tokens=length - 1).build(0, row("What?", paths[0]))
 
 
@@ -218,12 +278,22 @@ def test_a_video_that_cannot_be_used_names_the_row_and_the_file(make, tmp_path, 
         make(FakeDecoder(width=2000)).build(0, row("p", paths[0]))
 
 
+def test_a_file_that_is_not_as_the_manifest_says_is_refused(make, tmp_path, paths):
+    sums = tmp_path / "sums.txt"
+    sums.write_text(f"{hashlib.sha256(b'a' * 10).hexdigest()}  a.mp4\n")
+    builder = make(manifest=Manifest(str(sums)))
+    assert builder.build(0, row("p", paths[0])).videos
+    with pytest.raises(BadSample, match="b.mp4: not listed in data.manifest=") as refused:
+        builder.build(0, row("p", *paths))
+    assert refused.value.source == "train.jsonl:7"
+
+
 def test_the_key_is_that_of_the_file_and_everything_done_with_it(make, paths):
     key = make().build(0, row("p", paths[0])).videos[0].key
     assert make().build(5, row("another question", paths[0])).videos[0].key == key
     others = {
         make().build(0, row("p", paths[1])).videos[0].key,
-        make(num_frames=6).build(0, row("p", paths[0])).videos[0].key,
+        make(frames=FrameSettings(6)).build(0, row("p", paths[0])).videos[0].key,
         make(FakeDecoder(width=33)).build(0, row("p", paths[0])).videos[0].key,
     }
     os.utime(paths[0], ns=(1, 1))

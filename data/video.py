@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The video decoder for a device."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_rl.protocols import VideoDecoder
+
+
+def open_video_decoder(device: Literal["cpu", "gpu"], num_threads: int) -> VideoDecoder:
+    """On a GPU DALI with NVDEC. On a CPU libavcodec and torch, whose resize costs a fraction of DALI's there."""
+    if device == "gpu":
+        from data.dali import DaliVideoDecoder
+
+        return DaliVideoDecoder(device, num_threads)
+    from data.pixels import CpuVideoDecoder
+
+    return CpuVideoDecoder(num_threads)

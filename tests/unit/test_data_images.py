@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Still pictures against Pillow and transformers' image processor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.images import decode_image, probe_image
+from data.prefetch import FramePrefetcher, FrameRequest
+from megatron_rl.device import define_torchvision_operators
+from megatron_rl.errors import VideoDecodeError
+from model_providers.qwen2_5_vl.vision import QwenVideoSpec
+
+
+@pytest.fixture
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (75, 110, 3), dtype=np.uint8))
+
+
+def saved(image: Image.Image, path, **how) -> str:
+    image.save(path, **how)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.bmp", "a.gif"])
+def test_formats(tmp_path, noise, name):
+    path = saved(noise, tmp_path / name)
+    info = probe_image(path)
+    assert (info.width, info.height, info.num_frames) == (110, 75, 1) and info.codec.startswith("image/")
+    frames = decode_image(path, 2, (75, 110))
+    expected = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).permute(2, 0, 1)
+    assert frames.shape == (2, 3, 75, 110) and torch.equal(frames[0], expected) and torch.equal(frames[1], expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_other_colour_modes_become_rgb(tmp_path, noise, mode):
+    path = saved(noise.convert(mode), tmp_path / ("a.tiff" if mode == "CMYK" else "a.png"))
+    assert decode_image(path, 1, (28, 28)).shape == (1, 3, 28, 28)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_the_picture_upright(tmp_path, noise, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(noise, tmp_path / "a.png", exif=exif)
+    info = probe_image(path)
+    shown = {
+        1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
+        8: lambda a: np.rot90(a),
+    }[orientation](np.asarray(noise))  # fmt: skip
+    assert (info.height, info.width) == shown.shape[:2]
+    assert np.array_equal(decode_image(path, 1, shown.shape[:2])[0].permute(1, 2, 0).numpy(), shown)
+
+
+def test_patches_and_grid_are_those_of_transformers_image_processor(tmp_path, noise):
+    define_torchvision_operators()
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    low, high = 56 * 56, 112 * 112
+    processor = Qwen2VLImageProcessor(size={"shortest_edge": low, "longest_edge": high})
+    theirs = processor(images=[noise], return_tensors="pt")
+    spec = QwenVideoSpec(
+        14, 2, 2, low, high, 0, 0, 0, tuple(processor.image_mean), tuple(processor.image_std)
+    )  # fmt: skip
+    path = saved(noise, tmp_path / "a.png")
+    info = probe_image(path)
+    patches, grid = spec.patchify(decode_image(path, 2, spec.size_hw(2, info.height, info.width)))
+    assert theirs["image_grid_thw"].tolist() == [list(grid)]
+    torch.testing.assert_close(patches, theirs["pixel_values"], rtol=0, atol=1e-5)
+
+
+def test_bad_images_name_their_reason(tmp_path, noise):
+    whole = saved(noise, tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.png").write_bytes(b"hello")
+    (tmp_path / "empty.png").touch()
+    assert probe_image(whole).width == 110
+    for name in ("cut.png", "text.png", "empty.png", "gone.png"):
+        with pytest.raises(VideoDecodeError, match="not a readable image: ") as refused:
+            decode_image(str(tmp_path / name), 2, (28, 28))
+        assert refused.value.source == str(tmp_path / name)
+
+
+def test_mutated_images_give_a_picture_or_a_reason(tmp_path, noise):
+    rng = np.random.default_rng(1)
+    for name in ("a.png", "a.jpg", "a.webp", "a.gif"):
+        saved(noise, tmp_path / name)
+        data = np.frombuffer((tmp_path / name).read_bytes(), np.uint8)
+        for number in range(60):
+            changed = data.copy()
+            changed[rng.integers(0, len(data), 20)] = rng.integers(0, 255, 20)
+            path = tmp_path / f"{number}{name}"
+            path.write_bytes(changed.tobytes())
+            try:
+                assert decode_image(str(path), 1, (28, 28)).shape == (1, 3, 28, 28)
+            except VideoDecodeError as error:
+                assert error.source == str(path)
+
+
+def test_images_are_made_ready_like_videos(tmp_path, noise):
+    request = FrameRequest(saved(noise, tmp_path / "a.png"), (0, 0), (28, 56), is_image=True)
+    prefetcher = FramePrefetcher(decoder=None, budget_bytes=1 << 20)
+    prefetcher.ask([request])
+    assert torch.equal(prefetcher.take(request), decode_image(request.path, 2, (28, 56)))
