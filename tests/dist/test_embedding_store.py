@@ -51,7 +51,8 @@ def _open(checkpoint: Path, folder: Path, max_bytes: int = ROOMY, dtype: str = "
     backend, provider = choose_backend("cpu", dtype), open_provider(checkpoint)
     tower = provider.build_vision(backend, torch.device("cpu"))
     store = DiskStore(folder, max_bytes, tower.fingerprint(), tower.dtype, provider.shape.hidden_size)
-    return VisionCache(tower, FramePrefetcher(MadeFrames(), 0), provider.shape.hidden_size, frames_per_chunk=16, store=store)
+    frames = FramePrefetcher(MadeFrames(), 0)
+    return VisionCache(tower, frames, provider.shape.hidden_size, frames_per_chunk=16, store=store)
 
 
 def _run(

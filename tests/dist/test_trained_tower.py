@@ -117,7 +117,7 @@ def _one_graph(rank: int, folder: Path) -> Any:
     trainer = tp.open_trainer(folder, tp.join(), tp.MEASURE)
     tower = trainer.provider.build_vision(tp.BACKEND, torch.device("cpu"), BOTH)
     groups = tp.grouped_samples(trainer.provider)
-    decoder = FramePrefetcher(MadeFrames(), 0)
+    decoder = MadeFrames()
     embeds = {
         v.key: tower._forward(decoder.decode(v.path, v.frame_indices, v.size_hw)) for v in videos_of(groups)
     }
@@ -230,7 +230,7 @@ def test_an_update_changes_what_is_trained_and_the_reference_stays(
         assert all(not torch.equal(first[key], now[key]) for key in now)
     tower = tp.open_provider(tiny_checkpoint).build_vision(tp.BACKEND, torch.device("cpu"))
     for video in videos_of(tp.grouped_samples(tp.open_provider(tiny_checkpoint))):
-        whole = tower.encode(FramePrefetcher(MadeFrames(), 0).decode(video.path, video.frame_indices, video.size_hw))
+        whole = tower.encode(MadeFrames().decode(video.path, video.frame_indices, video.size_hw))
         torch.testing.assert_close(ranks[0][2][video.key], whole, rtol=1e-5, atol=1e-5)
 
 
@@ -344,7 +344,7 @@ def test_export_other_starts_and_what_is_refused(tiny_checkpoint: Path, tmp_path
     trained = run_world(2, _updates, tiny_checkpoint, root, case, 0, N, N)[0][1]
     [started] = run_world(1, _start_from, tiny_checkpoint, root, again)
     assert all(torch.equal(started[name], weight) for name, weight in trained.items())
-    frames = FramePrefetcher(MadeFrames(), 0).decode("clip", range(4), (56, 56))
+    frames = MadeFrames().decode("clip", range(4), (56, 56))
     for folder in (checkpoint.step_folder(root, N), checkpoint.step_folder(again, 1)):
         mcore_to_hf(folder, out, force=True)
         exported = HfCheckpoint(out)
