@@ -20,13 +20,13 @@ def test_flops_by_hand() -> None:
     from scripts.bench_long import Setting, flops_of, train_flops
 
     shape = shape_of({"model_type": "qwen2", **tiny(272)})
-    weights = 128 * 128 + 2 * 128 * 64 + 128 * 128 + 3 * 128 * 256  # q, k and v, output, gate and up and down
-    assert train_flops(shape, 1, 0, 0) == 2 * 6 * weights
-    assert train_flops(shape, 0, 1, 0) == 2 * 14 * 128
-    assert train_flops(shape, 0, 0, 1) == 8 * 128 * 272
+    projection, rest = 128 * 128 + 2 * 128 * 64, 128 * 128 + 3 * 128 * 256  # q, k and v; output, gate and up and down
+    assert train_flops(shape, 1, 0, 0, 0) == 6 * (2 * projection + rest)  # of the last layer, keys and values
+    assert train_flops(shape, 0, 1, 0, 0) == train_flops(shape, 0, 0, 0, 1) == 14 * 128
+    assert train_flops(shape, 0, 0, 1, 0) == 8 * 128 * 272 + 6 * rest
     setting = Setting(prompt=100, response=10, num_samples=4, long_prompt=0, ranks=1, repeat=1)
-    assert flops_of(shape, setting, share=False) == train_flops(shape, 440, 4 * 6050, 40)
-    assert flops_of(shape, setting, share=True) == train_flops(shape, 140, 5000 + 4 * 1050, 40)
+    assert flops_of(shape, setting, share=False) == train_flops(shape, 440, 4 * 6050, 40, 4 * 1050)
+    assert flops_of(shape, setting, share=True) == train_flops(shape, 140, 5000 + 4 * 1050, 40, 4 * 1050)
 
 
 def test_a_small_run(tmp_path: Path) -> None:
