@@ -7,8 +7,10 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from data.embedded import write_out
 from data.sources import open_source, source_names
 from megatron_rl.types import BadRow, Row
 
@@ -16,20 +18,23 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _UNSUPPORTED = ("audio", "audios")
 
 
-def read_rows(setting: str, media_root: str, field: str = "data.train") -> list[tuple[list[Row], list[BadRow]]]:
+def read_rows(
+    setting: str, media_root: str, embedded: Path, field: str = "data.train"
+) -> list[tuple[list[Row], list[BadRow]]]:
     """(usable, bad) rows of each data set that `setting` lists (sources.py), in the order of its files.
 
-    Relative media paths are resolved against `media_root`, or the folder of the data set.
+    Relative media paths are resolved against `media_root`, or the folder of the data set. Media that a data file holds
+    itself are written to the folder `embedded`.
     """
     _check_media_root(media_root)
     found = []
     for name in source_names(setting):
         source = open_source(name, field)
-        root = Path(media_root).absolute() if media_root else source.root
+        folders = _Folders(Path(media_root).absolute() if media_root else source.root, embedded.absolute())
         rows: list[Row] = []
         bad: list[BadRow] = []
         for file in source.files:
-            good_here, bad_here = _read_file(file, root, f"{field}={name}")
+            good_here, bad_here = _read_file(file, folders, f"{field}={name}")
             rows += good_here
             bad += bad_here
         found.append((rows, bad))
@@ -41,13 +46,21 @@ def _check_media_root(media_root: str) -> None:
         raise ValueError(f"data.media_root={media_root}: no such folder; give the folder that holds the videos")
 
 
-def _read_file(file: Path, root: Path, setting: str) -> tuple[list[Row], list[BadRow]]:
+@dataclass(frozen=True, slots=True)
+class _Folders:
+    """Where relative media paths begin, and where embedded media go."""
+
+    root: Path
+    embedded: Path
+
+
+def _read_file(file: Path, folders: _Folders, setting: str) -> tuple[list[Row], list[BadRow]]:
     rows: list[Row] = []
     bad: list[BadRow] = []
     for number, record in _records(file, setting):
         source = f"{file.name}:{number}"
         try:
-            rows.append(_row(_decoded(record) if isinstance(record, bytes) else record, source, root))
+            rows.append(_row(_decoded(record) if isinstance(record, bytes) else record, source, folders))
         except ValueError as error:
             bad.append(BadRow(source, str(error)))
     return rows, bad
@@ -91,7 +104,7 @@ def _decoded(line: bytes) -> object:
     return record
 
 
-def _row(record: object, source: str, root: Path) -> Row:
+def _row(record: object, source: str, folders: _Folders) -> Row:
     """The row of one record, or a ValueError that says what is wrong with it."""
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
@@ -103,9 +116,9 @@ def _row(record: object, source: str, root: Path) -> Row:
         source=source,
         problem=_text(record, "problem"),
         answer=_answer(record),
-        videos=tuple(str(root / video) for video in _paths(record, "videos")),
+        videos=_media(record, "videos", folders),
         problem_type=str(problem_type),
-        images=tuple(str(root / image) for image in _paths(record, "images") or _paths(record, "image")),
+        images=_media(record, "images", folders) or _media(record, "image", folders),
         span=_span(record),
     )
 
@@ -146,9 +159,21 @@ def _answer(record: dict) -> str:
     return answer
 
 
-def _paths(record: dict, name: str) -> list[str]:
-    paths = record.get(name) or []
-    paths = [paths] if isinstance(paths, str) else paths
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path.strip() for path in paths):
-        raise ValueError(f"`{name}` must be a path or a list of paths")
-    return paths
+def _media(record: dict, name: str, folders: _Folders) -> tuple[str, ...]:
+    """Absolute paths of a field that holds one medium or a list of them."""
+    media = record.get(name)
+    if media is None or media == "":
+        return ()
+    return tuple(_medium(m, name, folders) for m in (media if isinstance(media, list) else [media]))
+
+
+def _medium(medium: object, name: str, folders: _Folders) -> str:
+    """A path, or {"bytes", "path"}, of which one may be missing."""
+    path: object = medium
+    if isinstance(medium, dict):
+        path, content = medium.get("path"), medium.get("bytes")
+        if isinstance(content, bytes):
+            return str(write_out(content, str(path or ""), folders.embedded))
+    if not isinstance(path, str) or not path.strip():
+        raise ValueError(f'`{name}` must be a path, {{"bytes", "path"}}, or a list of them')
+    return str(folders.root / path)

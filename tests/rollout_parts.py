@@ -54,7 +54,7 @@ def small_config(
 
 def mixed_rows(videos: Path) -> list[Row]:
     """One video, text only, two videos."""
-    [(rows, bad)] = read_rows(str(videos / "train.jsonl"), "")
+    [(rows, bad)] = read_rows(str(videos / "train.jsonl"), "", videos / "media")
     assert not bad
     text = Row("text:1", "What is two plus two?", "4")
     two = Row("two:1", "First <video> then <video> what changed?", "A", rows[1].videos + rows[2].videos)

@@ -3,19 +3,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data.dataset import read_rows
+from data.images import probe_image
 from data.sources import source_problems
 from megatron_rl.types import BadRow, Row
+
+NOWHERE = Path("/no/media/in/these/files")
 
 
 def read(tmp_path, *lines, media_root=""):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines) + b"\n")
-    [found] = read_rows(str(path), media_root)
+    [found] = read_rows(str(path), media_root, tmp_path / "media")
     return found
 
 
@@ -54,7 +61,7 @@ def test_images(tmp_path):
 def test_relative_roots_become_absolute(tmp_path, monkeypatch):
     read(tmp_path, {"problem": "p", "answer": "a", "videos": "x.mp4"})
     monkeypatch.chdir(tmp_path)
-    [((row,), _)] = read_rows("train.jsonl", "")
+    [((row,), _)] = read_rows("train.jsonl", "", tmp_path / "media")
     assert row.videos == (str(tmp_path / "x.mp4"),)
 
 
@@ -70,10 +77,10 @@ def test_relative_roots_become_absolute(tmp_path, monkeypatch):
         ({"problem": "p", "answer": "<answer> </answer>"}, "`answer` is empty"),
         ({"problem": "p", "answer": ["a"]}, "`answer` must be text, found list"),
         ({"problem": "p", "answer": True}, "found bool"),
-        ({"problem": "p", "answer": "a", "images": [{"bytes": "x"}]}, "`images` must be a path or a list of paths"),
+        ({"problem": "p", "answer": "a", "images": [{"bytes": "x"}]}, "`images` must be a path"),
         ({"problem": "p", "answer": "a", "audio": "s.wav"}, "`audio`: not supported yet"),
         ({"problem": "p", "answer": "a", "videos": [3]}, "`videos` must be"),
-        ({"problem": "p", "answer": "a", "videos": {"path": "x"}}, "`videos` must be"),
+        ({"problem": "p", "answer": "a", "videos": {"uri": "x"}}, "`videos` must be"),
     ],
 )
 def test_bad_line_is_named_and_the_others_are_kept(tmp_path, line, reason):
@@ -86,10 +93,10 @@ def test_bad_line_is_named_and_the_others_are_kept(tmp_path, line, reason):
 
 def test_missing_file_and_folder_name_the_setting(tmp_path):
     with pytest.raises(ValueError, match=r"^data\.eval=.*no\.jsonl: no such file; "):
-        read_rows(str(tmp_path / "no.jsonl"), "", field="data.eval")
+        read_rows(str(tmp_path / "no.jsonl"), "", tmp_path / "media", field="data.eval")
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"^data\.media_root=.*/no: no such folder; "):
-        read_rows(str(tmp_path / "train.jsonl"), str(tmp_path / "no"))
+        read_rows(str(tmp_path / "train.jsonl"), str(tmp_path / "no"), tmp_path / "media")
 
 
 # ---------------------------------------------------------------------------------- JSON, Parquet, folders, splits, hub
@@ -112,14 +119,14 @@ def write_json(path, records):
 
 
 def problems(setting) -> list[list[str]]:
-    return [[row.problem for row in rows] for rows, bad in read_rows(str(setting), "") if not bad]
+    return [[row.problem for row in rows] for rows, bad in read_rows(str(setting), "", NOWHERE) if not bad]
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
 def test_every_format_gives_the_same_rows(tmp_path, name):
     bad_record = {"problem": "no answer", "answer": None, "videos": []}
     (write_parquet if name.endswith("parquet") else write_json)(tmp_path / name, [*RECORDS, bad_record])
-    [(rows, bad)] = read_rows(str(tmp_path / name), "")
+    [(rows, bad)] = read_rows(str(tmp_path / name), "", tmp_path / "media")
     assert rows == [Row(f"{name}:{n + 1}", f"p{n}", str(n), (str(tmp_path / f"{n}.mp4"),)) for n in range(4)]
     assert bad == [BadRow(f"{name}:5", "`answer` is missing")]
 
@@ -130,10 +137,10 @@ def test_the_shards_of_a_folder_s_split_in_order(tmp_path):
     write_json(tmp_path / "data/test-00000-of-00001.json", [RECORDS[3]])
     assert problems(tmp_path) == problems(f"{tmp_path}@train") == [["p0", "p1", "p2"]]
     assert problems(f"{tmp_path}@test") == [["p3"]]
-    [((row, *_), _)] = read_rows(str(tmp_path), "")
+    [((row, *_), _)] = read_rows(str(tmp_path), "", tmp_path / "media")
     assert row.videos == (str(tmp_path / "0.mp4"),), "media paths go by the folder that was named"
     with pytest.raises(ValueError, match=r"^data\.train=.*@dev: has the splits data, test, train; choose one with @"):
-        read_rows(f"{tmp_path}@dev", "")
+        read_rows(f"{tmp_path}@dev", "", tmp_path / "media")
 
 
 def test_a_split_may_be_a_folder_and_a_single_one_needs_no_name(tmp_path):
@@ -170,7 +177,7 @@ def test_a_hub_name_is_downloaded(tmp_path, monkeypatch):
 
 def test_a_hub_name_that_cannot_be_had_names_the_setting():
     with pytest.raises(ValueError, match=r"^data\.train=no-such/data-set: neither a file here nor"):
-        read_rows("no-such/data-set", "")
+        read_rows("no-such/data-set", "", NOWHERE)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +194,31 @@ def test_files_of_another_form_are_refused(tmp_path, name, content, reason):
         pytest.importorskip("pyarrow", reason="pyarrow of requirements/cpu.lock is not installed")
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=reason):
-        read_rows(str(tmp_path / name), "")
+        read_rows(str(tmp_path / name), "", tmp_path / "media")
+
+
+def test_media_in_the_file_itself_are_written_out_once(tmp_path):
+    """As Hugging Face's Image feature is kept in Parquet: bytes and a name, or either."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (200, 30, 40)).save(buffer, "PNG")
+    content = buffer.getvalue()
+    records = [
+        {
+            "problem": "p",
+            "answer": "a",
+            "images": [{"bytes": content, "path": "a.png"}, {"bytes": None, "path": "b.png"}],
+        },
+        {"problem": "q", "answer": "a", "images": [{"bytes": content, "path": "c.png"}]},
+        {"problem": "r", "answer": "a", "images": [{"bytes": None, "path": None}]},
+    ]
+    write_parquet(tmp_path / "a.parquet", records)
+    for _ in range(2):
+        [(rows, bad)] = read_rows(str(tmp_path / "a.parquet"), "", tmp_path / "run" / "media")
+    written = tmp_path / "run" / "media" / f"{hashlib.sha256(content).hexdigest()}.png"
+    assert [row.images for row in rows] == [(str(written), str(tmp_path / "b.png")), (str(written),)]
+    assert [path.name for path in written.parent.iterdir()] == [written.name]
+    assert written.read_bytes() == content and probe_image(str(written)).width == 8
+    assert [b.source for b in bad] == ["a.parquet:3"]
 
 
 def test_settings_are_checked_without_reading(tmp_path):
