@@ -15,7 +15,6 @@ from data.sources import open_source, source_names
 from megatron_rl.types import BadRow, Row
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_UNSUPPORTED = ("audio", "audios")
 
 
 def read_rows(
@@ -108,9 +107,6 @@ def _row(record: object, source: str, folders: _Folders) -> Row:
     """The row of one record, or a ValueError that says what is wrong with it."""
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-    for name in _UNSUPPORTED:
-        if record.get(name):
-            raise ValueError(f"`{name}`: not supported yet; only text, images and videos are")
     problem_type = record.get("problem_type") or ""
     return Row(
         source=source,
@@ -120,6 +116,7 @@ def _row(record: object, source: str, folders: _Folders) -> Row:
         problem_type=str(problem_type),
         images=_media(record, "images", folders) or _media(record, "image", folders),
         span=_span(record),
+        audios=_media(record, "audios", folders) or _media(record, "audio", folders),
     )
 
 

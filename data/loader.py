@@ -127,6 +127,6 @@ def fingerprint(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         names = [PurePath(video).name for video in row.videos]
-        images = [PurePath(image).name for image in row.images]
-        digest.update(json.dumps([row.problem, row.answer, row.problem_type, names, row.span, *images]).encode())
+        others = [PurePath(path).name for path in (*row.images, *row.audios)]
+        digest.update(json.dumps([row.problem, row.answer, row.problem_type, names, row.span, *others]).encode())
     return digest.hexdigest()

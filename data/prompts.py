@@ -67,6 +67,8 @@ class PromptBuilder:
         if (row.videos or row.images) and self._spec is None:
             first = (*row.videos, *row.images)[0]
             raise BadSample(row.source, f"{first}: this model takes no video and no image; use a model that does")
+        if row.audios:
+            raise BadSample(row.source, f"{row.audios[0]}: no model family here takes sound yet; leave out `audios`")
         ids, kinds = self._tokenize(row)
         paths = {"video": iter(row.videos), "image": iter(row.images)}
         videos = tuple(self._artifact(row, next(paths[kind]), is_image=kind == "image") for kind in kinds)

@@ -117,7 +117,7 @@ def cause(error: Exception) -> str:
     return error.strerror if isinstance(error, av.FFmpegError | OSError) and error.strerror else str(error)
 
 
-def demux(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+def demux(container: av.container.InputContainer, stream: av.stream.Stream) -> Iterator[av.Packet]:
     """The stream's packets that hold data, to the end of the file.
 
     PyAV 18 ends with an IndexError where a damaged file brings up streams that its header did not name: at the end it

@@ -31,7 +31,7 @@ VisionPart = Literal["tower", "projector"]
 class Row:
     """One checked line of a data file. `source` is "file.jsonl:12"; paths are absolute.
 
-    `span` (start, end) is the range of seconds of its videos that is looked at.
+    `span` (start, end) is the range of seconds of its videos and sounds that is looked at.
     """
 
     source: str
@@ -41,6 +41,7 @@ class Row:
     problem_type: str = ""
     images: tuple[str, ...] = ()
     span: tuple[float, float] = (0.0, math.inf)
+    audios: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,8 +52,9 @@ def test_images(tmp_path):
     (one, several), _ = read(
         tmp_path,
         {"problem": "p", "answer": "a", "image": "x.png"},
-        {"problem": "p", "answer": "a", "images": ["x.png", "/y.jpg"], "videos": "v.mp4"},
+        {"problem": "p", "answer": "a", "images": ["x.png", "/y.jpg"], "videos": "v.mp4", "audio": "s.wav"},
     )
+    assert one.audios == () and several.audios == (str(tmp_path / "s.wav"),)
     assert one.images == (str(tmp_path / "x.png"),) and one.videos == ()
     assert several.images == (str(tmp_path / "x.png"), "/y.jpg") and several.videos == (str(tmp_path / "v.mp4"),)
 
@@ -78,7 +79,7 @@ def test_relative_roots_become_absolute(tmp_path, monkeypatch):
         ({"problem": "p", "answer": ["a"]}, "`answer` must be text, found list"),
         ({"problem": "p", "answer": True}, "found bool"),
         ({"problem": "p", "answer": "a", "images": [{"bytes": "x"}]}, "`images` must be a path"),
-        ({"problem": "p", "answer": "a", "audio": "s.wav"}, "`audio`: not supported yet"),
+        ({"problem": "p", "answer": "a", "audio": 3}, "`audio` must be a path"),
         ({"problem": "p", "answer": "a", "videos": [3]}, "`videos` must be"),
         ({"problem": "p", "answer": "a", "videos": {"uri": "x"}}, "`videos` must be"),
     ],
