@@ -260,7 +260,7 @@ def _fits_model(cfg: RunConfig, text: dict[str, int]) -> Iterator[str]:
     yield from _divides(cfg, "parallel.pipeline", "num_hidden_layers", text)
     yield from _chunks(cfg, text["num_hidden_layers"])
     yield from _heads(cfg, text["num_attention_heads"])
-    yield from _experts(cfg, text.get("num_experts", 0))
+    yield from _experts(cfg, text.get("num_experts", text.get("num_local_experts", 0)))
     yield from _kv_heads(cfg, "parallel.tensor", text)
     if cfg.max_model_len > text["max_position_embeddings"]:
         longest = text["max_position_embeddings"]

@@ -75,7 +75,7 @@ class Setting:
     responses: int
     repeat: int
     side: int
-    """Of a frame, in pixels; 112 makes 64 patches and 16 tokens of two frames."""
+    """Of a frame, in pixels; 168 makes 144 patches and 36 tokens of two frames."""
 
 
 # -------------------------------------------------------------------------------------------------------------- set-up
@@ -305,7 +305,7 @@ def parse_arguments() -> tuple[Setting, Path]:
     parser.add_argument("--video-frames", type=int, default=512, help="of the video encoded by 1, 2, 4 ranks")
     parser.add_argument("--responses", type=int, default=5, help="to each prompt (default: 5)")
     parser.add_argument("--repeat", type=int, default=3, help="timed runs of each variant (default: 3)")
-    parser.add_argument("--side", type=int, default=112, help="of a frame in pixels, a multiple of 56 (default: 112)")
+    parser.add_argument("--side", type=int, default=168, help="of a frame in pixels, a multiple of 56 (default: 168)")
     args = parser.parse_args()
     frames = tuple(int(part) for part in args.frames.split(","))
     return Setting(frames, args.video_frames, args.responses, args.repeat, args.side), args.json

@@ -170,9 +170,9 @@ def _encode_items(case: Case) -> Iterator[tuple[str, float]]:
 
 
 def _generate_items(case: Case, num_prompts: int) -> Iterator[tuple[str, float]]:
-    """Each rank of a replica fetches the videos of its prompts, and joins them once more for the engine."""
+    """Each rank of a replica fetches the videos of its prompts."""
     if case.model.tower is not None:
-        yield "embeddings fetched", 2 * -(-num_prompts // case.layout.num_replicas) * _video_bytes(case)
+        yield "embeddings fetched", -(-num_prompts // case.layout.num_replicas) * _video_bytes(case)
         yield "frames decoded ahead", _decoded_ahead(case)
 
 

@@ -99,8 +99,10 @@ class Qwen2_5_VL:
         for kind in ("image", "video"):
             items = [v for v in prompt.videos if v.is_image == (kind == "image")]
             if items:
+                made = [embeds[v.key] for v in items]
                 data[kind] = {
-                    f"{kind}_embeds": torch.cat([embeds[v.key] for v in items]),
+                    # Of a single item the very tensor: copies of all prompts' would stand beside them.
+                    f"{kind}_embeds": made[0] if len(made) == 1 else torch.cat(made),
                     f"{kind}_grid_thw": torch.tensor([v.grid_thw for v in items]),
                 }
                 uuids[kind] = [_identity(embeds[v.key], v) for v in items]

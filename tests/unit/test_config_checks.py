@@ -206,10 +206,11 @@ def test_virtual_stages_need_three_real_ones_and_whole_layers(make):
     assert "4 stages times 2 chunks do not divide the model's 36 layers" in uneven
 
 
-def test_experts_are_shared_out_evenly(make, tmp_path):
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])  # older and newer transformers
+def test_experts_are_shared_out_evenly(make, tmp_path, name):
     (problem,) = problems(make("parallel.expert=2"), world_size=2)
     assert problem.startswith("parallel.expert=2: does not divide the model's 0 experts")
-    (tmp_path / "model/config.json").write_text(json.dumps(HF | {"num_experts": 6}))
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | {name: 6}))
     assert problems(make("parallel.expert=2"), world_size=4) == []
     ranks, experts, export = problems(make("parallel.expert=4", "checkpoint.export_hf=true"), world_size=2)
     assert ranks.startswith("parallel.expert=4: does not divide the 2 ranks of a stage")

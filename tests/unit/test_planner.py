@@ -218,7 +218,7 @@ def test_memory_of_a_recipe() -> None:
     engine = sum(generate.items[name] for name in ("vLLM weights", "vLLM working memory", "KV cache"))
     assert engine == pytest.approx(0.5 * A100.gpu.memory)
     assert option.memory.engine.kv_tokens == int(generate.items["KV cache"] // (28 * 2 * 2 * 128 * 2))
-    assert generate.items["embeddings fetched"] == 2 * 2 * 3840 * 3584 * 2  # two prompts a replica, held twice
+    assert generate.items["embeddings fetched"] == 2 * 3840 * 3584 * 2  # two prompts a replica
     assert update.items["embeddings fetched"] == 4 * 3840 * 3584 * 2 / 4  # four prompts a rank, sliced over four
     assert "reference, and the policy meanwhile" not in option.memory.host
     with_kl = evaluate(small_recipe(algorithm__kl_coef=0.1), load_planned_model("Qwen2.5-VL-7B"), A100)
