@@ -97,7 +97,8 @@ def read_frames(path: str, frames: Sequence[int], num_threads: int = 1) -> np.nd
     """uint8 RGB [F, height, width, 3] at full size: any order, repeats allowed. Raises VideoDecodeError."""
     index = index_video(path)
     width, height = index.shown_size
-    out = np.empty((len(frames), height, width, 3), np.uint8)
+    # Not from NumPy: it asks for huge pages, and putting those together can take as long as decoding does.
+    out = torch.empty((len(frames), height, width, 3), dtype=torch.uint8).numpy()
 
     def store(rows: Sequence[int], rgb: np.ndarray) -> None:
         for row in rows:
