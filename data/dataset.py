@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from data.sources import open_source, source_names
 from megatron_rl.types import BadRow, Row
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_rows(
@@ -71,14 +73,15 @@ def _records(file: Path, setting: str) -> Iterator[tuple[int, object]]:
         yield from enumerate(_parquet(file, setting), start=1)
     elif file.suffix == ".json":
         try:
-            records = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            records = json.loads(file.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{setting}: {file.name} is not JSON ({error}); is it JSONL?") from error
         if not isinstance(records, list):
             raise ValueError(f"{setting}: {file.name} holds no list of records; use JSONL or a JSON list")
         yield from enumerate(records, start=1)
     else:
-        yield from ((n, line) for n, line in enumerate(file.read_bytes().split(b"\n"), start=1) if line.strip())
+        lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        yield from ((n, line) for n, line in enumerate(lines, start=1) if line.strip())
 
 
 def _parquet(file: Path, setting: str) -> Iterator[object]:
@@ -100,6 +103,8 @@ def _decoded(line: bytes) -> object:
         raise ValueError(f"malformed JSON at column {error.colno}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte {error.start} of the line") from error
+    except RecursionError as error:
+        raise ValueError("malformed JSON: nested too deeply") from error
     return record
 
 
@@ -112,7 +117,7 @@ def _row(record: object, source: str, folders: _Folders) -> Row:
         source=source,
         problem=_text(record, "problem"),
         answer=_answer(record),
-        videos=_media(record, "videos", folders),
+        videos=_media(record, "videos", folders) or _media(record, "video", folders),
         problem_type=str(problem_type),
         images=_media(record, "images", folders) or _media(record, "image", folders),
         span=_span(record),
@@ -143,6 +148,8 @@ def _text(record: dict, name: str) -> str:
     text = str(value)
     if not text.strip():
         raise ValueError(f"`{name}` is empty")
+    if _LONE_SURROGATE.search(text):  # JSON can write half a character
+        raise ValueError(f"`{name}` holds half a surrogate pair, which is no text")
     return text
 
 
@@ -171,6 +178,6 @@ def _medium(medium: object, name: str, folders: _Folders) -> str:
         path, content = medium.get("path"), medium.get("bytes")
         if isinstance(content, bytes):
             return str(write_out(content, str(path or ""), folders.embedded))
-    if not isinstance(path, str) or not path.strip():
+    if not isinstance(path, str) or not path.strip() or "\0" in path:
         raise ValueError(f'`{name}` must be a path, {{"bytes", "path"}}, or a list of them')
     return str(folders.root / path)

@@ -32,8 +32,17 @@ def decode_image(path: str, num_frames: int, size_hw: tuple[int, int]) -> torch.
     from data.pixels import resize  # with torch: a recipe is checked without
 
     with _reading(path) as image:
-        rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        rgb = np.array(_eight_bits(ImageOps.exif_transpose(image)).convert("RGB"))
     return resize(rgb, size_hw).expand(num_frames, -1, -1, -1).contiguous()
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The same picture with 256 levels: Pillow itself would cut everything above 255."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its numbers (Pillow's mode {image.mode}) have no stated range; convert it to 8 bits")
+    return image
 
 
 class _reading:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import json
@@ -51,12 +52,19 @@ def test_video_paths(tmp_path):
 def test_images(tmp_path):
     (one, several), _ = read(
         tmp_path,
-        {"problem": "p", "answer": "a", "image": "x.png"},
+        {"problem": "p", "answer": "a", "image": "x.png", "video": "v.mp4"},
         {"problem": "p", "answer": "a", "images": ["x.png", "/y.jpg"], "videos": "v.mp4", "audio": "s.wav"},
     )
     assert one.audios == () and several.audios == (str(tmp_path / "s.wav"),)
-    assert one.images == (str(tmp_path / "x.png"),) and one.videos == ()
+    assert one.images == (str(tmp_path / "x.png"),) and one.videos == (str(tmp_path / "v.mp4"),)
     assert several.images == (str(tmp_path / "x.png"), "/y.jpg") and several.videos == (str(tmp_path / "v.mp4"),)
+
+
+def test_files_as_windows_writes_them(tmp_path):
+    record = {"problem": "p", "answer": "a"}
+    for name, text in (("a.jsonl", json.dumps(record) + "\n"), ("a.json", json.dumps([record]))):
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + text.replace("\n", "\r\n").encode())
+        assert read_rows(str(tmp_path / name), "", tmp_path / "media") == [([Row(f"{name}:1", "p", "a")], [])]
 
 
 def test_relative_roots_become_absolute(tmp_path, monkeypatch):
@@ -80,6 +88,9 @@ def test_relative_roots_become_absolute(tmp_path, monkeypatch):
         ({"problem": "p", "answer": True}, "found bool"),
         ({"problem": "p", "answer": "a", "images": [{"bytes": "x"}]}, "`images` must be a path"),
         ({"problem": "p", "answer": "a", "audio": 3}, "`audio` must be a path"),
+        ({"problem": "p", "answer": "a", "video": ["a\0b"]}, "`video` must be a path"),
+        ({"problem": "p\ud800", "answer": "a"}, "half a surrogate pair"),
+        (b"[" * 100_000, "nested too deeply"),
         ({"problem": "p", "answer": "a", "videos": [3]}, "`videos` must be"),
         ({"problem": "p", "answer": "a", "videos": {"uri": "x"}}, "`videos` must be"),
     ],
@@ -186,6 +197,7 @@ def test_a_hub_name_that_cannot_be_had_names_the_setting():
     [
         ("a.json", '{"problem": "p"}', "holds no list of records"),
         ("a.json", '{"problem": "p"}\n{"problem": "q"}', "is it JSONL"),
+        ("a.json", "[" * 100_000, "is not JSON"),
         ("a.csv", "problem,answer", "not one of .jsonl"),
         ("a.parquet", "PAR1 nonsense", "no readable Parquet"),
     ],

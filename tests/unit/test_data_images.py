@@ -41,6 +41,15 @@ def test_other_colour_modes_become_rgb(tmp_path, noise, mode):
     assert decode_image(path, 1, (28, 28)).shape == (1, 3, 28, 28)
 
 
+def test_sixteen_bits_are_scaled_and_numbers_without_a_range_refused(tmp_path):
+    levels = np.arange(0, 1 << 16, 16, dtype=np.uint16).reshape(64, 64)
+    deep = decode_image(saved(Image.fromarray(levels), tmp_path / "a.png"), 1, (64, 64))
+    assert torch.equal(deep[0], torch.from_numpy((levels // 256).astype(np.uint8)).expand(3, 64, 64))
+    for mode in ("I", "F"):
+        with pytest.raises(VideoDecodeError, match=f"mode {mode}"):
+            decode_image(saved(Image.new(mode, (64, 64)), tmp_path / "a.tiff"), 1, (64, 64))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_turns_the_picture_upright(tmp_path, noise, orientation):
     exif = Image.Exif()
