@@ -287,5 +287,5 @@ def parse_args(argv: Sequence[str], program: str, summary: str) -> tuple[RunConf
     parser.add_argument("recipe", help="YAML file, for example one of scripts/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
     parser.add_argument("--check", action="store_true", help="only tell whether this could run, and what is wrong")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     return load_config(args.recipe, args.overrides), args.check

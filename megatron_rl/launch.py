@@ -33,6 +33,8 @@ def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Cal
         _report(error, rank)
         raise SystemExit(EXIT_USAGE) from None
     if only_check:
+        if rank == 0:
+            sys.stdout.write(f"nothing stands in the way of this run on {world} rank{'s' if world > 1 else ''}\n")
         return
     _quiet_libraries()
     if rank == 0:

@@ -143,4 +143,5 @@ def test_help_exits_clean_and_shows_usage(capsys):
 def test_parse_args_reads_recipe_and_overrides(recipe):
     cfg, only_check = parse_args([recipe(), "seed=9"], "x", "y")
     assert cfg.seed == 9 and not only_check
-    assert parse_args([recipe(), "--check"], "x", "y")[1]
+    cfg, only_check = parse_args([recipe(), "--check", "seed=9"], "x", "y")
+    assert cfg.seed == 9 and only_check
