@@ -19,6 +19,7 @@ from nvidia.dali.data_node import DataNode
 
 from data.clip import Clip, clip_parts, cut_clip
 from data.gop_plan import plan_runs
+from data.index_store import IndexStore
 from data.video_index import VideoIndex, index_video
 from megatron_rl.errors import VideoDecodeError
 from megatron_rl.types import VideoInfo
@@ -42,20 +43,20 @@ def _frames_pipeline(on_gpu: bool) -> DataNode:
 class DaliVideoDecoder:
     """Frames by index, resized, on `device`."""
 
-    def __init__(self, device: Literal["cpu", "gpu"], num_threads: int):
+    def __init__(self, device: Literal["cpu", "gpu"], num_threads: int, indexes: IndexStore | None = None):
         self._on_gpu = device == "gpu"
-        self._num_threads = num_threads
+        self._num_threads, self._indexes = num_threads, indexes
         self._pipeline: Pipeline | None = None
         self._device_id = torch.cuda.current_device() if self._on_gpu else None  # of this thread; others have their own
         self._lock = threading.Lock()
 
     def probe(self, path: str) -> VideoInfo:
-        return index_video(path).info()
+        return index_video(path, self._indexes).info()
 
     def decode(self, path: str, frame_indices: Sequence[int], size_hw: tuple[int, int]) -> torch.Tensor:
         """uint8 RGB [F, 3, height, width]. Any order, repeats allowed."""
         assert len(frame_indices)
-        index = index_video(path)
+        index = index_video(path, self._indexes)
         if index.by_number:
             raise VideoDecodeError(path, "frames without timestamps (a raw stream?); remux it to mp4")
         stored_hw = size_hw[::-1] if index.turn[0] else size_hw

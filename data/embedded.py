@@ -7,25 +7,21 @@ They are written out once, under the sha256 of their content, so that from here 
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
 from pathlib import Path, PurePath
+
+from data.atomic import write_atomically
 
 
 def write_out(content: bytes, name: str, folder: Path) -> Path:
-    """The file in `folder` that holds `content`; it is there complete or not at all, whoever else writes it meanwhile.
+    """The file in `folder` that holds `content`.
 
     `name` is what the data file calls it, of which the suffix is kept.
     """
     path = folder / f"{hashlib.sha256(content).hexdigest()}{PurePath(name).suffix}"
     if path.exists():
         return path
-    scratch = folder / f".{uuid.uuid4().hex}.partial"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(content)
-        os.replace(scratch, path)
+        write_atomically(path, content)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise ValueError(f"run_dir={folder.parent}: media of the data set cannot be written there ({error})") from error
     return path

@@ -18,6 +18,7 @@ from av.video.reformatter import VideoReformatter
 from torch.nn.functional import interpolate
 
 from data.decoder import Slots, decode_frames
+from data.index_store import IndexStore
 from data.video_index import VideoIndex, index_video
 from megatron_rl.errors import VideoDecodeError
 from megatron_rl.types import VideoInfo
@@ -68,12 +69,12 @@ class CpuVideoDecoder:
     from several threads.
     """
 
-    def __init__(self, num_threads: int):
-        self._num_threads = num_threads
+    def __init__(self, num_threads: int, indexes: IndexStore | None = None):
+        self._num_threads, self._indexes = num_threads, indexes
         self._slots = threading.Semaphore(num_threads)
 
     def probe(self, path: str) -> VideoInfo:
-        return index_video(path).info()
+        return index_video(path, self._indexes).info()
 
     def decode(self, path: str, frame_indices: Sequence[int], size_hw: tuple[int, int]) -> torch.Tensor:
         """uint8 RGB [F, 3, height, width]. Any order, repeats allowed."""
@@ -90,7 +91,7 @@ class CpuVideoDecoder:
             for row in rows:  # indexing with a list would copy many times slower
                 out[row] = frame
 
-        _store_frames(index_video(path), frame_indices, self._num_threads, store, self._slots)
+        _store_frames(index_video(path, self._indexes), frame_indices, self._num_threads, store, self._slots)
 
 
 def read_frames(path: str, frames: Sequence[int], num_threads: int = 1) -> np.ndarray:

@@ -5,15 +5,21 @@ from __future__ import annotations
 
 from typing import Literal
 
+from data.index_store import IndexStore
 from megatron_rl.protocols import VideoDecoder
 
 
-def open_video_decoder(device: Literal["cpu", "gpu"], num_threads: int) -> VideoDecoder:
-    """On a GPU DALI with NVDEC. On a CPU libavcodec and torch, whose resize costs a fraction of DALI's there."""
+def open_video_decoder(
+    device: Literal["cpu", "gpu"], num_threads: int, indexes: IndexStore | None = None
+) -> VideoDecoder:
+    """On a GPU DALI with NVDEC. On a CPU libavcodec and torch, whose resize costs a fraction of DALI's there.
+
+    `indexes` keeps what one pass over a file tells.
+    """
     if device == "gpu":
         from data.dali import DaliVideoDecoder
 
-        return DaliVideoDecoder(device, num_threads)
+        return DaliVideoDecoder(device, num_threads, indexes)
     from data.pixels import CpuVideoDecoder
 
-    return CpuVideoDecoder(num_threads)
+    return CpuVideoDecoder(num_threads, indexes)

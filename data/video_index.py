@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import av
 import numpy as np
@@ -20,6 +20,9 @@ import numpy as np
 from data.packets import PacketParser
 from megatron_rl.errors import VideoDecodeError
 from megatron_rl.types import VideoInfo
+
+if TYPE_CHECKING:
+    from data.index_store import IndexStore
 
 # Less than this missing at the end is how some muxers round, not a cut file.
 _TRUNCATION_SECONDS, _TRUNCATION_FRACTION = 1.0, 0.02
@@ -88,19 +91,29 @@ class VideoIndex:
         return wanted
 
 
-def index_video(path: str) -> VideoIndex:
-    """The index of a file. Raises VideoDecodeError for a file that is no whole, readable video."""
+def index_video(path: str, store: IndexStore | None = None) -> VideoIndex:
+    """The index of a file, which `store` keeps. Raises VideoDecodeError for a file that is no whole, readable video."""
     try:
         stat = os.stat(path)
     except OSError as error:
         raise VideoDecodeError(path, f"cannot be read: {error.strerror}") from error
     if stat.st_size == 0:
         raise VideoDecodeError(path, "the file is empty (0 bytes)")
-    return _index(path, stat.st_mtime_ns, stat.st_size)
+    return _index(path, (stat.st_size, stat.st_mtime_ns), store)
 
 
 @functools.lru_cache(maxsize=_NUM_REMEMBERED)
-def _index(path: str, mtime_ns: int, size: int) -> VideoIndex:
+def _index(path: str, state: tuple[int, int], store: IndexStore | None) -> VideoIndex:
+    if store is None:
+        return _pass_over(path)
+    index = store.load(path, state)
+    if index is None:
+        index = _pass_over(path)
+        store.save(index, state)
+    return index
+
+
+def _pass_over(path: str) -> VideoIndex:
     try:
         with av.open(path) as container:
             return _read(path, container, _video_stream(path, container))

@@ -18,6 +18,7 @@ import torch
 
 from data.dataset import read_rows
 from data.frames import FrameSettings
+from data.index_store import IndexStore
 from data.loader import RowLoader
 from data.manifest import Manifest
 from data.prefetch import FramePrefetcher
@@ -148,7 +149,8 @@ def open_model(cfg: RunConfig) -> ModelProvider:
 
 
 def open_decoder(cfg: RunConfig, backend: Backend) -> VideoDecoder:
-    return open_video_decoder(backend.decoder_device, cfg.data.decode_threads)
+    indexes = IndexStore(Path(cfg.run_dir) / "index")
+    return open_video_decoder(backend.decoder_device, cfg.data.decode_threads, indexes)
 
 
 def open_builder(

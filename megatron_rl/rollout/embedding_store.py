@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.atomic import scratch_beside, write_atomically
 from megatron_rl.parallel import local_rank
 from megatron_rl.types import VideoArtifact
 
@@ -147,7 +147,7 @@ class DiskStore:
         path = self._path(key)
         try:
             path.parent.mkdir(exist_ok=True)
-            scratch = _scratch(path)
+            scratch = scratch_beside(path)
             save_file({"embeds": embeds}, scratch, metadata={"key": key, "sha256": _digest(embeds)})
             scratch.chmod(self.folder.stat().st_mode & 0o666)  # safetensors lets only the owner read
             self._unseen_bytes += scratch.stat().st_size
@@ -197,9 +197,7 @@ class DiskStore:
 
     def _write_memo(self, memo: Path, content: _Content) -> None:
         try:
-            scratch = _scratch(memo)
-            scratch.write_text(json.dumps([content.sha256, content.identity]), encoding="utf-8")
-            scratch.replace(memo)
+            write_atomically(memo, json.dumps([content.sha256, content.identity]).encode())
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -233,8 +231,3 @@ def _read_memo(memo: Path) -> _Content | None:
         return _Content(str(sha256), tuple(identity))
     except (FileNotFoundError, ValueError, TypeError):
         return None
-
-
-def _scratch(path: Path) -> Path:
-    """A name beside `path` that no other process uses."""
-    return path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")

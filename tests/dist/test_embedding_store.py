@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -274,6 +275,28 @@ def _sft(rank: int, cfg: RunConfig) -> None:
     from megatron_rl.sft import run
 
     run(cfg)
+
+
+def _sft_counting_passes(rank: int, cfg: RunConfig) -> list[str]:
+    """The video files that this rank read through in a job."""
+    from data import video_index
+
+    passes: list[str] = []
+    read = video_index._pass_over
+    with mock.patch.object(video_index, "_pass_over", lambda path: passes.append(path) or read(path)):
+        _sft(rank, cfg)
+    return passes
+
+
+def test_a_file_is_read_through_once_by_all_ranks_and_epochs(
+    tiny_checkpoint: Path, tiny_videos: Path, tmp_path: Path
+) -> None:
+    cfg = _recipe(tiny_checkpoint, tiny_videos, tmp_path / "run", tmp_path / "cache")
+    two_epochs = replace(cfg, train=replace(cfg.train, num_steps=6), data=replace(cfg.data, cache_dir=""))
+    passes = [path for part in run_world(2, _sft_counting_passes, two_epochs) for path in part]
+    num_train = 8
+    assert len(passes) == len(set(passes)) == num_train
+    assert run_world(2, _sft_counting_passes, replace(two_epochs, seed=2)) == [[], []], "a run that goes on"
 
 
 def _metric(cfg: RunConfig, name: str) -> list[float]:
