@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import av
 import numpy as np
 
-from data.video_index import cause, demux, index_video
+from data.index_reader import cause, demux
+from data.index_store import index_video
 from megatron_rl.errors import VideoDecodeError
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ import numpy as np
 
 from data.decoder import OutOfStep, PacketReader
 from data.gop_plan import GopRun
-from data.video_index import VideoIndex, cause
+from data.index_reader import cause
+from data.video_index import VideoIndex
 from megatron_rl.errors import VideoDecodeError
 
 _TICK = 40  # milliseconds between pictures: the clip's own clock, every file's is different

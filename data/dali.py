@@ -19,8 +19,8 @@ from nvidia.dali.data_node import DataNode
 
 from data.clip import Clip, clip_parts, cut_clip
 from data.gop_plan import plan_runs
-from data.index_store import IndexStore
-from data.video_index import VideoIndex, index_video
+from data.index_store import IndexStore, index_video
+from data.video_index import VideoIndex
 from megatron_rl.errors import VideoDecodeError
 from megatron_rl.types import VideoInfo
 

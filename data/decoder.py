@@ -17,7 +17,8 @@ from contextlib import nullcontext
 import av
 
 from data.gop_plan import GopRun, earlier_start, plan_runs, split_runs
-from data.video_index import VideoIndex, cause, decode_all, demux
+from data.index_reader import cause, decode_all, demux
+from data.video_index import VideoIndex
 from megatron_rl.errors import VideoDecodeError
 
 Deliver = Callable[[int, av.VideoFrame], None]

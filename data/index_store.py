@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Indexes of video files on disk: one pass over a file serves all ranks of a run, its epochs and what resumes it.
+"""Indexes of video files, remembered until the file changes: by this process, and on disk by a run.
 
-An entry belongs to one state of one file, and to the libraries that read it; a damaged one is made again.
+With an `IndexStore` one pass over a file serves all ranks, all epochs and what resumes the run. An entry belongs to one
+state of one file, and to the libraries that read it; a damaged one is made again.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -19,8 +21,11 @@ import av
 import numpy as np
 
 from data.atomic import write_atomically
+from data.index_reader import read_index
 from data.video_index import VideoIndex
+from megatron_rl.errors import VideoDecodeError
 
+_NUM_REMEMBERED = 128  # a two-hour film takes 3 MB
 _FORMAT = 1
 _ABOUT = ("codec", "width", "height", "time_base", "average_fps", "display", "colour_matrix", "by_number")
 _NUMBERS = ("pts", "packet_of_frame", "packet_pts")
@@ -60,3 +65,25 @@ class IndexStore:
     def _entry(self, path: str, state: tuple[int, int]) -> Path:
         identity = [_FORMAT, av.library_versions, os.path.realpath(path), *state]
         return self.folder / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.npz"
+
+
+def index_video(path: str, store: IndexStore | None = None) -> VideoIndex:
+    """The index of a file. Raises VideoDecodeError for a file that is no whole, readable video."""
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise VideoDecodeError(path, f"cannot be read: {error.strerror}") from error
+    if stat.st_size == 0:
+        raise VideoDecodeError(path, "the file is empty (0 bytes)")
+    return _index(path, (stat.st_size, stat.st_mtime_ns), store)
+
+
+@functools.lru_cache(maxsize=_NUM_REMEMBERED)
+def _index(path: str, state: tuple[int, int], store: IndexStore | None) -> VideoIndex:
+    if store is None:
+        return read_index(path)
+    index = store.load(path, state)
+    if index is None:
+        index = read_index(path)
+        store.save(index, state)
+    return index

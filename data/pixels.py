@@ -18,8 +18,8 @@ from av.video.reformatter import VideoReformatter
 from torch.nn.functional import interpolate
 
 from data.decoder import Slots, decode_frames
-from data.index_store import IndexStore
-from data.video_index import VideoIndex, index_video
+from data.index_store import IndexStore, index_video
+from data.video_index import VideoIndex
 from megatron_rl.errors import VideoDecodeError
 from megatron_rl.types import VideoInfo
 

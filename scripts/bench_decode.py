@@ -30,11 +30,12 @@ import torch
 from av.filter import Graph
 from av.video.frame import PictureType
 
-from data import video_index
+from data import index_store
 from data.decoder import PacketReader
 from data.gop_plan import GopRun, plan_runs, split_runs
+from data.index_store import index_video
 from data.pixels import CpuVideoDecoder, read_frames
-from data.video_index import VideoIndex, index_video
+from data.video_index import VideoIndex
 
 FPS = 30
 ENCODERS = {
@@ -96,7 +97,7 @@ def _test_pictures(size: str, seconds: int) -> Iterator[av.VideoFrame]:
 
 
 def ours(path: str, frames: list[int], threads: int) -> object:
-    video_index._index.cache_clear()
+    index_store._index.cache_clear()
     return read_frames(path, frames, threads)
 
 
@@ -240,7 +241,7 @@ def resized(method: Method, size_hw: tuple[int, int]) -> Method:
 
 def ours_resized(size_hw: tuple[int, int]) -> Method:
     def run(path: str, frames: list[int], threads: int) -> object:
-        video_index._index.cache_clear()
+        index_store._index.cache_clear()
         return CpuVideoDecoder(threads).decode(path, frames, size_hw)
 
     return run

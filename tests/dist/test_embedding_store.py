@@ -279,11 +279,11 @@ def _sft(rank: int, cfg: RunConfig) -> None:
 
 def _sft_counting_passes(rank: int, cfg: RunConfig) -> list[str]:
     """The video files that this rank read through in a job."""
-    from data import video_index
+    from data import index_store
 
     passes: list[str] = []
-    read = video_index._pass_over
-    with mock.patch.object(video_index, "_pass_over", lambda path: passes.append(path) or read(path)):
+    read = index_store.read_index
+    with mock.patch.object(index_store, "read_index", lambda path: passes.append(path) or read(path)):
         _sft(rank, cfg)
     return passes
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.video_index import index_video
+from data.index_store import index_video
 
 REPO = Path(__file__).parents[2]
 

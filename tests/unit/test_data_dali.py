@@ -14,8 +14,8 @@ import torch
 from data.clip import clip_parts, cut_clip
 from data.dali import DaliVideoDecoder, recolour
 from data.gop_plan import plan_runs
+from data.index_store import index_video
 from data.pixels import CpuVideoDecoder, read_frames
-from data.video_index import index_video
 from megatron_rl.errors import VideoDecodeError
 from tests.unit.test_data_pixels import tagged
 from tests.video_files import NUM_FRAMES, full_decode, write_kind

@@ -12,9 +12,9 @@ import numpy as np
 import psutil
 import pytest
 
+from data.index_store import index_video
 from data.manifest import Manifest
 from data.pixels import CpuVideoDecoder, read_frames
-from data.video_index import index_video
 from megatron_rl.errors import VideoDecodeError
 from tests.video_files import NUM_FRAMES, Kind, full_decode, write_kind, write_video
 

@@ -14,8 +14,8 @@ import pytest
 
 from data.decoder import PacketReader, decode_frames
 from data.gop_plan import plan_runs
+from data.index_store import index_video
 from data.pixels import read_frames
-from data.video_index import index_video
 from megatron_rl.errors import VideoDecodeError
 from tests.video_files import KINDS, NUM_FRAMES, Kind, copy_packets, full_decode, write_kind, write_video
 

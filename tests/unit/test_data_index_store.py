@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import video_index
-from data.index_store import IndexStore
+from data import index_store
+from data.index_store import IndexStore, index_video
 from data.pixels import CpuVideoDecoder
-from data.video_index import VideoIndex, index_video
+from data.video_index import VideoIndex
 from tests.video_files import Kind, write_kind, write_video
 
 
@@ -37,9 +37,9 @@ def assert_equal(ours: VideoIndex | None, expected: VideoIndex) -> None:
 def passes(monkeypatch) -> list[str]:
     """The files that are read through, as a process does that remembers nothing."""
     seen: list[str] = []
-    read = video_index._pass_over
-    monkeypatch.setattr(video_index, "_pass_over", lambda path: seen.append(path) or read(path))
-    video_index._index.cache_clear()
+    read = index_store.read_index
+    monkeypatch.setattr(index_store, "read_index", lambda path: seen.append(path) or read(path))
+    index_store._index.cache_clear()
     return seen
 
 
@@ -59,7 +59,7 @@ def test_a_file_is_read_through_once(tmp_path, passes):
     store = IndexStore(tmp_path / "index")
     frames = CpuVideoDecoder(1, store).decode(path, range(20), (56, 56))
     for again in (IndexStore(tmp_path / "index"), store):
-        video_index._index.cache_clear()
+        index_store._index.cache_clear()
         assert np.array_equal(CpuVideoDecoder(1, again).decode(path, range(20), (56, 56)), frames)
     assert passes == [path]
 
@@ -88,7 +88,7 @@ def test_a_damaged_entry_is_made_again(tmp_path, passes, harm):
     else:
         entry.write_bytes({"cut": content[:-40], "empty": b"", "text": b"hello"}[harm])
     assert store.load(path, state(path)) is None
-    video_index._index.cache_clear()
+    index_store._index.cache_clear()
     assert_equal(index_video(path, store), index)
     assert_equal(store.load(path, state(path)), index)
     assert passes == [path, path] and list(store.folder.iterdir()) == [entry]
