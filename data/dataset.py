@@ -112,13 +112,12 @@ def _row(record: object, source: str, folders: _Folders) -> Row:
     """The row of one record, or a ValueError that says what is wrong with it."""
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, found {type(record).__name__}")
-    problem_type = record.get("problem_type") or ""
     return Row(
         source=source,
         problem=_text(record, "problem"),
         answer=_answer(record),
         videos=_media(record, "videos", folders) or _media(record, "video", folders),
-        problem_type=str(problem_type),
+        problem_type=_whole(str(record.get("problem_type") or ""), "problem_type"),
         images=_media(record, "images", folders) or _media(record, "image", folders),
         span=_span(record),
         audios=_media(record, "audios", folders) or _media(record, "audio", folders),
@@ -148,7 +147,12 @@ def _text(record: dict, name: str) -> str:
     text = str(value)
     if not text.strip():
         raise ValueError(f"`{name}` is empty")
-    if _LONE_SURROGATE.search(text):  # JSON can write half a character
+    return _whole(text, name)
+
+
+def _whole(text: str, name: str) -> str:
+    """`text` itself, unless it holds half a character, as JSON can write it."""
+    if _LONE_SURROGATE.search(text):
         raise ValueError(f"`{name}` holds half a surrogate pair, which is no text")
     return text
 
@@ -180,4 +184,4 @@ def _medium(medium: object, name: str, folders: _Folders) -> str:
             return str(write_out(content, str(path or ""), folders.embedded))
     if not isinstance(path, str) or not path.strip() or "\0" in path:
         raise ValueError(f'`{name}` must be a path, {{"bytes", "path"}}, or a list of them')
-    return str(folders.root / path)
+    return str(folders.root / _whole(path, name))

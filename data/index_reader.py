@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import av
 import numpy as np
 
 from data.packets import PacketParser
-from data.video_index import VideoIndex
+from data.video_index import VideoHeader, VideoIndex
 from megatron_rl.errors import VideoDecodeError
 
 # Less than this missing at the end is how some muxers round, not a cut file.
@@ -72,20 +72,6 @@ def _video_stream(path: str, container: av.container.InputContainer) -> av.Video
     return stream
 
 
-@dataclass(frozen=True, slots=True)
-class _About:
-    """What a VideoIndex says of the whole video, under the same names."""
-
-    path: str
-    codec: str
-    width: int
-    height: int
-    time_base: float
-    average_fps: float
-    display: tuple[int, int, int, int]
-    colour_matrix: Literal["bt601", "bt709", "bt2020"]
-
-
 class _Packets:
     """The columns of the index while they are read."""
 
@@ -127,7 +113,7 @@ def _read(path: str, container: av.container.InputContainer, stream: av.VideoStr
     if packets.cut or missing > max(_TRUNCATION_SECONDS, _TRUNCATION_FRACTION * packets.end * time_base):
         raise VideoDecodeError(path, f"truncated: the data ends after {packets.end * time_base:.1f} s of video")
     rate = float(stream.average_rate or 0)
-    about = _About(path, codec, first.width, first.height, time_base, rate, _display(path, first), _matrix(first))
+    header = VideoHeader(path, codec, first.width, first.height, time_base, rate, _display(path, first), _matrix(first))
     if all(packets.is_key) and None in packets.pts and None not in packets.dts:
         packets.pts = packets.dts  # nothing is reordered where every picture stands alone
     shown = [pts for pts, is_shown in zip(packets.pts, packets.is_shown, strict=True) if is_shown]
@@ -135,8 +121,8 @@ def _read(path: str, container: av.container.InputContainer, stream: av.VideoStr
         container.format.name == "avi" and context.has_b_frames and packets.pts == sorted(pts or 0 for pts in shown)
     )
     if None in packets.pts or len(set(shown)) != len(shown) or made_up:  # AVI knows the order of decoding only
-        return _by_number(replace(about, average_fps=rate or 25.0, time_base=1 / (rate or 25.0)))
-    return _assemble(about, packets)
+        return _by_number(replace(header, average_fps=rate or 25.0, time_base=1 / (rate or 25.0)))
+    return _assemble(header, packets)
 
 
 def _first_frame(path: str, keyframe: av.Packet) -> av.VideoFrame | None:
@@ -168,7 +154,7 @@ def _display(path: str, frame: av.VideoFrame) -> tuple[int, int, int, int]:
     return signs  # type: ignore[return-value]
 
 
-def _assemble(about: _About, packets: _Packets) -> VideoIndex:
+def _assemble(header: VideoHeader, packets: _Packets) -> VideoIndex:
     pts, is_key = np.asarray(packets.pts, np.int64), np.asarray(packets.is_key)
     is_shown = np.asarray(packets.is_shown)
     first_key = int(np.flatnonzero(is_key)[0])
@@ -176,11 +162,11 @@ def _assemble(about: _About, packets: _Packets) -> VideoIndex:
     is_shown &= (np.arange(len(pts)) >= first_key) & (pts >= pts[first_key])
     highest = max((layer for layer in packets.sublayer if layer is not None), default=0)
     if not is_shown.any():
-        raise VideoDecodeError(about.path, "no video frames")
+        raise VideoDecodeError(header.path, "no video frames")
     shown = np.flatnonzero(is_shown)
     order = shown[np.argsort(pts[shown])]
     return VideoIndex(
-        **asdict(about),
+        **asdict(header),
         pts=pts[order],
         packet_of_frame=order,
         packet_pts=pts,
@@ -198,15 +184,15 @@ def decode_all(container: av.container.InputContainer) -> Iterator[av.VideoFrame
     yield from stream.codec_context.decode(None)
 
 
-def _by_number(about: _About) -> VideoIndex:
+def _by_number(header: VideoHeader) -> VideoIndex:
     """Count the frames by decoding all: raw streams, AVI with B-frames, repeated timestamps."""
-    with av.open(about.path) as container:
+    with av.open(header.path) as container:
         count = sum(1 for _ in decode_all(container))
     if not count:
-        raise VideoDecodeError(about.path, "no video frames")
+        raise VideoDecodeError(header.path, "no video frames")
     numbers, yes = np.arange(count), np.ones(count, bool)
     return VideoIndex(
-        **asdict(about),
+        **asdict(header),
         pts=numbers,
         packet_of_frame=numbers,
         packet_pts=numbers,

@@ -14,7 +14,7 @@ import json
 import os
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import av
@@ -22,12 +22,12 @@ import numpy as np
 
 from data.atomic import write_atomically
 from data.index_reader import read_index
-from data.video_index import VideoIndex
+from data.video_index import VideoHeader, VideoIndex
 from megatron_rl.errors import VideoDecodeError
 
 _NUM_REMEMBERED = 128  # a two-hour film takes 3 MB
 _FORMAT = 1
-_ABOUT = ("codec", "width", "height", "time_base", "average_fps", "display", "colour_matrix", "by_number")
+_ABOUT = (*(field.name for field in fields(VideoHeader) if field.name != "path"), "by_number")
 _NUMBERS = ("pts", "packet_of_frame", "packet_pts")
 _FLAGS = ("is_key", "is_shown", "is_droppable")
 
@@ -48,6 +48,8 @@ class IndexStore:
                 numbers = {name: np.cumsum(entry[name]) for name in _NUMBERS}
                 return VideoIndex(path=path, **about, **numbers, **{name: entry[name] for name in _FLAGS})
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+            return None
+        except RuntimeError:  # a flipped bit calls the entry encrypted, or packed in a way that is not known
             return None
 
     def save(self, index: VideoIndex, state: tuple[int, int]) -> None:

@@ -18,8 +18,8 @@ from megatron_rl.types import VideoInfo
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class VideoIndex:
-    """Packets in decoding order (P of them) and frames in presentation order (F).
+class VideoHeader:
+    """What holds for the whole video.
 
     `display` is the part (a, b, c, d) of the display matrix that turns and mirrors, as signs. Timestamps are in units
     of `time_base` seconds.
@@ -33,6 +33,12 @@ class VideoIndex:
     average_fps: float
     display: tuple[int, int, int, int]
     colour_matrix: Literal["bt601", "bt709", "bt2020"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VideoIndex(VideoHeader):
+    """Packets in decoding order (P of them) and frames in presentation order (F)."""
+
     pts: np.ndarray
     """int64 [F] of the shown frames, ascending."""
     packet_of_frame: np.ndarray

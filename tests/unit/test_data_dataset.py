@@ -90,6 +90,8 @@ def test_relative_roots_become_absolute(tmp_path, monkeypatch):
         ({"problem": "p", "answer": "a", "audio": 3}, "`audio` must be a path"),
         ({"problem": "p", "answer": "a", "video": ["a\0b"]}, "`video` must be a path"),
         ({"problem": "p\ud800", "answer": "a"}, "half a surrogate pair"),
+        ({"problem": "p", "answer": "a", "videos": "a\udc80.mp4"}, "`videos` holds half a surrogate"),
+        ({"problem": "p", "answer": "a", "problem_type": "\ud800"}, "`problem_type` holds half a surrogate"),
         (b"[" * 100_000, "nested too deeply"),
         ({"problem": "p", "answer": "a", "videos": [3]}, "`videos` must be"),
         ({"problem": "p", "answer": "a", "videos": {"uri": "x"}}, "`videos` must be"),

@@ -94,6 +94,22 @@ def test_a_damaged_entry_is_made_again(tmp_path, passes, harm):
     assert passes == [path, path] and list(store.folder.iterdir()) == [entry]
 
 
+def test_no_flipped_bit_stops_a_run_or_goes_into_an_index(tmp_path):
+    path, store = write_video(tmp_path / "a.mp4", Kind("libx264"), 20), IndexStore(tmp_path / "index")
+    index = index_video(path, store)
+    [entry] = store.folder.iterdir()
+    content, num_refused = entry.read_bytes(), 0
+    for number in range(len(content)):
+        flipped = bytearray(content)
+        flipped[number] ^= 1 << number % 8
+        entry.write_bytes(flipped)
+        loaded = store.load(path, state(path))
+        num_refused += loaded is None
+        if loaded is not None:  # a bit that says nothing, such as of the time at which it was written
+            assert_equal(loaded, index)
+    assert num_refused > len(content) / 2
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     path = write_video(tmp_path / "a.mp4", Kind("libx264"), 4)
