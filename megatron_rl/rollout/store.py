@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data.atomic import write_atomically
 from megatron_rl.types import Completion, Group, Prompt, Row, Scored, VideoArtifact
 
 
@@ -22,11 +23,8 @@ class RolloutStore:
     def save(self, step: int, groups: Sequence[Group]) -> None:
         if not self._writes:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(step)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(asdict(g), ensure_ascii=False) + "\n" for g in groups), encoding="utf-8")
-        partial.rename(path)
+        lines = "".join(json.dumps(asdict(g), ensure_ascii=False) + "\n" for g in groups)
+        write_atomically(self._path(step), lines.encode())
 
     def load(self, step: int) -> list[Group]:
         path = self._path(step)

@@ -13,7 +13,7 @@ import pytest
 from data.packets import PacketParser
 from data.pixels import CpuVideoDecoder
 from megatron_rl.errors import VideoDecodeError
-from tests.video_files import HEIGHT, KINDS, NUM_FRAMES, WIDTH, Kind, frame_time, write_kind, write_video
+from tests.video_files import HEIGHT, KINDS, NUM_FRAMES, WIDTH, Kind, frame_time, turned, write_kind, write_video
 
 NAMES = ["h264_vfr.mkv", "h264_vfr.mp4", "h264_open_gop.ts", "hevc.mp4", "vp9_odd.mp4", "mpeg4.avi", "vp8.webm"]
 
@@ -57,19 +57,6 @@ def test_a_turned_video_has_the_size_that_is_shown(tmp_path, decoder, degrees):
 def test_a_slanted_video_is_refused(tmp_path, decoder):
     with pytest.raises(VideoDecodeError, match="multiple of 90 degrees"):
         decoder.probe(turned(tmp_path, 30))
-
-
-def turned(folder: Path, degrees: int) -> str:
-    path = folder / f"turned_{degrees}.mp4"
-    source = write_video(folder / "upright.mp4", Kind("libx264", {"g": "15"}), 20)
-    with av.open(source) as given, av.open(str(path), "w") as container:
-        stream = container.add_stream_from_template(given.streams.video[0])
-        stream.set_display_rotation(degrees)
-        for packet in given.demux(video=0):
-            if packet.size:
-                packet.stream = stream
-                container.mux(packet)
-    return str(path)
 
 
 # ------------------------------------------------------------------------------------------------- bytes of a packet

@@ -16,7 +16,7 @@ import torch
 
 from data.pixels import CpuVideoDecoder, read_frames
 from megatron_rl.device import define_torchvision_operators
-from tests.video_files import HEIGHT, KINDS, NUM_FRAMES, WIDTH, Kind, full_decode, write_kind, write_video
+from tests.video_files import HEIGHT, KINDS, NUM_FRAMES, WIDTH, Kind, full_decode, turned, write_kind, write_video
 
 SMOOTH = Kind("libx264", {"g": "15", "crf": "1"}, "yuv444p")
 LUMA = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}
@@ -77,19 +77,11 @@ def test_colours_are_those_of_the_stream_s_tags(tmp_path, matrix, full_range):
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 def test_turned_videos_are_shown_upright(tmp_path, degrees):
     """PyAV's set_display_rotation turns counterclockwise, as np.rot90 does."""
-    source = write_video(tmp_path / "upright.mp4", Kind("libx264", {"g": "15"}), 20)
-    path = tmp_path / "turned.mp4"
-    with av.open(source) as given, av.open(str(path), "w") as container:
-        stream = container.add_stream_from_template(given.streams.video[0])
-        stream.set_display_rotation(degrees)
-        for packet in given.demux(video=0):
-            if packet.size:
-                packet.stream = stream
-                container.mux(packet)
-    with av.open(str(path)) as container:
+    path = turned(tmp_path, degrees)
+    with av.open(path) as container:
         assert next(container.decode(video=0)).rotation % 360 == degrees
-    expected = np.rot90(full_decode(source), degrees // 90, axes=(1, 2))
-    assert np.array_equal(read_frames(str(path), list(range(20)), 2), expected)
+    expected = np.rot90(full_decode(str(tmp_path / "upright.mp4")), degrees // 90, axes=(1, 2))
+    assert np.array_equal(read_frames(path, list(range(20)), 2), expected)
     shown = (HEIGHT, WIDTH) if degrees % 180 == 0 else (WIDTH, HEIGHT)
     assert CpuVideoDecoder(1).decode(str(path), [7], shown)[0].permute(1, 2, 0).equal(torch.tensor(expected[7].copy()))
 
