@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Video embeddings on disk, shared by steps and by runs, also by runs at the same time.
 
-    <folder>/3f/3fa4....safetensors     8 temporal patches of a video: embeds [n, H]
+    <folder>/3f/3fa4....safetensors     8 temporal patches of a video: embeds [n, H], seal [32]
     <folder>/files/91c0....json         sha256 of a video file, as long as it is the same file
 
 An entry is named by everything that decides what is in it: the content of the file, the frames, their size, and the
@@ -17,20 +17,21 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from data.atomic import scratch_beside, write_atomically
 from megatron_rl.parallel import local_rank
 from megatron_rl.types import VideoArtifact
 
-FORMAT = 1
+FORMAT = 2
 PATCHES_PER_ENTRY = 8
 SCAN_FRACTION = 0.01  # of the bound: how much a process writes before it looks at the folder again
 ABANDONED_SECONDS = 3600.0  # a partial file that old belongs to nobody
@@ -130,25 +131,27 @@ class DiskStore:
             return None, False
         key = self._key(video, content, first, last)
         try:
-            with safe_open(self._path(key), framework="pt") as file:
-                metadata, embeds = file.metadata() or {}, file.get_tensor("embeds")
-            os.utime(self._path(key))
+            # Opened once: safe_open would open the file again for the tensor, and another run may remove it in between.
+            stored = load(self._path(key).read_bytes())
         except FileNotFoundError:
             return None, False
         except SafetensorError:
             return None, True
+        with suppress(FileNotFoundError):  # removed meanwhile
+            os.utime(self._path(key))
         shape = ((last - first) * (video.num_tokens // video.grid_thw[0]), self._hidden)
-        is_whole = tuple(embeds.shape) == shape and embeds.dtype == self._dtype
-        if is_whole and metadata == {"key": key, "sha256": _digest(embeds)}:
-            return embeds, False
-        return None, True
+        embeds = stored.get("embeds")
+        is_whole = embeds is not None and tuple(embeds.shape) == shape and embeds.dtype == self._dtype
+        if embeds is None or not is_whole or not torch.equal(stored.get("seal", torch.empty(0)), _seal(key, embeds)):
+            return None, True
+        return embeds, False
 
     def _write_entry(self, key: str, embeds: Tensor) -> None:
         path = self._path(key)
         try:
             path.parent.mkdir(exist_ok=True)
             scratch = scratch_beside(path)
-            save_file({"embeds": embeds}, scratch, metadata={"key": key, "sha256": _digest(embeds)})
+            save_file({"embeds": embeds, "seal": _seal(key, embeds)}, scratch)
             scratch.chmod(self.folder.stat().st_mode & 0o666)  # safetensors lets only the owner read
             self._unseen_bytes += scratch.stat().st_size
             scratch.replace(path)
@@ -212,8 +215,11 @@ def _entries(start: int, stop: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + PATCHES_PER_ENTRY, stop)
 
 
-def _digest(embeds: Tensor) -> str:
-    return hashlib.sha256(embeds.contiguous().view(torch.uint8).numpy()).hexdigest()
+def _seal(key: str, embeds: Tensor) -> Tensor:
+    """sha256 over the name of an entry and what is in it, uint8 [32]."""
+    digest = hashlib.sha256(key.encode())
+    digest.update(embeds.contiguous().view(torch.uint8).numpy())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 def _identity(path: str) -> Identity | None:

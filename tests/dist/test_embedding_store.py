@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -198,6 +199,61 @@ def test_a_damaged_or_foreign_entry_is_never_used(
             _assert_equal(again, made)
             counts, _ = encode()
             assert (counts.damaged_entries, counts.encoded_patches) == (0, 0), f"{how}: it was not written anew"
+
+    run_world(1, work)
+
+
+def _filled(checkpoint: Path, folder: Path, video: VideoArtifact) -> tuple[DiskStore, Tensor]:
+    """A store that knows `video`, and the embeddings of its only entry."""
+    cache = _open(checkpoint, folder)
+    cache.encode([video])
+    store = cache._store
+    assert isinstance(store, DiskStore)
+    return store, cache.fetch([video])[video.key]
+
+
+def test_every_bit_of_the_header_counts(tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        store, made = _filled(tiny_checkpoint, tmp_path / "cache", videos[1])
+        [entry] = _entries(tmp_path / "cache")
+        whole = entry.read_bytes()
+        header = 8 + int.from_bytes(whole[:8], "little")
+        for bit in range(8 * header):
+            data = bytearray(whole)
+            data[bit // 8] ^= 1 << bit % 8
+            entry.write_bytes(data)
+            embeds, num_damaged = store.read(videos[1], 0, 3)
+            assert (embeds is None) == (num_damaged == 1), bit
+            assert embeds is None or torch.equal(embeds, made), bit
+
+    run_world(1, work)
+
+
+def _remove_and_restore(entry: Path, kept: Path) -> None:
+    """As another run would, thousands of times a second, until killed."""
+    while True:
+        entry.unlink()
+        os.link(kept, entry)
+
+
+def test_an_entry_that_another_run_removes_while_it_is_read(
+    tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path
+) -> None:
+    def work(rank: int) -> None:
+        store, made = _filled(tiny_checkpoint, tmp_path / "cache", videos[1])
+        [entry] = _entries(tmp_path / "cache")
+        os.link(entry, tmp_path / "kept")
+        other = multiprocessing.get_context("fork").Process(target=_remove_and_restore, args=(entry, tmp_path / "kept"))
+        other.start()
+        try:
+            found: list[tuple[Tensor | None, int]] = []
+            while len(found) < 3000 or {embeds is None for embeds, _ in found} != {True, False}:
+                found.append(store.read(videos[1], 0, 3))
+        finally:
+            other.kill()
+            other.join()
+        assert not any(num_damaged for _, num_damaged in found)
+        assert all(torch.equal(embeds, made) for embeds, _ in found if embeds is not None)
 
     run_world(1, work)
 
