@@ -188,6 +188,9 @@ class TrainConfig:
     """Token budget of one packed micro-batch, over all its context parallel ranks; a shared prompt counts once."""
     share_prefix: bool = True
     """Store and compute the prompt of a group once for all its responses; gradients are the same without."""
+    offload_optimizer: bool = False
+    """Optimizer state in host memory except during its own step. In RL that is so for the first update of a step in
+    any case, since the state waits there while the engine works; this is for SFT and for further updates."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 

@@ -142,10 +142,14 @@ def collect_groups(session: Session, rollout: Rollout, loader: RowLoader, step: 
 def fetch_embeds(
     session: Session, updates: Sequence[Sequence[MicroBatch]]
 ) -> tuple[list[list[MicroBatch]], list[VideoEmbeds]]:
-    """The updates, and for each the embeddings of those video tokens that this rank puts into its micro-batches."""
+    """The updates, and for each the embeddings of those video tokens that this rank puts into its micro-batches.
+
+    The last that is asked of the step's embeddings: those that other ranks use are dropped."""
     local = [localize(batches) for batches in updates]
     asks = session.mesh.is_first_stage
-    return [batches for batches, _ in local], [session.vision.fetch_tokens(w if asks else {}) for _, w in local]
+    embeds = [session.vision.fetch_tokens(w if asks else {}) for _, w in local]
+    session.vision.release()
+    return [batches for batches, _ in local], embeds
 
 
 def train_on(

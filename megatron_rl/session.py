@@ -212,6 +212,7 @@ def _build_policy(
         weight_decay=optimizer.weight_decay,
         warmup_steps=optimizer.warmup_steps,
         max_grad_norm=optimizer.max_grad_norm,
+        offload=cfg.train.offload_optimizer,
     )
     policy = Policy(model, backend, mesh, hyper, tower)
     if cfg.model.weights_from:

@@ -2,8 +2,9 @@
 """Memory of one GPU in every phase of a step, item by item, in bytes: the fullest rank of the fullest stage.
 
 Who holds what when is that of `loop.rl_step`: during `encode` and `generate` the engine is awake, gradients are freed
-and optimizer state is in host memory; during `log-probs` and `update` the engine sleeps. The frozen tower and the
-embeddings of the step stay on their ranks throughout. Reference weights live in host memory.
+and optimizer state is in host memory; during `log-probs` and `update` the engine sleeps. The state stays away until the
+first `optimizer step`, and with `train.offload_optimizer` between steps too. The tower stays throughout; the embeddings
+that a rank made go once all are fetched for learning. Reference weights live in host memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from megatron_rl.types import DECODED_BYTES
 from model_providers.shape import TransformerShape
 
 FP32 = 4
+OPTIMIZER_STEP = "optimizer step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,13 @@ def phase_names(cfg: RunConfig) -> list[str]:
     names = ["encode", "generate"]
     if cfg.data.eval and cfg.eval.batch_size > cfg.train.prompts_per_step:
         names.append("evaluate")
-    return [*names, *(["log-probs"] if passes_without_gradients(cfg) else []), "update"]
+    log_probs = ["log-probs"] if passes_without_gradients(cfg) else []
+    return [*names, *log_probs, "update", *([] if updates_beside_state(cfg) else [OPTIMIZER_STEP])]
+
+
+def updates_beside_state(cfg: RunConfig) -> bool:
+    """Whether optimizer state is on the GPU while an update computes: from the second one on, if it may stay."""
+    return cfg.train.updates_per_step > 1 and not cfg.train.offload_optimizer
 
 
 def passes_without_gradients(cfg: RunConfig) -> int:
@@ -129,31 +137,35 @@ def _items(case: Case, need: EngineNeed, phase: str, stage: int) -> Iterator[tup
     params = case.params(stage)
     yield "reserve", case.assumed.reserve
     yield "weights", params.total * case.cut.element
-    num_prompts = case.cfg.eval.batch_size if phase == "evaluate" else case.work.num_prompts
-    yield from _vision(case, num_prompts)
+    if case.model.tower is not None:
+        yield "vision tower", case.model.tower.num_params * case.cut.element
     if phase in ("encode", "generate", "evaluate"):
+        num_prompts = case.cfg.eval.batch_size if phase == "evaluate" else case.work.num_prompts
+        if case.model.tower is not None:
+            yield "embeddings made here", num_prompts * _video_bytes(case) / case.layout.world
         yield from need.items
         yield from (_encode_items(case) if phase == "encode" else _generate_items(case, num_prompts))
     else:
-        yield "gradients", params.trained * FP32
+        yield from _learning_items(case, params, stage, phase)
+
+
+def _learning_items(case: Case, params: StageParams, stage: int, phase: str) -> Iterator[tuple[str, float]]:
+    backward = phase == "update"
+    has_state = phase == OPTIMIZER_STEP or (backward and updates_beside_state(case.cfg))
+    yield "gradients", params.trained * FP32
+    if has_state:
         yield "optimizer", optimizer_bytes(case, params)
-        yield from _trained_tower(case, backward=phase == "update")
-        yield from _training_embeddings(case, stage)
-        yield from _passes(case, params, stage, backward=phase == "update")
+    yield from _trained_tower(case, backward, has_state)
+    yield from _embeddings_fetched(case, stage)
+    if phase != OPTIMIZER_STEP:
+        yield from _embeddings_in_flight(case, stage)
+        yield from _passes(case, params, stage, backward)
 
 
 def optimizer_bytes(case: Case, params: StageParams) -> float:
     """Two moments and, where parameters are not fp32 themselves, the fp32 copy; over all data and context ranks."""
     per_param = 2 * FP32 + (FP32 if case.cut.element != FP32 else 0)
     return params.trained * per_param / case.layout.optimizer_shards
-
-
-def _vision(case: Case, num_prompts: int) -> Iterator[tuple[str, float]]:
-    """The tower on every rank, and the embeddings that this rank made: its share of the frames of all prompts."""
-    if case.model.tower is None:
-        return
-    yield "vision tower", case.model.tower.num_params * case.cut.element
-    yield "embeddings made here", num_prompts * _video_bytes(case) / case.layout.world
 
 
 def _video_bytes(case: Case) -> float:
@@ -186,28 +198,36 @@ def _decoded_ahead(case: Case) -> float:
     return min(case.cfg.data.prefetch_mib << 20, case.work.num_prompts * _frame_bytes(case) / case.layout.world)
 
 
-def _trained_tower(case: Case, backward: bool) -> Iterator[tuple[str, float]]:
+def _trained_tower(case: Case, backward: bool, has_state: bool) -> Iterator[tuple[str, float]]:
     """All of the tower counts as trained; for it every rank is data parallel. It goes backwards once the language model
     is done, a chunk of frames at a time."""
     tower = case.model.tower
     if tower is None or case.cfg.model.freeze_vision:
         return
-    per_param = 2 * FP32 + (FP32 if case.cut.element != FP32 else 0)
     yield "tower's gradients", tower.num_params * FP32
-    yield "tower's optimizer", tower.num_params * per_param / case.layout.world
+    if has_state:
+        per_param = 2 * FP32 + (FP32 if case.cut.element != FP32 else 0)
+        yield "tower's optimizer", tower.num_params * per_param / case.layout.world
     if backward:
         frames = min(case.cfg.data.frames_per_chunk, case.work.num_frames)
         yield "tower's activations", tower.kept_bytes(frames, case.work.size_hw, case.cut.element)
 
 
-def _training_embeddings(case: Case, stage: int) -> Iterator[tuple[str, float]]:
-    """The first stage fetches the tokens of its own rows for all micro-batches, and copies those of one in flight."""
+def _embeddings_fetched(case: Case, stage: int) -> Iterator[tuple[str, float]]:
+    """The first stage fetches the tokens of its own rows for all micro-batches."""
     if case.model.tower is None or stage:
         return
     work, layout = case.work, case.layout
     videos = min(case.packing.bundles, work.num_prompts)
     wide = 1 if case.cfg.model.freeze_vision else FP32 / case.cut.element  # what is trained is fetched in fp32
     yield "embeddings fetched", wide * videos * _video_bytes(case) / (layout.context * layout.tensor)
+
+
+def _embeddings_in_flight(case: Case, stage: int) -> Iterator[tuple[str, float]]:
+    """Copies of those of the micro-batches that are computed."""
+    if case.model.tower is None or stage:
+        return
+    work, layout = case.work, case.layout
     in_flight = chunks_in_flight(layout, 0, case.packing.num_microbatches) / layout.virtual
     rows = case.rows * work.video_tokens / work.prompt_tokens / layout.tensor
     yield "embeddings in flight", in_flight * rows * case.model.shape.hidden_size * case.cut.element

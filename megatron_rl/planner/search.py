@@ -15,7 +15,7 @@ from megatron_rl.errors import raise_all
 from megatron_rl.planner.engine import kv_bytes
 from megatron_rl.planner.gpus import GIB, GPUS_PER_NODE, Gpu
 from megatron_rl.planner.layout import BYTES, Layout, layout_of
-from megatron_rl.planner.memory import Case, Memory, plan_memory
+from megatron_rl.planner.memory import Case, Memory, plan_memory, updates_beside_state
 from megatron_rl.planner.model import PlannedModel
 from megatron_rl.planner.times import Times, predict
 from megatron_rl.planner.workload import Assumptions, pack_step, workload_of, workload_problems
@@ -192,6 +192,8 @@ def _changes(option: Option) -> Iterator[dict[str, Any]]:
     yield from ({"model.recompute": mode} for mode in modes[modes.index(cfg.model.recompute) + 1 :])
     for key in ("context", "tensor", "pipeline"):
         yield {f"parallel.{key}": 2 * getattr(cfg.parallel, key)}
+    if updates_beside_state(cfg):
+        yield {"train.offload_optimizer": True}
     if cfg.train.max_tokens_per_microbatch > cfg.max_model_len >= work.longest:
         yield {"train.max_tokens_per_microbatch": cfg.max_model_len}
     if cfg.data.eval and cfg.eval.batch_size > cfg.train.prompts_per_step:

@@ -96,6 +96,11 @@ class VisionCache:
         """Drop all embeddings: the step they were made for is over."""
         self._step = _Step()
 
+    def release(self) -> None:
+        """Drop what this rank made: whoever needs tokens in this step has fetched them, and a trained tower encodes the
+        frames again."""
+        self._step.made = {}
+
     # ---------------------------------------------------------------------------------------------------------- encode
 
     def prefetch(self, videos: Sequence[VideoArtifact]) -> None:
@@ -242,7 +247,9 @@ class VisionCache:
             return embeds
         keys = {key for request in self._everyones(embeds.wanted) for key in request}
         self._encode_again(keys)
-        return self.fetch_tokens(embeds.wanted)
+        again = self.fetch_tokens(embeds.wanted)
+        self.release()
+        return again
 
     def _encode_again(self, keys: set[str]) -> None:
         """Pieces of these videos with the present tower; those of others, made with another one, are dropped."""

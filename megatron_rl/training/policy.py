@@ -2,7 +2,8 @@
 """The trained language model: Megatron-core's DDP, distributed optimizer and pipeline schedules behind three verbs.
 
 `logprobs` scores micro-batches, `train` makes one optimizer update, `parked` frees gradients and optimizer state while
-the engine works. A `Reference` holds a second set of weights in host memory. All of them are collective calls.
+the engine works; the state stays in host memory until the optimizer's step, where activations are gone again. A
+`Reference` holds a second set of weights in host memory. All of them are collective calls.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Hyperparameters:
     weight_decay: float
     warmup_steps: int
     max_grad_norm: float
+    offload: bool = False
+    """Optimizer state goes back to host memory after every step; else it stays until the engine works."""
 
     def lr_at(self, step: int) -> float:
         return self.lr * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.lr
@@ -85,6 +88,7 @@ class Policy:
             if tower is not None and tower.is_trained:
                 self.tower_training = TowerTraining(tower, model.config, ddp, settings)
                 self.optimizer = self.tower_training.join(self.optimizer)
+            self._offload_at_rest()
         self._backward_vision: Callable[[], None] | None = None
         model.config.finalize_model_grads_func = self._finalize
         model.config.grad_scale_func = self.optimizer.scale_loss
@@ -117,7 +121,7 @@ class Policy:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         outputs = self._run([b.batch for b in batches], embeds, partial(_loss, loss, batches), forward_only=False)
-        with self.backend.mcore_scope():
+        with self.optimizer_at_hand(), self.backend.mcore_scope():
             updated, grad_norm, _ = self.optimizer.step()
         if not updated:
             raise FloatingPointError(f"step {step}: gradient norm {grad_norm} is not finite; lower the learning rate")
@@ -192,16 +196,28 @@ class Policy:
 
     @contextmanager
     def parked(self) -> Iterator[None]:
-        """Gradient buffers freed and optimizer state in host memory for the length of the block."""
+        """Gradient buffers freed for the length of the block, optimizer state in host memory until it is needed."""
         with self.backend.mcore_scope():
             for part in self._ddp_parts:
                 part.offload_grad_buffers()
             self.optimizer.offload_to_cpu()
         yield
         with self.backend.mcore_scope():
-            self.optimizer.restore_from_cpu()
             for part in self._ddp_parts:
                 part.restore_grad_buffers()
+
+    @contextmanager
+    def optimizer_at_hand(self) -> Iterator[None]:
+        """Optimizer state on the device inside the block: for its step, and for checkpoints."""
+        with self.backend.mcore_scope():
+            self.optimizer.restore_from_cpu()  # what is there already stays
+        yield
+        with self.backend.mcore_scope():
+            self._offload_at_rest()
+
+    def _offload_at_rest(self) -> None:
+        if self.hyper.offload:
+            self.optimizer.offload_to_cpu()
 
 
 class Reference:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.losses import NllLoss, PpoClip
-from megatron_rl.training.policy import Reference, ScoredBatch
+from megatron_rl.training.policy import Hyperparameters, Reference, ScoredBatch
 from megatron_rl.types import LossInputs, LossOutput
 from tests import tiny_policy as tp
 from tests.world import run_world
@@ -103,3 +104,48 @@ def test_parked_frees_the_gradients_and_changes_nothing(tiny_checkpoint: Path) -
     straight = run_world(2, lambda _: _two_updates(tiny_checkpoint, park=False))
     for ours, expected in zip(parked, straight, strict=True):
         _assert_equal(ours, expected)
+
+
+def _watched_updates(folder: Path, hyper: Hyperparameters, parked: bool) -> tuple[list[str], dict[str, Tensor]]:
+    """What happens to the optimizer's state around two updates, and what it is after them."""
+    trainer = tp.open_trainer(folder, tp.join(tensor=1), hyper)
+    policy, samples, happened = trainer.policy, tp.mixed_samples(trainer.provider), []
+    scored, embeds = tp.unscored(trainer.pack(samples)), tp.random_embeds(samples)
+
+    def watch(owner: object, name: str, told: str) -> None:
+        original = getattr(owner, name)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            happened.append(told)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, called)
+
+    watch(policy.optimizer, "offload_to_cpu", "away")
+    watch(policy.optimizer, "restore_from_cpu", "back")
+    watch(policy.optimizer, "step", "step")
+    watch(policy, "_forward_backward", "passes")
+    if parked:
+        with policy.parked():
+            happened.append("engine")
+    for step in range(2):
+        policy.train(scored, embeds, NllLoss(), step)
+    return happened, tp.snapshot(policy)
+
+
+def test_optimizer_state_comes_back_for_its_step(tiny_checkpoint: Path) -> None:
+    """On a CPU nothing has to move: host memory is where the state is. Counted is what Megatron-core is told."""
+
+    def run(hyper: Hyperparameters, parked: bool) -> tuple[list[str], dict[str, Tensor]]:
+        [result] = run_world(1, lambda _: _watched_updates(tiny_checkpoint, hyper, parked))
+        return result
+
+    update, offload = ["passes", "back", "step"], replace(tp.HYPER, offload=True)
+    happened, expected = run(tp.HYPER, parked=True)
+    assert happened == ["away", "engine", *update, *update]
+    happened, ours = run(offload, parked=True)
+    assert happened == ["away", "engine", *update, "away", *update, "away"]
+    _assert_equal(ours, expected)
+    happened, ours = run(offload, parked=False)
+    assert happened == [*update, "away", *update, "away"]
+    _assert_equal(ours, expected)

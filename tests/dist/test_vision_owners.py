@@ -6,14 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_rl.loop import fetch_embeds
+from megatron_rl.rollout.vision_cache import VisionCache
 from megatron_rl.training.batch import pack
 from megatron_rl.training.microbatch import MicroBatch, localize
+from megatron_rl.types import VideoEmbeds
 from tests import tiny_policy as tp
 from tests.vision_parts import open_cache
 from tests.world import run_world
@@ -58,7 +62,18 @@ def _measure(rank: int, folder: Path, grid: Grid) -> Any:
         if v.key == p.key
         for t in range(p.start * (v.num_tokens // v.grid_thw[0]), p.stop * (v.num_tokens // v.grid_thw[0]))
     }
+    _check_that_nothing_else_is_held(trainer, cache, batches, embeds)
     return ours, whole, counts, asked, made, videos
+
+
+def _check_that_nothing_else_is_held(
+    trainer: tp.Trainer, cache: VisionCache, batches: list[MicroBatch], expected: VideoEmbeds
+) -> None:
+    """While a rank learns, it has the tokens of its own rows, and no longer what it made for others."""
+    session: Any = SimpleNamespace(mesh=trainer.mesh, vision=cache)
+    _, [fetched] = fetch_embeds(session, [batches])
+    assert fetched.tables.keys() == expected.tables.keys() and cache._step.made == {}
+    assert all(torch.equal(table, expected.tables[key]) for key, table in fetched.tables.items())
 
 
 GRIDS: list[Grid] = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 4, 1), (2, 1, 2, 1), (2, 1, 1, 2)]

@@ -214,7 +214,9 @@ def test_memory_of_a_recipe() -> None:
     params = 7_615_616_512 // 4 + 152_064 * 0  # every matrix is cut by four, norms and biases nearly nothing
     assert update.items["weights"] == pytest.approx(2 * params, rel=1e-3)
     assert update.items["gradients"] == pytest.approx(4 * params, rel=1e-3)
-    assert update.items["optimizer"] == pytest.approx(12 * params / 2, rel=1e-3)
+    step = option.memory.phases[-1]
+    assert step.items["optimizer"] == pytest.approx(12 * params / 2, rel=1e-3) and "optimizer" not in update.items
+    assert "activations" not in step.items and step.items["gradients"] == update.items["gradients"]
     engine = sum(generate.items[name] for name in ("vLLM weights", "vLLM working memory", "KV cache"))
     assert engine == pytest.approx(0.5 * A100.gpu.memory)
     assert option.memory.engine.kv_tokens == int(generate.items["KV cache"] // (28 * 2 * 2 * 128 * 2))
@@ -229,23 +231,38 @@ def test_a_trained_tower_needs_more() -> None:
     model = load_planned_model("Qwen2.5-VL-7B")
     assert model.tower is not None
     frozen, trained = (evaluate(small_recipe(model__freeze_vision=f), model, A100) for f in (True, False))
-    more = trained.memory.phases[-1].items
-    assert more["tower's gradients"] == 4 * model.tower.num_params
-    assert more["tower's optimizer"] == 12 * model.tower.num_params / 8
-    assert more["embeddings fetched"] == 2 * frozen.memory.phases[-1].items["embeddings fetched"]
+    update, step = (phase.items for phase in trained.memory.phases[-2:])
+    assert update["tower's gradients"] == step["tower's gradients"] == 4 * model.tower.num_params
+    assert step["tower's optimizer"] == 12 * model.tower.num_params / 8 and "tower's optimizer" not in update
+    assert update["embeddings fetched"] == 2 * frozen.memory.phases[-1].items["embeddings fetched"]
     assert step_flops(trained.case).update - step_flops(frozen.case).update == 3 * step_flops(frozen.case).encode
 
 
 def test_phases_are_those_of_the_recipe() -> None:
-    assert phase_names(small_recipe()) == ["encode", "generate", "update"]
+    assert phase_names(small_recipe()) == ["encode", "generate", "update", "optimizer step"]
     kept = small_recipe(algorithm__kl_coef=0.1, train__updates_per_step=2)
     assert phase_names(kept)[2:] == ["log-probs", "update"]
     assert step_flops(evaluate(kept, load_planned_model("Qwen2.5-VL-7B"), A100).case).num_passes == 2
     tested = small_recipe(data__eval="eval.jsonl", eval__batch_size=32)  # 8 prompts a step
-    assert phase_names(tested) == ["encode", "generate", "evaluate", "update"]
+    assert phase_names(tested) == ["encode", "generate", "evaluate", "update", "optimizer step"]
     generate, test = evaluate(tested, load_planned_model("Qwen2.5-VL-7B"), A100).memory.phases[1:3]
     assert test.items["embeddings fetched"] == 4 * generate.items["embeddings fetched"]
     assert test.items["embeddings made here"] == 4 * generate.items["embeddings made here"]
+
+
+def test_where_optimizer_state_is_in_a_second_update() -> None:
+    """It came back for the first, and stays unless it is told to go."""
+    model, twice = load_planned_model("Qwen2.5-VL-7B"), small_recipe(train__updates_per_step=2)
+    stays = evaluate(twice, model, A100)
+    goes = evaluate(replace(twice, train=replace(twice.train, offload_optimizer=True)), model, A100)
+    state = stays.memory.phases[-1].items["optimizer"]
+    assert [phase.phase for phase in stays.memory.phases[-2:]] == ["log-probs", "update"]
+    assert "optimizer" not in stays.memory.phases[-2].items
+    assert [phase.phase for phase in goes.memory.phases[-2:]] == ["update", "optimizer step"]
+    assert goes.memory.phases[-2].total == pytest.approx(stays.memory.phases[-1].total - state)
+    assert goes.memory.phases[-1].items["optimizer"] == state
+    assert "train.offload_optimizer=True" in {knob.setting for knob in helpful_knobs(stays, A100)}
+    assert "train.offload_optimizer=True" not in {knob.setting for knob in helpful_knobs(goes, A100)}
 
 
 def test_layouts_are_those_that_the_checks_allow() -> None:
@@ -298,12 +315,12 @@ def test_a_cache_that_is_too_small() -> None:
 
 
 def test_long_rl() -> None:
-    """3,600 frames of 71 or 72 tokens fit on 8 x A100-80G, those of 257 do not; 64 GPUs take more than 8."""
+    """3,600 frames fit on 8 x A100-80G, those of 257 tokens barely; 64 GPUs take more than 8."""
     found = list(long_rl.claims(GPUS["a100-80g"], Assumptions()))
     fits = {(claim.title, claim.gpus): claim.option is not None for claim in found}
     assert fits["Qwen2.5-VL-3B", 8] and fits["LongVILA-7B at 71 tokens a frame", 8]
-    assert not fits["LongVILA-7B", 8]
     most = {(claim.title, claim.gpus): claim.limit.num_frames for claim in found}
+    assert fits["LongVILA-7B", 8] and most["LongVILA-7B", 8] < 3700 < most["LongVILA-7B at 71 tokens a frame", 8]
     for title in {claim.title for claim in found}:
         assert most[title, 64] > most[title, 8] > 0
     for claim in found:
@@ -320,7 +337,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     plan = json.loads(path.read_text())
     assert plan["work"]["num_frames"] == 128
     assert plan["recipe"]["fits"] and plan["largest_frames"]["num_frames"] > 128
-    assert set(plan["recipe"]["memory"]) == {"encode", "generate", "update"}
+    assert set(plan["recipe"]["memory"]) == {"encode", "generate", "update", "optimizer step"}
     assert "Predictions, not measurements" in capsys.readouterr().out
     longer = ["data.num_frames=1024", "train.max_tokens_per_microbatch=70000"]  # 61k tokens; the recipe takes 18k
     assert main([RECIPE, *longer]) == 1
