@@ -60,6 +60,7 @@ KINDS = {
     "av1.mp4": Kind("libsvtav1", {"g": "15", "preset": "12", "svtav1-params": "lookahead=0"}),
     "mpeg4.mp4": Kind("mpeg4", {"g": "15", "bf": "2"}),
     "mpeg4.avi": Kind("mpeg4", {"g": "15", "bf": "2"}),
+    "mpeg2.ts": Kind("mpeg2video", {"g": "12", "bf": "2", "b": "400k"}),
     "mpeg2.mpg": Kind("mpeg2video", {"g": "12", "bf": "2", "b": "400k"}),
     "mjpeg.avi": Kind("mjpeg", {}, "yuvj420p"),
     "mjpeg.mkv": Kind("mjpeg", {}, "yuvj420p"),
@@ -82,6 +83,7 @@ def write_video(
     with av.open(str(path), "w", format=kind.muxer, options=container_options or {}) as container:
         stream = container.add_stream(kind.codec, rate=25, options=kind.options)
         (stream.width, stream.height), stream.pix_fmt = kind.size, kind.pix_fmt
+        stream.codec_context.thread_count = 1  # else what it makes depends on the number of cores
         if kind.codec not in ("mpeg4", "mpeg2video", "mjpeg"):  # those take a rate only
             stream.codec_context.time_base = Fraction(1, 1000)
         for index in range(num_frames):
