@@ -156,16 +156,23 @@ def _learning_items(case: Case, params: StageParams, stage: int, phase: str) -> 
     if has_state:
         yield "optimizer", optimizer_bytes(case, params)
     yield from _trained_tower(case, backward, has_state)
-    yield from _embeddings_fetched(case, stage)
+    embeds = case.model.tower is not None and stage == 0
+    if embeds:
+        yield "embeddings fetched", _fetched_bytes(case)
     if phase != OPTIMIZER_STEP:
-        yield from _embeddings_in_flight(case, stage)
+        if embeds:
+            yield "embeddings in flight", _in_flight_bytes(case)
         yield from _passes(case, params, stage, backward)
 
 
 def optimizer_bytes(case: Case, params: StageParams) -> float:
-    """Two moments and, where parameters are not fp32 themselves, the fp32 copy; over all data and context ranks."""
-    per_param = 2 * FP32 + (FP32 if case.cut.element != FP32 else 0)
-    return params.trained * per_param / case.layout.optimizer_shards
+    """Over all data and context ranks."""
+    return params.trained * _state_bytes(case) / case.layout.optimizer_shards
+
+
+def _state_bytes(case: Case) -> int:
+    """A parameter: two moments and, where it is not fp32 itself, the fp32 copy."""
+    return 2 * FP32 + (FP32 if case.cut.element != FP32 else 0)
 
 
 def _video_bytes(case: Case) -> float:
@@ -206,31 +213,25 @@ def _trained_tower(case: Case, backward: bool, has_state: bool) -> Iterator[tupl
         return
     yield "tower's gradients", tower.num_params * FP32
     if has_state:
-        per_param = 2 * FP32 + (FP32 if case.cut.element != FP32 else 0)
-        yield "tower's optimizer", tower.num_params * per_param / case.layout.world
+        yield "tower's optimizer", tower.num_params * _state_bytes(case) / case.layout.world
     if backward:
         frames = min(case.cfg.data.frames_per_chunk, case.work.num_frames)
         yield "tower's activations", tower.kept_bytes(frames, case.work.size_hw, case.cut.element)
 
 
-def _embeddings_fetched(case: Case, stage: int) -> Iterator[tuple[str, float]]:
+def _fetched_bytes(case: Case) -> float:
     """The first stage fetches the tokens of its own rows for all micro-batches."""
-    if case.model.tower is None or stage:
-        return
-    work, layout = case.work, case.layout
-    videos = min(case.packing.bundles, work.num_prompts)
+    videos = min(case.packing.bundles, case.work.num_prompts)
     wide = 1 if case.cfg.model.freeze_vision else FP32 / case.cut.element  # what is trained is fetched in fp32
-    yield "embeddings fetched", wide * videos * _video_bytes(case) / (layout.context * layout.tensor)
+    return wide * videos * _video_bytes(case) / (case.layout.context * case.layout.tensor)
 
 
-def _embeddings_in_flight(case: Case, stage: int) -> Iterator[tuple[str, float]]:
+def _in_flight_bytes(case: Case) -> float:
     """Copies of those of the micro-batches that are computed."""
-    if case.model.tower is None or stage:
-        return
     work, layout = case.work, case.layout
     in_flight = chunks_in_flight(layout, 0, case.packing.num_microbatches) / layout.virtual
     rows = case.rows * work.video_tokens / work.prompt_tokens / layout.tensor
-    yield "embeddings in flight", in_flight * rows * case.model.shape.hidden_size * case.cut.element
+    return in_flight * rows * case.model.shape.hidden_size * case.cut.element
 
 
 def _passes(case: Case, params: StageParams, stage: int, backward: bool) -> Iterator[tuple[str, float]]:

@@ -59,7 +59,7 @@ def save(
         _link_hf_files(Path(hf_source), partial / HF_FOLDER, previous=_newest(root))
     dist.barrier()
     collect_write_results_in_process()
-    with policy.optimizer_at_hand(), policy.backend.mcore_scope():
+    with policy.optimizer_at_hand():
         for part in policy.optimizer.chained_optimizers:
             # Moments exist from the first update on (none is made with rollout.only), but are always written.
             part.init_state_fn(part.optimizer, part.config)
@@ -91,7 +91,7 @@ def load(folder: str | Path, policy: Policy, mesh: ParallelMesh) -> dict[str, An
     """Restore model, optimizer and random state; returns what `save` was given as `state`, with step and version."""
     state = json.loads((Path(folder) / STATE_FILE).read_text())
     _check_same_vision(state.pop("vision", None), policy.tower)
-    with policy.optimizer_at_hand(), policy.backend.mcore_scope():
+    with policy.optimizer_at_hand():
         loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(folder))
         policy.language_model.load_state_dict(loaded["model"])
         if "tower" in loaded:

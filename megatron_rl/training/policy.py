@@ -121,7 +121,7 @@ class Policy:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         outputs = self._run([b.batch for b in batches], embeds, partial(_loss, loss, batches), forward_only=False)
-        with self.optimizer_at_hand(), self.backend.mcore_scope():
+        with self.optimizer_at_hand():
             updated, grad_norm, _ = self.optimizer.step()
         if not updated:
             raise FloatingPointError(f"step {step}: gradient norm {grad_norm} is not finite; lower the learning rate")
@@ -208,11 +208,11 @@ class Policy:
 
     @contextmanager
     def optimizer_at_hand(self) -> Iterator[None]:
-        """Optimizer state on the device inside the block: for its step, and for checkpoints."""
+        """Optimizer state on the device inside the block, which runs in Megatron-core's scope: for its step, and for
+        checkpoints."""
         with self.backend.mcore_scope():
             self.optimizer.restore_from_cpu()  # what is there already stays
-        yield
-        with self.backend.mcore_scope():
+            yield
             self._offload_at_rest()
 
     def _offload_at_rest(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.losses import NllLoss, PpoClip
+from megatron_rl.training import checkpoint
 from megatron_rl.training.policy import Hyperparameters, Reference, ScoredBatch
 from megatron_rl.types import LossInputs, LossOutput
 from tests import tiny_policy as tp
@@ -106,8 +107,10 @@ def test_parked_frees_the_gradients_and_changes_nothing(tiny_checkpoint: Path) -
         _assert_equal(ours, expected)
 
 
-def _watched_updates(folder: Path, hyper: Hyperparameters, parked: bool) -> tuple[list[str], dict[str, Tensor]]:
-    """What happens to the optimizer's state around two updates, and what it is after them."""
+def _watched_updates(
+    folder: Path, root: Path, hyper: Hyperparameters, parked: bool
+) -> tuple[list[str], dict[str, Tensor]]:
+    """What happens to the optimizer's state around two updates, a save and a load, and what it is after them."""
     trainer = tp.open_trainer(folder, tp.join(tensor=1), hyper)
     policy, samples, happened = trainer.policy, tp.mixed_samples(trainer.provider), []
     scored, embeds = tp.unscored(trainer.pack(samples)), tp.random_embeds(samples)
@@ -130,22 +133,23 @@ def _watched_updates(folder: Path, hyper: Hyperparameters, parked: bool) -> tupl
             happened.append("engine")
     for step in range(2):
         policy.train(scored, embeds, NllLoss(), step)
+    checkpoint.load(checkpoint.save(root, 2, policy, trainer.mesh, {}, str(folder)), policy, trainer.mesh)
     return happened, tp.snapshot(policy)
 
 
-def test_optimizer_state_comes_back_for_its_step(tiny_checkpoint: Path) -> None:
+def test_optimizer_state_comes_back_for_its_step_and_for_checkpoints(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """On a CPU nothing has to move: host memory is where the state is. Counted is what Megatron-core is told."""
 
     def run(hyper: Hyperparameters, parked: bool) -> tuple[list[str], dict[str, Tensor]]:
-        [result] = run_world(1, lambda _: _watched_updates(tiny_checkpoint, hyper, parked))
+        [result] = run_world(1, lambda _: _watched_updates(tiny_checkpoint, tmp_path, hyper, parked))
         return result
 
     update, offload = ["passes", "back", "step"], replace(tp.HYPER, offload=True)
     happened, expected = run(tp.HYPER, parked=True)
-    assert happened == ["away", "engine", *update, *update]
+    assert happened == ["away", "engine", *update, *update, "back", "back"]
     happened, ours = run(offload, parked=True)
-    assert happened == ["away", "engine", *update, "away", *update, "away"]
+    assert happened == ["away", "engine", *update, "away", *update, "away", *["back", "away"] * 2]
     _assert_equal(ours, expected)
     happened, ours = run(offload, parked=False)
-    assert happened == [*update, "away", *update, "away"]
+    assert happened == [*update, "away", *update, "away", *["back", "away"] * 2]
     _assert_equal(ours, expected)
