@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_rl.training.batch import pack
 from megatron_rl.types import TrainSample

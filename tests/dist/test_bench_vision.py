@@ -20,7 +20,9 @@ def test_figures_of_few_frames(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     size = ["--video-frames", "24", "--frames", "8", "--repeat", "1", "--responses", "3", "--side", "112"]
     script = str(ROOT / "scripts" / "bench_vision.py")
-    done = subprocess.run([sys.executable, script, "--json", str(out), *size], capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, script, "--json", str(out), *size], capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(out.read_text())
     for encoding, world in zip(record["encoding"], (1, 2, 4), strict=True):

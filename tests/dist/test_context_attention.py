@@ -16,7 +16,13 @@ from model_providers.attention import core, exchange
 from model_providers.attention.core import _attend_by_heads, _SoftmaxAttention
 from model_providers.attention.kernels import AtenCpu
 from model_providers.attention.segments import (
-    Interval, Segment, block_size, plan_attention, plan_whole_attention, shard, shard_by_tokens,
+    Interval,
+    Segment,
+    block_size,
+    plan_attention,
+    plan_whole_attention,
+    shard,
+    shard_by_tokens,
 )
 from tests.attention_masks import mask_of, masked_attention, segments_of
 from tests.world import run_world
@@ -43,7 +49,8 @@ class Case:
     """Only some tokens ask."""
 
     def __str__(self) -> str:
-        return f"{self.shape}-{self.num_ranks}-{self.comm}-{self.heads}of{self.kv_heads}{'-last' * self.last_layer}".replace(" ", "_")
+        heads = f"{self.heads}of{self.kv_heads}"
+        return f"{self.shape}-{self.num_ranks}-{self.comm}-{heads}{'-last' * self.last_layer}".replace(" ", "_")
 
 
 def _tensors(case: Case) -> list[Tensor]:

@@ -132,9 +132,7 @@ def _gradients_over_ranks(rank: int, folder: Path, context: int, comm: str, expe
 
 
 @pytest.mark.parametrize(("comm", "expert"), [("all_gather", 1), ("p2p", 2), ("a2a", 2)])
-def test_experts_learn_alike_from_tokens_of_several_ranks(
-    checkpoints: dict[str, Path], comm: str, expert: int
-) -> None:
+def test_experts_learn_alike_from_tokens_of_several_ranks(checkpoints: dict[str, Path], comm: str, expert: int) -> None:
     [folder] = [path for kind, path in checkpoints.items() if "moe" in kind]
     provider = open_provider(folder)
     truth = tp.assemble(provider, run_world(1, _gradients_over_ranks, folder, 1, "all_gather", 1))

@@ -56,7 +56,8 @@ class Case:
 
     def __str__(self) -> str:
         sizes = f"tp{self.tensor}_pp{self.pipeline}_cp{self.context}_dp{self.data}"
-        return "-".join([sizes, *sorted(self.trained), "share" if self.share else "repeat", str(self.budget), self.recompute])
+        sharing = "share" if self.share else "repeat"
+        return "-".join([sizes, *sorted(self.trained), sharing, str(self.budget), self.recompute])
 
 
 class Parts:
@@ -118,9 +119,7 @@ def _one_graph(rank: int, folder: Path) -> Any:
     tower = trainer.provider.build_vision(tp.BACKEND, torch.device("cpu"), BOTH)
     groups = tp.grouped_samples(trainer.provider)
     decoder = MadeFrames()
-    embeds = {
-        v.key: tower._forward(decoder.decode(v.path, v.frame_indices, v.size_hw)) for v in videos_of(groups)
-    }
+    embeds = {v.key: tower._forward(decoder.decode(v.path, v.frame_indices, v.size_hw)) for v in videos_of(groups)}
     [batches] = pack(groups, 1, 10_000, trainer.provider, trainer.mesh, share_prefix=False)
     assert len(batches) == 1
     metrics = trainer.policy.train(tp.off_policy(batches), embeds, LOSS, step=0)
@@ -304,8 +303,9 @@ def test_resume_at_another_layout(tiny_checkpoint: Path, tmp_path: Path, trained
     before, after = Case(2, 1, 1, trained=trained, hyper=LEARNING), Case(1, 2, 2, trained=trained, hyper=LEARNING)
     straight = run_world(2, _updates, tiny_checkpoint, tmp_path, before, 0, N, 2 * N)
     resumed = run_world(4, _updates, tiny_checkpoint, tmp_path, after, N, None, 2 * N)
-    sums = [[sum(top for top, _ in step) for step in zip(*(h for h, *_ in ranks), strict=True)] for ranks in (straight, resumed)]
-    assert sums[1] == pytest.approx(sums[0][N:], rel=1e-4)
+    before_it, after_it = (zip(*(tops for tops, *_ in ranks), strict=True) for ranks in (straight, resumed))
+    sums = [sum(top for top, _ in step) for step in before_it]
+    assert [sum(top for top, _ in step) for step in after_it] == pytest.approx(sums[N:], rel=1e-4)
     moved = {name for name, w in straight[0][1].items() if not torch.equal(w, resumed[0][1][name])}
     for name in moved:
         torch.testing.assert_close(resumed[0][1][name], straight[0][1][name], rtol=1e-3, atol=1e-4, msg=name)
