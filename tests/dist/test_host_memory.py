@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from megatron_rl.config import RunConfig
 from megatron_rl.rollout.phase import build_prompts, encode_videos, generate
 from megatron_rl.session import open_engine, open_session
 from megatron_rl.types import Completion, Prompt, Row, Sampling
+from tests.host_memory import give_back_freed, map_large_blocks
 from tests.rollout_parts import small_config
 from tests.video_files import Kind, write_video
 from tests.world import run_world
@@ -20,7 +20,6 @@ from tests.world import run_world
 NUM_FRAMES, SIDE = 96, 224
 FRAME_BYTES = NUM_FRAMES * 3 * SIDE * SIDE  # decoded and resized, of the one video
 WORLD = 2
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def _no_reward(prompts: list[Prompt], completions: list[Completion]) -> list[dict[str, float]]:
@@ -35,22 +34,13 @@ def _most_resident() -> int:
 
 
 def _forget_most() -> None:
-    """Give freed memory back to the system, so that none of it counts in the next most."""
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed()
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def _map_large_blocks() -> None:
-    """Let no large freed block stay in this process: glibc keeps those under a size that it raises as it learns.
-
-    Which blocks those are depends on the order of threads; 30 MB more or less were resident from run to run.
-    """
-    assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 64 * 1024) == 1
 
 
 def _rollout_peaks(rank: int, cfg: RunConfig, video: str, counts: tuple[int, ...]) -> list[int]:
     """The most memory this rank held while it decoded, encoded and sampled, for each number of rollouts."""
-    _map_large_blocks()
+    map_large_blocks()
     peaks = []
     with open_session(cfg, cfg.rollout.temperature) as session:
         engine, resharder = open_engine(session)
