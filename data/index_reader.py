@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -46,18 +47,19 @@ def demux(container: av.container.InputContainer, stream: av.stream.Stream) -> I
     """The stream's packets that hold data, to the end of the file.
 
     PyAV 18 ends with an IndexError where a damaged file brings up streams that its header did not name: at the end it
-    goes through all streams of libavformat, and has objects only for those of the header.
+    goes through all streams of libavformat, and has objects only for those of the header. And a generator of PyAV that
+    is dropped half-way without being closed keeps a few hundred bytes for good.
     """
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-        except IndexError:
-            return
-        if packet is None:
-            return
-        if packet.size and packet.stream is stream:
-            yield packet
+    with closing(container.demux(stream)) as packets:
+        while True:
+            try:
+                packet = next(packets, None)
+            except IndexError:
+                return
+            if packet is None:
+                return
+            if packet.size and packet.stream is stream:
+                yield packet
 
 
 def _video_stream(path: str, container: av.container.InputContainer) -> av.VideoStream:
