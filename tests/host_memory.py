@@ -9,6 +9,21 @@ _LIBC = ctypes.CDLL(None)
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
+class _MallInfo2(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+_LIBC.mallinfo2.restype = _MallInfo2
+
+
+def allocated() -> int:
+    """Bytes that native code in the main thread has allocated and not freed, apart from separately mapped blocks."""
+    return int(_LIBC.mallinfo2().uordblks)
+
+
 def give_back_freed() -> None:
     """Return freed blocks to the system, so that a reading of resident memory counts none of them."""
     _LIBC.malloc_trim(0)
