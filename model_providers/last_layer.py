@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import reduce_scatter_to_sequence_parallel_region
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn.functional import pad
 
 from model_providers.attention.core import BatchLayout, padded_count
+from model_providers.layer import Layer
 
 
-class LastLayer(TransformerLayer):
+class LastLayer(Layer):
     """[T/tp, 1, H] -> [K'/tp, 1, H]: the rows of `BatchLayout.predicting_rows`, and zeros up to a multiple of tp."""
 
     def _forward_attention(

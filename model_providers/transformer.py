@@ -34,6 +34,7 @@ from megatron_rl.parallel import ParallelMesh
 from megatron_rl.types import FORBIDDEN_BIAS
 from model_providers.attention.core import BatchLayout, core_attention
 from model_providers.last_layer import LastLayer
+from model_providers.layer import Layer
 from model_providers.shape import TransformerShape
 from model_providers.weight_map import canonical_name, padded_vocab
 
@@ -119,15 +120,16 @@ def transformer_config(
         apply_rope_fusion=False,
         mrope_section=list(shape.mrope_section),
         recompute_granularity=None if recompute == "none" else recompute,
-        # Megatron-core's own choice is core attention, from which a flash kernel keeps next to nothing.
-        recompute_modules=["moe" if shape.num_experts else "mlp"],
+        # Megatron-core's own choice is core attention, from which a flash kernel keeps next to nothing. A feed-forward
+        # network without experts is recomputed by our layer.
+        recompute_modules=["moe"] if shape.num_experts else [],
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
     )
 
 
 def _block_spec(config: TransformerConfig, backend: Backend, chunk: int | None) -> TransformerBlockSubmodules:
-    """Megatron-core's stock layer with our core attention; local modules on a CPU, Transformer Engine's on a GPU."""
+    """Megatron-core's layer with our core attention; local modules on a CPU, Transformer Engine's on a GPU."""
     if backend.layer_spec == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -143,6 +145,7 @@ def _block_spec(config: TransformerConfig, backend: Backend, chunk: int | None) 
         if config.qk_layernorm:
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layer.module = Layer
     layer.submodules.self_attention.submodules.core_attention = core_attention(backend.attention_kernel)
     num_here = get_num_layers_to_build(config, chunk)
     layers = [layer] * num_here

@@ -17,7 +17,9 @@ from typing import Literal
 from model_providers.shape import TransformerShape
 
 FP32 = 4
-LOGIT_CHUNK = 1024  # model_providers.transformer.LOGIT_CHUNK, whose import would load torch
+# model_providers.transformer.LOGIT_CHUNK and model_providers.layer.FEED_FORWARD_ROWS, whose import would load torch
+LOGIT_CHUNK = 1024
+FEED_FORWARD_ROWS = 8192
 Kernels = Literal["local", "fused"]
 
 
@@ -56,7 +58,17 @@ def widths(shape: TransformerShape, tensor: int) -> Widths:
 
 # What a last layer keeps only of the rows that predict something (model_providers.last_layer).
 OF_PREDICTING_ROWS = frozenset(
-    {"norm before feed-forward", "input of feed-forward", "q", "out", "lse", "feed-forward", "experts", "router"}
+    {
+        "rows before feed-forward",
+        "norm before feed-forward",
+        "input of feed-forward",
+        "feed-forward",
+        "q",
+        "out",
+        "lse",
+        "experts",
+        "router",
+    }
 )
 
 
@@ -65,29 +77,23 @@ def layer_saved(shape: TransformerShape, cut: Cut) -> dict[str, float]:
     hidden = shape.hidden_size / cut.tensor
     if cut.recompute == "full":
         return {"layer input": hidden * cut.element}
-    selective = cut.recompute == "selective"
-    # A fused norm is part of the feed-forward network: what it would keep is computed again too.
-    again = selective and cut.kernels == "fused" and not shape.num_experts
-    return {
+    saved = {
         "input norm": _norm(hidden, 1 / cut.tensor, cut),
-        "norm before feed-forward": _norm(hidden, 1 / cut.tensor, cut),
         "input of projection": hidden * cut.element,
-        "input of feed-forward": 0.0 if again else hidden * cut.element,
         "rotary": 4 * shape.head_dim * cut.element,  # cosines and sines, made anew for queries and for keys
         **_attention(shape, cut),
-        **({} if selective else _feed_forward(shape, cut)),
     }
+    if cut.recompute == "selective" and not shape.num_experts:
+        return saved | {"rows before feed-forward": hidden * cut.element}
+    saved |= {"norm before feed-forward": _norm(hidden, 1 / cut.tensor, cut)}
+    saved |= {"input of feed-forward": hidden * cut.element}
+    return saved if cut.recompute == "selective" else saved | _feed_forward(shape, cut)
 
 
 def last_layer_bytes(shape: TransformerShape, cut: Cut, rows: int, predicting: int) -> float:
     """Kept by the last layer for `rows` rows, of which `predicting` are computed to the end."""
     saved = layer_saved(shape, cut).items()
     return sum(size * (predicting if what in OF_PREDICTING_ROWS else rows) for what, size in saved)
-
-
-def recomputed_bytes(shape: TransformerShape, cut: Cut) -> float:
-    """A row of the one layer that the backward has computed again."""
-    return layer_bytes(shape, replace(cut, recompute="none")) - layer_bytes(shape, cut)
 
 
 def layer_bytes(shape: TransformerShape, cut: Cut) -> float:
@@ -181,40 +187,57 @@ def last_stage_working(
 ) -> float:
     """Beyond what is kept, in the backward of a last stage of `num_layers`. The last layer comes first, and has freed
     what it kept when it is the turn of one that computes all rows. Two gradients of the residual stream stand."""
-    kept = last_layer_bytes(shape, cut, rows, predicting)
-    again = last_layer_bytes(shape, replace(cut, recompute="none"), rows, predicting) - kept
-    most = again + layer_working(shape, cut, rows, all_rows, True, predicting)
+    most = backward_working(shape, cut, rows, all_rows, predicting)
     if num_layers > 1:
-        before = recomputed_bytes(shape, cut) * rows + layer_working(shape, cut, rows, all_rows, True)
-        most = max(most, before - kept)
+        freed = last_layer_bytes(shape, cut, rows, predicting)
+        most = max(most, backward_working(shape, cut, rows, all_rows) - freed)
     return most + rows * shape.hidden_size / cut.tensor * cut.element
 
 
-def layer_working(
-    shape: TransformerShape, cut: Cut, rows: int, all_rows: int, backward: bool, predicting: int | None = None
+def backward_working(
+    shape: TransformerShape, cut: Cut, rows: int, all_rows: int, predicting: int | None = None
 ) -> float:
-    """Beyond what is kept, while one layer is computed: the larger of its attention and its feed-forward network.
-
-    Without gradients, four tensors of the residual stream stand beside it. When the backward comes to attention, it has
-    freed what the feed-forward network behind it kept. In a last layer that network has `predicting` rows.
-    """
+    """Beyond what is kept, while one layer goes backwards: what it computes again, and the larger of its attention and
+    its feed-forward network, which in a last layer has `predicting` rows."""
     fed = rows if predicting is None else predicting
     at, b = widths(shape, cut.tensor), cut.element
-    hidden = rows * shape.hidden_size / cut.tensor
-    whole = (1 if cut.kernels == "local" else 2) * gather_buffer(shape, cut, rows)  # gathered input; its gradient
-    times = shape.experts_per_token / cut.tensor if shape.num_experts else 1.0
-    ffn = times * (shape.ffn_hidden_size if shape.num_experts else at.ffn)
-    if backward:
-        stream = hidden * (b + (FP32 if b != FP32 else 0))
-        attention = rows * (at.q + 2 * at.kv) * (b + FP32) + fed * at.q * b
-        attention -= fed * sum(_feed_forward(shape, cut).values())
-        feed_forward = 2 * fed * ffn * b  # gradient of gate and up
+    hidden = shape.hidden_size / cut.tensor
+    kept = sum(_feed_forward(shape, cut).values())
+    gradients = 2 * _inner_width(shape, cut) * b  # of gate and up
+    attention = rows * (at.q + 2 * at.kv) * (b + FP32) + fed * at.q * b
+    attention += exchange_bytes(shape, cut, all_rows, backward=True)
+    if cut.recompute == "none" or shape.num_experts:
+        again = replace(cut, recompute="none")
+        attention -= fed * kept  # freed before attention's turn
+        feed_forward = fed * gradients
     else:
-        stream = 4 * hidden * b + rows * shape.head_dim * FP32  # and the table of rotary angles
-        attention = rows * (at.fused + 2 * at.q + 2 * at.kv) * b + rows * at.q * FP32
-        feed_forward = (5 if cut.kernels == "local" else 3) * rows * ffn * b
-    attention += exchange_bytes(shape, cut, all_rows, backward)
-    return stream + whole + max(attention, feed_forward)
+        again = replace(cut, recompute="selective")
+        around = _norm(hidden, 1 / cut.tensor, cut) + 2 * hidden * b
+        feed_forward = min(fed, FEED_FORWARD_ROWS) * (kept + gradients + around)
+    remade = last_layer_bytes(shape, again, rows, fed) - last_layer_bytes(shape, cut, rows, fed)
+    stream = rows * hidden * (b + (FP32 if b != FP32 else 0))
+    gathered = (1 if cut.kernels == "local" else 2) * gather_buffer(shape, cut, rows)  # the input; its gradient
+    return remade + stream + gathered + max(attention, feed_forward)
+
+
+def scoring_working(shape: TransformerShape, cut: Cut, rows: int, all_rows: int) -> float:
+    """While one layer is computed without gradients. Four tensors of the residual stream stand beside it, and the table
+    of rotary angles."""
+    at, b = widths(shape, cut.tensor), cut.element
+    stream = rows * (4 * shape.hidden_size / cut.tensor * b + shape.head_dim * FP32)
+    attention = rows * (at.fused + 2 * at.q + 2 * at.kv) * b + rows * at.q * FP32
+    attention += exchange_bytes(shape, cut, all_rows, backward=False)
+    at_a_time = rows if shape.num_experts else min(rows, FEED_FORWARD_ROWS)
+    feed_forward = (5 if cut.kernels == "local" else 3) * at_a_time * _inner_width(shape, cut) * b
+    gathered = (1 if cut.kernels == "local" else 2) * gather_buffer(shape, cut, rows)
+    return stream + gathered + max(attention, feed_forward)
+
+
+def _inner_width(shape: TransformerShape, cut: Cut) -> float:
+    """Columns of the feed-forward network, of all experts of a row."""
+    if shape.num_experts:
+        return shape.experts_per_token / cut.tensor * shape.ffn_hidden_size
+    return widths(shape, cut.tensor).ffn
 
 
 def logits_working(shape: TransformerShape, cut: Cut, responses: int, largest_param: int, backward: bool) -> float:

@@ -237,13 +237,15 @@ def _in_flight_bytes(case: Case) -> float:
 def _passes(case: Case, params: StageParams, stage: int, backward: bool) -> Iterator[tuple[str, float]]:
     shape, cut, rows = case.model.shape, case.cut, case.rows
     is_last = stage == case.layout.pipeline - 1
-    working = act.layer_working(shape, cut, rows, case.largest, backward)
+    if not backward:
+        working = act.scoring_working(shape, cut, rows, case.largest)
+    elif not is_last:
+        working = act.backward_working(shape, cut, rows, case.largest)
+    else:
+        num_layers = shape.num_layers // case.layout.pipeline
+        working = act.last_stage_working(shape, cut, rows, case.largest, case.response_rows, num_layers)
     if backward:
         yield "activations", saved_bytes(case, stage)
-        working += act.recomputed_bytes(shape, cut) * rows
-        if is_last:
-            num_layers = shape.num_layers // case.layout.pipeline
-            working = act.last_stage_working(shape, cut, rows, case.largest, case.response_rows, num_layers)
     yield "working memory", working
     if is_last:
         logits = act.logits_working(shape, cut, case.response_rows, params.largest, backward)

@@ -18,12 +18,14 @@ from torch import Tensor
 from megatron_rl.algorithms.losses import PpoClip
 from megatron_rl.training.batch import pack
 from megatron_rl.training.microbatch import MicroBatch
+from model_providers import layer
 from tests import tiny_policy as tp
 from tests.world import run_world
 
 TOLERANCE = 1e-5
 ONE_BY_ONE = 148  # tokens of the longest sample
 WHOLE = 400  # tokens, enough for any group
+FEW_ROWS = 50  # of which the feed-forward network computes several lots a micro-batch, where nothing is kept of it
 NUM_LAYERS = 2
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -68,6 +70,7 @@ def _pack(trainer: tp.Trainer, case: Case) -> list[MicroBatch]:
 
 
 def _measure(rank: int, folder: Path, case: Case) -> Result:
+    layer.FEED_FORWARD_ROWS = FEW_ROWS
     mesh = tp.join(case.tensor, case.pipeline, context=case.context, comm=case.comm)
     trainer = tp.open_trainer(folder, mesh, tp.MEASURE, recompute=case.recompute, frozen=case.frozen)
     samples = [s for group in tp.grouped_samples(trainer.provider) for s in group]
@@ -86,11 +89,11 @@ def _count_rows(trainer: tp.Trainer) -> dict[int, int]:
     """{layer: rows of its input so far}, counted from here on."""
     counts: dict[int, int] = {}
 
-    def count(layer: Any, args: Any, kwargs: Any) -> None:
-        counts[layer.layer_number] = counts.get(layer.layer_number, 0) + len(kwargs["hidden_states"])
+    def count(at: Any, args: Any, kwargs: Any) -> None:
+        counts[at.layer_number] = counts.get(at.layer_number, 0) + len(kwargs["hidden_states"])
 
-    for layer in trainer.policy.language_model.decoder.layers:
-        layer.register_forward_pre_hook(count, with_kwargs=True)
+    for module in trainer.policy.language_model.decoder.layers:
+        module.register_forward_pre_hook(count, with_kwargs=True)
     return counts
 
 

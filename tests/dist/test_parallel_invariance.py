@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.losses import PpoClip
-from model_providers import transformer
+from model_providers import layer, transformer
 from tests import tiny_policy as tp
 from tests.world import run_world
 
@@ -35,10 +35,11 @@ def _measure(
     budget: int = 4096,
     num_samples: int = 5,
     chunk: int = 1024,
+    rows: int = 8192,
     **options: Any,
 ) -> Any:
     """(metric sums, gradient pieces, number of micro-batches) of one update with learning rate 0 on this rank."""
-    transformer.LOGIT_CHUNK = chunk
+    transformer.LOGIT_CHUNK, layer.FEED_FORWARD_ROWS = chunk, rows
     trainer = tp.open_trainer(folder, tp.join(tensor, pipeline), tp.MEASURE, **options)
     samples = tp.mixed_samples(trainer.provider)[:num_samples]
     batches = tp.off_policy(trainer.pack(samples, budget))
@@ -115,6 +116,13 @@ def test_fewer_samples_than_data_parallel_ranks(tiny_checkpoint: Path, grid: Gri
 @pytest.mark.parametrize("grid", [(1, 1, 1), (2, 2, 1)], ids=_name)
 def test_recompute(tiny_checkpoint: Path, truth: Result, grid: Grid, recompute: str) -> None:
     _assert_same(_run(tiny_checkpoint, grid, recompute=recompute), truth)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("grid", [(1, 1, 1), (2, 2, 1)], ids=_name)
+def test_recompute_by_few_rows(tiny_checkpoint: Path, truth: Result, grid: Grid, recompute: str) -> None:
+    """Seven do not divide the rows of a micro-batch; a rank of two has three of them."""
+    _assert_same(_run(tiny_checkpoint, grid, rows=7, recompute=recompute), truth)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

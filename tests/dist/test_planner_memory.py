@@ -26,6 +26,7 @@ from megatron_rl.planner.workload import fullest_share
 from megatron_rl.training.batch import pack
 from megatron_rl.training.policy import Policy
 from megatron_rl.types import TrainSample
+from model_providers import layer
 from model_providers.registry import open_provider
 from scripts.bench_baselines import LiveBytes
 from tests import tiny_policy as tp
@@ -53,6 +54,7 @@ class Case:
     comm: str = "all_gather"
     recompute: str = "none"
     dtype: str = "float32"
+    at_a_time: int = act.FEED_FORWARD_ROWS
 
     @property
     def world(self) -> int:
@@ -65,7 +67,8 @@ class Case:
 
     def __str__(self) -> str:
         sizes = f"tp{self.tensor}_pp{self.pipeline}_vp{self.virtual}_cp{self.context}"
-        return "-".join([self.kind, sizes, self.comm, self.recompute, self.dtype])
+        few = [f"{self.at_a_time}rows"] if self.at_a_time < TOKENS else []
+        return "-".join([self.kind, sizes, self.comm, self.recompute, self.dtype, *few])
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,11 @@ class Measured:
 @pytest.fixture(scope="module")
 def folders(tiny_checkpoint: Path, tied_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     texts = {kind: write_text_checkpoint(tmp_path_factory.mktemp(kind), kind) for kind in ("qwen3", "qwen3_moe")}
-    deep = tmp_path_factory.mktemp("deep")
-    config = json.loads((texts["qwen3"] / "config.json").read_text()) | {"num_hidden_layers": 8}
-    (deep / "config.json").write_text(json.dumps(config))
-    return {"qwen2_5_vl": tiny_checkpoint, "tied": tied_checkpoint, "deep": deep, **texts}
+    config = json.loads((texts["qwen3"] / "config.json").read_text())
+    for kind, other in {"deep": {"num_hidden_layers": 8}, "wide": {"intermediate_size": 4096}}.items():
+        texts[kind] = tmp_path_factory.mktemp(kind)
+        (texts[kind] / "config.json").write_text(json.dumps(config | other))
+    return {"qwen2_5_vl": tiny_checkpoint, "tied": tied_checkpoint, **texts}
 
 
 def _groups(provider: Any, num_groups: int) -> list[list[TrainSample]]:
@@ -96,6 +100,7 @@ def _groups(provider: Any, num_groups: int) -> list[list[TrainSample]]:
 
 
 def _build(folder: Path, case: Case, mesh: ParallelMesh) -> tuple[Any, Policy]:
+    layer.FEED_FORWARD_ROWS = case.at_a_time
     backend, provider = choose_backend("cpu", case.dtype), open_provider(folder)
     model = provider.build_language(backend, mesh, 1.0, case.recompute)
     for param in model.parameters():
@@ -126,8 +131,7 @@ def _working(shape: Any, case: Case, rank: Measured) -> float:
     if rank.stage == case.pipeline - 1:
         num_layers = shape.num_layers // case.pipeline
         return act.last_stage_working(shape, case.cut, rank.rows, TOKENS, rank.responses, num_layers)
-    again = act.recomputed_bytes(shape, case.cut) * rank.rows
-    return again + act.layer_working(shape, case.cut, rank.rows, TOKENS, backward=True)
+    return act.backward_working(shape, case.cut, rank.rows, TOKENS)
 
 
 CASES = [
@@ -140,8 +144,16 @@ CASES = [
     Case(pipeline=2, context=2, recompute="full"),
     Case("qwen3", tensor=2, context=2),
     Case("qwen3", dtype="bfloat16", recompute="selective"),
+    Case("wide", dtype="bfloat16", recompute="full", at_a_time=500),
+    Case("wide", tensor=2, recompute="selective", at_a_time=500),
 ]
 MORE_CASES = [
+    Case("wide", recompute="full"),
+    Case("wide", recompute="selective"),
+    Case("wide", recompute="full", at_a_time=500),
+    Case("wide", dtype="bfloat16", recompute="selective", at_a_time=500),
+    Case("wide", tensor=2, recompute="full", at_a_time=500),
+    Case("wide", pipeline=2, context=2, recompute="full", at_a_time=100),
     Case(recompute="full"),
     Case(dtype="bfloat16", recompute="full"),
     Case(tensor=2, recompute="selective"),
@@ -163,27 +175,35 @@ ALL = [*CASES, *(pytest.param(case, marks=pytest.mark.full) for case in MORE_CAS
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
-def test_activations(folders: dict[str, Path], case: Case) -> None:
+def test_activations(folders: dict[str, Path], case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than 2,000 tokens; every rank of every layout."""
+    monkeypatch.setattr(act, "FEED_FORWARD_ROWS", case.at_a_time)
     shape = load_planned_model(str(folders[case.kind])).shape
     ranks: Sequence[Measured] = run_world(case.world, _measure, folders[case.kind], case)
     share = fullest_share(PROMPT, RESPONSE, NUM_RESPONSES, case.context, shape.hidden_size)
     for rank in ranks:
-        tolerance = TOLERANCE if case.kind in ("qwen2_5_vl", "qwen3") else LOOSE
+        tolerance = TOLERANCE if case.kind in ("qwen2_5_vl", "qwen3", "wide") else LOOSE
         if case.virtual > 1 and rank.stage:  # of these a plan needs only to know that the first stage is fuller
             assert rank.kept <= (1 + tolerance) * _kept(shape, case, ranks[0]), rank
             continue
         assert _kept(shape, case, rank) == pytest.approx(rank.kept, rel=tolerance), rank
         if case.kind == "qwen3_moe":
             continue  # which tokens an expert gets is not known beforehand
-        _check_peak(rank.peak, _kept(shape, case, rank) + _working(shape, case, rank))
+        _check_peak(rank.peak, _kept(shape, case, rank) + _working(shape, case, rank), _held(shape, case, rank))
         assert rank.rows <= share * TOKENS + case.tensor
     assert max(rank.rows for rank in ranks) >= share * TOKENS - 1
 
 
-def _check_peak(measured: int, predicted: float) -> None:
+def _check_peak(measured: int, predicted: float, held: float) -> None:
     """A plan may ask for more than there will be, not for less."""
-    assert measured <= (1 + TOLERANCE) * predicted and predicted <= (1 + PEAK_MARGIN) * measured, predicted / measured
+    assert measured <= (1 + TOLERANCE) * predicted + held, (predicted + held) / measured
+    assert predicted <= (1 + PEAK_MARGIN) * measured, predicted / measured
+
+
+def _held(shape: Any, case: Case, rank: Measured) -> float:
+    """What gloo's threads may still refer to after the wait for a collective of the backward, on a busy machine: the
+    gathered input of a linear and the gradient that was reduced."""
+    return 2 * act.gather_buffer(shape, case.cut, rank.rows)
 
 
 def _peaks(rank: int, folder: Path, case: Case) -> tuple[int, int, int]:
@@ -203,25 +223,40 @@ def _peaks(rank: int, folder: Path, case: Case) -> tuple[int, int, int]:
     return scoring.peak, max(kept), peaks[0]
 
 
-@pytest.mark.parametrize("vocab", [512, 60_000], ids=["layers", "logits"])
+@pytest.mark.parametrize(
+    ("kind", "vocab", "at_a_time"),
+    [("qwen3", 512, TOKENS), ("qwen3", 60_000, TOKENS), ("wide", 512, TOKENS), ("wide", 512, 500)],
+    ids=["layers", "logits", "wide", "few rows"],
+)
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_peaks(folders: dict[str, Path], tmp_path: Path, vocab: int, tensor: int, dtype: str) -> None:
+def test_peaks(
+    folders: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    vocab: int,
+    at_a_time: int,
+    tensor: int,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Without gradients, and in a backward: a layer's working memory is the most with a small vocabulary, a chunk of
     logits with a large one."""
-    config = json.loads((folders["qwen3"] / "config.json").read_text()) | {"vocab_size": vocab}
+    monkeypatch.setattr(act, "FEED_FORWARD_ROWS", at_a_time)
+    config = json.loads((folders[kind] / "config.json").read_text()) | {"vocab_size": vocab}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    case, model = Case("qwen3", tensor, recompute="full", dtype=dtype), load_planned_model(str(tmp_path))
+    case = Case(kind, tensor, recompute="full", dtype=dtype, at_a_time=at_a_time)
+    model = load_planned_model(str(tmp_path))
     shape, largest = model.shape, stage_params(model, tensor, 1, 0).largest
     responses = NUM_RESPONSES * RESPONSE
     for scoring, kept, learning in run_world(tensor, _peaks, tmp_path, case):
         rank = Measured(0, TOKENS, responses, kept, learning)
-        layer = act.layer_working(shape, case.cut, TOKENS, TOKENS, backward=False)
+        layer = act.scoring_working(shape, case.cut, TOKENS, TOKENS)
         logits = act.logits_working(shape, case.cut, responses, largest, backward=False)
         assert scoring == pytest.approx(max(layer, logits), rel=0.06)
         logits = act.logits_working(shape, case.cut, responses, largest, backward=True)
         predicted = _kept(shape, case, rank) + max(_working(shape, case, rank), logits)
-        _check_peak(learning, predicted)
+        _check_peak(learning, predicted, _held(shape, case, rank))
 
 
 def _count(rank: int, folder: Path, sizes: dict[str, int]) -> tuple[int, int]:
