@@ -144,7 +144,7 @@ def _items(case: Case, need: EngineNeed, phase: str, stage: int) -> Iterator[tup
         if case.model.tower is not None:
             yield "embeddings made here", num_prompts * _video_bytes(case) / case.layout.world
         yield from need.items
-        yield from (_encode_items(case) if phase == "encode" else _generate_items(case, num_prompts))
+        yield from (_encode_items(case) if phase == "encode" else _generate_items(case))
     else:
         yield from _learning_items(case, params, stage, phase)
 
@@ -188,10 +188,9 @@ def _encode_items(case: Case) -> Iterator[tuple[str, float]]:
         yield "tower's activations", tower.working_bytes(frames, work.size_hw, case.cut.element)
 
 
-def _generate_items(case: Case, num_prompts: int) -> Iterator[tuple[str, float]]:
-    """Each rank of a replica fetches the videos of its prompts."""
+def _generate_items(case: Case) -> Iterator[tuple[str, float]]:
+    """The videos of a replica's prompts wait in host memory; those that the engine reads are in its encoder cache."""
     if case.model.tower is not None:
-        yield "embeddings fetched", -(-num_prompts // case.layout.num_replicas) * _video_bytes(case)
         yield "frames decoded ahead", _decoded_ahead(case)
 
 
@@ -284,10 +283,13 @@ def saved_by_stage(
 
 
 def host_bytes(case: Case, need: EngineNeed) -> dict[str, float]:
-    """Main memory of one rank: parked optimizer state, the sleeping engine's weights, the reference and, while it is
-    swapped in, the policy."""
+    """Main memory of one rank: parked optimizer state, the sleeping engine's weights, the embeddings of all videos of
+    its replica's prompts, the reference and, while it is swapped in, the policy."""
     params = max((case.params(stage) for stage in (0, case.layout.pipeline - 1)), key=lambda p: p.total)
     host = {"optimizer, parked": optimizer_bytes(case, params), "engine's weights, asleep": need.weights}
+    if case.model.tower is not None:
+        most = max(case.work.num_prompts, case.cfg.eval.batch_size if case.cfg.data.eval else 0)
+        host["videos for the engine"] = -(-most // case.layout.num_replicas) * _video_bytes(case)
     if case.cfg.algorithm.kl_coef > 0:
         host["reference, and the policy meanwhile"] = 2.0 * params.total * case.cut.element
     return host

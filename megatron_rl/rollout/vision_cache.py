@@ -212,34 +212,45 @@ class VisionCache:
     # ----------------------------------------------------------------------------------------------------------- fetch
 
     def fetch(self, videos: Sequence[VideoArtifact]) -> dict[str, Tensor]:
-        """{key: [num_tokens, H]} of the videos this rank asks for. Collective; every rank may ask for other videos."""
-        return self._fetch({v.key: ((0, v.num_tokens),) for v in videos})
+        """{key: [num_tokens, H]} of the videos this rank asks for, in host memory: the engine takes one to the device
+        when it is its turn. Collective; every rank may ask for other videos."""
+        return self._fetch({v.key: ((0, v.num_tokens),) for v in videos}, to_host=True)
 
     def fetch_tokens(self, wanted: Wanted) -> VideoEmbeds:
         """The tokens this rank asks for; leaves of the autograd graph, in fp32, where the tower is trained. Collective;
         every rank may ask for others."""
-        tables = self._fetch(wanted)
+        tables = self._fetch(wanted, to_host=False)
         if self._tower is not None and self._tower.is_trained:
             tables = {key: table.float().requires_grad_() for key, table in tables.items()}
         return VideoEmbeds(tables, {key: tuple(runs) for key, runs in wanted.items()}, self._step.version)
 
-    def _fetch(self, wanted: Wanted) -> dict[str, Tensor]:
+    def _fetch(self, wanted: Wanted, to_host: bool) -> dict[str, Tensor]:
         requests = self._everyones(wanted)
         step = self._step
         assert not any(requests) or step.version == self._tower.version, "made by another tower; use `refreshed`"
-        tables = {key: self._empty(num_tokens(runs)) for key, runs in wanted.items()}
-        for number, messages in enumerate(self._plan(requests)):
-            if number == 0:
-                for m in messages:
-                    if m.target == self._rank:
-                        tables[m.piece.key][m.in_table] = step.made[m.piece][m.in_piece]
-            self.counts.received_bytes += exchange(
-                messages,
-                self._rank,
-                lambda m: step.made[m.piece][m.in_piece],
-                lambda m: tables[m.piece.key][m.in_table],
-            )
+        tables = {key: self._empty(num_tokens(runs), to_host) for key, runs in wanted.items()}
+        for messages in self._plan(requests):
+            self._receive(messages, tables)
         return tables
+
+    def _receive(self, messages: Sequence[Message], tables: Mapping[str, Tensor]) -> None:
+        """One round: what arrives, and what this rank has itself, goes into `tables`."""
+        arriving: dict[Message, Tensor] = {}
+
+        def incoming(message: Message) -> Tensor:
+            rows = tables[message.piece.key][message.in_table]
+            arriving[message] = torch.empty_like(rows, device=self._tower.device)
+            return arriving[message]
+
+        def outgoing(message: Message) -> Tensor:
+            return self._step.made[message.piece][message.in_piece]
+
+        self.counts.received_bytes += exchange(messages, self._rank, outgoing, incoming)
+        for message in messages:
+            if message.source == message.target == self._rank:
+                arriving[message] = outgoing(message)
+        for message, rows in arriving.items():
+            tables[message.piece.key][message.in_table] = rows
 
     def refreshed(self, embeds: VideoEmbeds) -> VideoEmbeds:
         """`embeds` itself or, if the tower has changed since, the same tokens of the tower as it is. Collective."""
@@ -318,8 +329,9 @@ class VisionCache:
         rows = (piece.stop - piece.start) * (video.num_tokens // video.grid_thw[0])
         return torch.zeros(rows, self._hidden, device=self._tower.device)
 
-    def _empty(self, rows: int) -> Tensor:
-        return torch.empty(rows, self._hidden, dtype=self._tower.dtype, device=self._tower.device)
+    def _empty(self, rows: int, in_host_memory: bool) -> Tensor:
+        device = torch.device("cpu") if in_host_memory else self._tower.device
+        return torch.empty(rows, self._hidden, dtype=self._tower.dtype, device=device)
 
 
 def _patches(video: VideoArtifact, piece: Piece) -> int:
