@@ -70,7 +70,8 @@ def test_logits_are_not_kept(tiny_checkpoint: Path, wide_checkpoint: Path) -> No
         grown = [
             _kept_alone(folder, *more) - _kept_alone(folder, 1024, 8) for folder in (tiny_checkpoint, wide_checkpoint)
         ]
-        assert grown[0] == grown[1] > 0
+        # A busy machine's gloo thread may still refer to two numbers a response token that it has summed.
+        assert grown[0] == pytest.approx(grown[1], abs=2 * 4 * NUM_RESPONSES * 264) and grown[0] > 1e6
 
 
 def _kept_alone(folder: Path, num_prompt: int, num_response: int) -> int:
