@@ -6,11 +6,9 @@ All mistakes of a recipe are reported together, before any process group or devi
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from megatron_rl.config import RunConfig
 from megatron_rl.config_checks import Job, check
 from megatron_rl.config_io import dump_config, parse_args
 from megatron_rl.errors import PeerLost
+from megatron_rl.quiet import quiet_libraries
 
 EXIT_USAGE = 2
 
@@ -36,7 +35,7 @@ def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Cal
         if rank == 0:
             sys.stdout.write(f"nothing stands in the way of this run on {world} rank{'s' if world > 1 else ''}\n")
         return
-    _quiet_libraries()
+    quiet_libraries()
     if rank == 0:
         folder = Path(cfg.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,18 +50,6 @@ def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Cal
         from megatron_rl.watchdog import stop_process
 
         stop_process(f"rank {rank}: {error}")  # at once: an orderly exit could wait for the dead in a collective
-
-
-def _quiet_libraries() -> None:
-    """Keep the libraries' notices to each other (deprecations, what is not installed) out of the user's sight.
-
-    `python -W default` or PYTHONWARNINGS brings them back.
-    """
-    if not sys.warnoptions:
-        for module in (r"megatron\.core\.", r"megatron_rl\.mcore_on_cpu", r"torch\.", r"vllm\.", r"transformers\."):
-            warnings.filterwarnings("ignore", module=module)
-        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
-        logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 def _report(error: ValueError, rank: int) -> None:

@@ -28,6 +28,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, also without PYTHONPATH
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the scripts beside this one, also under PYTHONSAFEPATH
 
+from megatron_rl.quiet import quiet_libraries
+
+quiet_libraries()
+
 import torch
 import torch.distributed as dist
 from bench_baselines import LiveBytes, ReceivedBytes

@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not spoil it for forked ranks
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the scripts beside this one, also under PYTHONSAFEPATH
+
+from megatron_rl.quiet import quiet_libraries
+
+quiet_libraries()
 
 import torch
 import torch.distributed as dist
@@ -363,7 +366,6 @@ def keep_freed_memory() -> None:
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, at every all-gather and in vLLM
     setting, json_path = parse_arguments()
     keep_freed_memory()
     num_layers = 2 * setting.pipeline

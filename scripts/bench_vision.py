@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +27,11 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the scripts beside this one, also under PYTHONSAFEPATH
 
 import numpy as np
+
+from megatron_rl.quiet import quiet_libraries
+
+quiet_libraries()
+
 import torch
 import torch.distributed as dist
 from bench_vision_parts import RESPONSE_TOKENS, EncodedOnUse, Frames, artifact, make_groups, write_checkpoint
@@ -312,8 +315,6 @@ def parse_arguments() -> tuple[Setting, Path]:
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # the libraries' notices to each other
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
     setting, json_path = parse_arguments()
     tokens_per_frame = (setting.side // 28) ** 2 // 2
     longest = max(*setting.frames, setting.video_frames) * tokens_per_frame + 128

@@ -19,6 +19,7 @@ FLOORS = {  # the longest prefix wins; a package stands on one floor, and phases
     "megatron_rl.types": 0,
     "megatron_rl.config": 0,
     "megatron_rl.errors": 0,
+    "megatron_rl.quiet": 0,
     "megatron_rl.protocols": 1,
     "megatron_rl.config_io": 1,
     "megatron_rl.mcore_on_cpu": 1,
