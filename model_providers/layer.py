@@ -30,7 +30,7 @@ class Layer(TransformerLayer):
             return super()._forward_mlp(hidden_states, inference_context, padding_mask)
         if not torch.is_grad_enabled():
             return by_rows(self._feed_forward, hidden_states, self._num_rows)
-        if self.config.recompute_granularity is None or not hidden_states.requires_grad:
+        if self.config.recompute_granularity is None:
             return super()._forward_mlp(hidden_states, inference_context, padding_mask)
         # The second forward of a layer that is recomputed as a whole needs no values any more.
         return RecomputedRows.apply(self._feed_forward, hidden_states, self._num_rows, is_checkpointing())

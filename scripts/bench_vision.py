@@ -26,12 +26,11 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not spoil it for forked ranks
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the scripts beside this one, also under PYTHONSAFEPATH
 
-import numpy as np
-
 from megatron_rl.quiet import quiet_libraries
 
 quiet_libraries()
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from bench_vision_parts import RESPONSE_TOKENS, EncodedOnUse, Frames, artifact, make_groups, write_checkpoint

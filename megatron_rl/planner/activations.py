@@ -216,8 +216,7 @@ def backward_working(
         feed_forward = min(fed, FEED_FORWARD_ROWS) * (kept + gradients + around)
     remade = last_layer_bytes(shape, again, rows, fed) - last_layer_bytes(shape, cut, rows, fed)
     stream = rows * hidden * (b + (FP32 if b != FP32 else 0))
-    gathered = (1 if cut.kernels == "local" else 2) * gather_buffer(shape, cut, rows)  # the input; its gradient
-    return remade + stream + gathered + max(attention, feed_forward)
+    return remade + stream + _gathered(shape, cut, rows) + max(attention, feed_forward)
 
 
 def scoring_working(shape: TransformerShape, cut: Cut, rows: int, all_rows: int) -> float:
@@ -229,8 +228,12 @@ def scoring_working(shape: TransformerShape, cut: Cut, rows: int, all_rows: int)
     attention += exchange_bytes(shape, cut, all_rows, backward=False)
     at_a_time = rows if shape.num_experts else min(rows, FEED_FORWARD_ROWS)
     feed_forward = (5 if cut.kernels == "local" else 3) * at_a_time * _inner_width(shape, cut) * b
-    gathered = (1 if cut.kernels == "local" else 2) * gather_buffer(shape, cut, rows)
-    return stream + gathered + max(attention, feed_forward)
+    return stream + _gathered(shape, cut, rows) + max(attention, feed_forward)
+
+
+def _gathered(shape: TransformerShape, cut: Cut, rows: int) -> float:
+    """The input of a column parallel linear; with Transformer Engine its gradient too."""
+    return (1 if cut.kernels == "local" else 2) * gather_buffer(shape, cut, rows)
 
 
 def _inner_width(shape: TransformerShape, cut: Cut) -> float:

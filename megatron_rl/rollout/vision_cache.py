@@ -9,7 +9,7 @@ rollout replica, to a rank of the trainer's first stage the tokens of its own ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -226,30 +226,21 @@ class VisionCache:
 
     def _fetch(self, wanted: Wanted, to_host: bool) -> dict[str, Tensor]:
         requests = self._everyones(wanted)
-        step = self._step
-        assert not any(requests) or step.version == self._tower.version, "made by another tower; use `refreshed`"
+        if not any(requests):
+            return {}
+        assert self._step.version == self._tower.version, "made by another tower; use `refreshed`"
         tables = {key: self._empty(num_tokens(runs), to_host) for key, runs in wanted.items()}
         for messages in self._plan(requests):
             self._receive(messages, tables)
         return tables
 
     def _receive(self, messages: Sequence[Message], tables: Mapping[str, Tensor]) -> None:
-        """One round: what arrives, and what this rank has itself, goes into `tables`."""
-        arriving: dict[Message, Tensor] = {}
-
-        def incoming(message: Message) -> Tensor:
-            rows = tables[message.piece.key][message.in_table]
-            arriving[message] = torch.empty_like(rows, device=self._tower.device)
-            return arriving[message]
+        """One round into `tables`."""
 
         def outgoing(message: Message) -> Tensor:
             return self._step.made[message.piece][message.in_piece]
 
-        self.counts.received_bytes += exchange(messages, self._rank, outgoing, incoming)
-        for message in messages:
-            if message.source == message.target == self._rank:
-                arriving[message] = outgoing(message)
-        for message, rows in arriving.items():
+        for message, rows in self._arrivals(messages, outgoing, self._tower.dtype).items():
             tables[message.piece.key][message.in_table] = rows
 
     def refreshed(self, embeds: VideoEmbeds) -> VideoEmbeds:
@@ -295,25 +286,37 @@ class VisionCache:
         self, messages: Sequence[Message], tables: Mapping[str, Tensor], grads: Mapping[Piece, Tensor]
     ) -> None:
         """One round: add what the targets of the messages have to the gradients of this rank's pieces."""
-        arriving: dict[Message, Tensor] = {}
-
-        def incoming(message: Message) -> Tensor:
-            arriving[message] = torch.empty_like(grads[message.piece][message.in_piece])
-            return arriving[message]
 
         def outgoing(message: Message) -> Tensor:
             grad = tables[message.piece.key].grad
             assert grad is not None, "every token that was asked for stands in some micro-batch"
             return grad[message.in_table]
 
-        self.counts.received_bytes += exchange(messages, self._rank, outgoing, incoming, backwards=True)
-        for message in messages:
-            if message.source == message.target == self._rank:
-                arriving[message] = outgoing(message)
-        for message, grad in arriving.items():
+        for message, grad in self._arrivals(messages, outgoing, torch.float32, backwards=True).items():
             grads[message.piece][message.in_piece] += grad
 
     # --------------------------------------------------------------------------------------------------------- helpers
+
+    def _arrivals(
+        self,
+        messages: Sequence[Message],
+        outgoing: Callable[[Message], Tensor],
+        dtype: torch.dtype,
+        backwards: bool = False,
+    ) -> dict[Message, Tensor]:
+        """One round: what arrives here, and what this rank has itself."""
+        arriving: dict[Message, Tensor] = {}
+
+        def incoming(message: Message) -> Tensor:
+            rows = message.stop - message.start
+            arriving[message] = torch.empty(rows, self._hidden, dtype=dtype, device=self._tower.device)
+            return arriving[message]
+
+        self.counts.received_bytes += exchange(messages, self._rank, outgoing, incoming, backwards)
+        for message in messages:
+            if message.source == message.target == self._rank:
+                arriving[message] = outgoing(message)
+        return arriving
 
     def _everyones(self, wanted: Wanted) -> list[Wanted]:
         requests: list[Wanted] = [{} for _ in range(self._world)]
