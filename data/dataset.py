@@ -13,9 +13,9 @@ from pathlib import Path
 
 from data.embedded import write_out
 from data.sources import open_source, source_names
+from megatron_rl.rewards.grading import reference_answer
 from megatron_rl.types import BadRow, Row
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -158,13 +158,12 @@ def _whole(text: str, name: str) -> str:
 
 
 def _answer(record: dict) -> str:
-    """LongVideo-Reason stores "<answer>B</answer>": the content is the answer."""
+    """The text of the file, byte for byte: SFT learns all of it. What a reward compares with is taken out of it when a
+    response is graded."""
     text = _text(record, "answer")
-    tagged = _ANSWER.search(text)
-    answer = (tagged.group(1) if tagged else text).strip()
-    if not answer:
+    if not reference_answer(text):
         raise ValueError("`answer` is empty")
-    return answer
+    return text
 
 
 def _media(record: dict, name: str, folders: _Folders) -> tuple[str, ...]:

@@ -64,8 +64,9 @@ def sft_step(session: Session, pairs: Sequence, upcoming: Sequence, step: int) -
         prompts = usable_prompts(session, pairs, f"step {step}")
         if upcoming:
             session.ahead.prepare(upcoming)  # decoded while this batch is learned
+    samples = reference_samples(session, prompts)
     updates = pack(
-        reference_samples(session, prompts),
+        samples,
         cfg.train.updates_per_step,
         cfg.train.max_tokens_per_microbatch,
         session.provider,
@@ -80,7 +81,10 @@ def sft_step(session: Session, pairs: Sequence, upcoming: Sequence, step: int) -
             scored = [ScoredBatch(b, None, None) for b in batches]
             now = session.vision.refreshed(made)
             totals.add(policy.train(scored, now.tables, NllLoss(), step, partial(session.vision.backward, now)))
-    metrics = session.quarantine.metrics() | {"sft/num_samples": float(len(prompts))}
+    metrics = session.quarantine.metrics() | {
+        "sft/num_samples": float(len(samples)),
+        "sft/num_tokens": float(sum(len(s.response_ids) for group in samples for s in group)),
+    }
     return totals.reduced() | metrics | vision_metrics(session.vision.take_counts())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_rl.rewards.grading import last_answer_span
+from megatron_rl.rewards.grading import last_answer_span, reference_answer
 
 if TYPE_CHECKING:
     from megatron_rl.types import Completion, Prompt
@@ -20,9 +20,9 @@ class ExactReward:
     name: str = "exact"
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
-        return [self._parts(p.row.answer, c.text) for p, c in zip(prompts, completions, strict=True)]
+        return [self._parts(reference_answer(p.row.answer), c.text) for p, c in zip(prompts, completions, strict=True)]
 
     def _parts(self, reference: str, response: str) -> dict[str, float]:
         span = last_answer_span(response)
-        accuracy = float((response if span is None else span).strip() == reference.strip())
+        accuracy = float((response if span is None else span).strip() == reference)
         return {"overall": accuracy, "accuracy": accuracy}

@@ -16,6 +16,13 @@ def last_answer_span(response: str) -> str | None:
     return spans[-1].strip() if spans else None
 
 
+def reference_answer(text: str) -> str:
+    """What a response is compared with: the last `<answer>` span of a row's `answer`, or all of it where there is none
+    (LongVideo-Reason stores `<answer>B</answer>`; a row of SFT data holds the reasoning too)."""
+    span = last_answer_span(text)
+    return (text if span is None else span).strip()
+
+
 def last_boxed(response: str) -> str | None:
     r"""The content of the last complete `\boxed{...}`, inner braces included, or None."""
     for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", response)]):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_rl.rewards.grading import last_boxed, same_text, same_value
+from megatron_rl.rewards.grading import last_boxed, reference_answer, same_text, same_value
 
 if TYPE_CHECKING:
     from megatron_rl.types import Completion, Prompt
@@ -24,7 +24,7 @@ class MathReward:
     name: str = "math"
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
-        return [self._parts(p.row.answer, c.text) for p, c in zip(prompts, completions, strict=True)]
+        return [self._parts(reference_answer(p.row.answer), c.text) for p, c in zip(prompts, completions, strict=True)]
 
     def _parts(self, reference: str, response: str) -> dict[str, float]:
         boxed = last_boxed(response)

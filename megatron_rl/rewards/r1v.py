@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_rl.rewards.grading import is_value, last_answer_span, same_text, same_value
+from megatron_rl.rewards.grading import is_value, last_answer_span, reference_answer, same_text, same_value
 
 if TYPE_CHECKING:
     from megatron_rl.types import Completion, Prompt
@@ -28,7 +28,7 @@ class R1VReward:
     name: str = "r1v"
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
-        return [self._parts(p.row.answer, c.text) for p, c in zip(prompts, completions, strict=True)]
+        return [self._parts(reference_answer(p.row.answer), c.text) for p, c in zip(prompts, completions, strict=True)]
 
     def _parts(self, reference: str, response: str) -> dict[str, float]:
         span = last_answer_span(response)

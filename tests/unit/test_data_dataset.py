@@ -32,7 +32,14 @@ def test_longvideo_reason_record(tmp_path):
               "problem_type": "spatial", "reasoning": "long", "answer": "<answer> B\n</answer>"}  # fmt: skip
     rows, bad = read(tmp_path, record)
     assert bad == []
-    assert rows == [Row("train.jsonl:1", "Where?\nA) x", "B", (str(tmp_path / "clips/a b.mp4"),), "spatial")]
+    video = (str(tmp_path / "clips/a b.mp4"),)
+    assert rows == [Row("train.jsonl:1", "Where?\nA) x", "<answer> B\n</answer>", video, "spatial")]
+
+
+def test_an_answer_is_kept_byte_for_byte(tmp_path):
+    answer = "<think>first red, then blue</think>\n<answer> B </answer>\n"
+    rows, bad = read(tmp_path, {"problem": "p", "answer": answer})
+    assert bad == [] and rows[0].answer == answer
 
 
 @pytest.mark.parametrize("videos", [None, "", []])

@@ -135,6 +135,14 @@ def test_exact():
     assert score("exact", "red", "Red")["overall"] == 0.0
 
 
+@pytest.mark.parametrize("name", ["exact", "math", "r1v"])
+@pytest.mark.parametrize("answer", ["2", "<answer> 2\n</answer>", "<think>1 + 1, not 3</think>\n<answer>2</answer>"])
+def test_the_reference_is_taken_out_of_the_text_of_the_row(name, answer):
+    right, wrong = r"<think>a</think><answer>2</answer> \boxed{2}", r"<think>a</think><answer>3</answer> \boxed{3}"
+    assert score(name, answer, right)["accuracy"] == 1.0
+    assert score(name, answer, wrong)["accuracy"] == 0.0
+
+
 def test_every_built_in_reward_scores_a_batch_in_order():
     prompts = [Prompt(i, Row("f:1", "q", str(i)), (), ()) for i in range(3)]
     completions = [Completion(i, 0, (), (), r"<answer>\boxed{1}</answer>", False) for i in range(3)]
