@@ -26,7 +26,7 @@ WIDTH = 140  # of the table where no terminal says otherwise
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class TensorGroup:
     """Tensors that are alike: one per layer, under one name with `*` for the index."""
 
     name: str
@@ -49,7 +49,7 @@ class Summary:
     """Of the model: without the padding of the vocabulary that a Megatron file holds."""
     bytes: int
     optimizer: bool
-    groups: tuple[Group, ...]
+    groups: tuple[TensorGroup, ...]
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -111,11 +111,11 @@ def _model_type(folder: Path) -> str:
     return json.loads(path.read_text(encoding="utf-8")).get("model_type", "") if path.is_file() else ""
 
 
-def _group(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> list[Group]:
+def _group(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> list[TensorGroup]:
     counts: dict[tuple[str, tuple[int, ...], str], int] = defaultdict(int)
     for name, shape, dtype in tensors:
         counts[re.sub(r"\.\d+\.", ".*.", name), shape, dtype_name(dtype)] += 1
-    return [Group(name, count, shape, dtype) for (name, shape, dtype), count in counts.items()]
+    return [TensorGroup(name, count, shape, dtype) for (name, shape, dtype), count in counts.items()]
 
 
 def show(summary: Summary) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.device import choose_backend, define_torchvision_operators
+from megatron_rl.runtime.device import choose_backend, define_torchvision_operators
 from megatron_rl.types import FORBIDDEN_BIAS
 from model_providers.registry import open_provider
 
@@ -95,7 +95,7 @@ def _our_logprobs(folder: Path, ids: Sequence[int], targets: Tensor) -> Tensor:
 
 @contextmanager
 def _world_of_one(backend: Any) -> Iterator[Any]:
-    from megatron_rl import parallel
+    from megatron_rl.runtime import parallel
 
     with mock.patch.dict(os.environ):
         dist.init_process_group(backend.process_group, store=dist.HashStore(), rank=0, world_size=1)

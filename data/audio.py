@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import av
 import numpy as np
 
-from data.index_reader import cause, demux
-from data.index_store import index_video
+from data.video.index_reader import cause, demux
+from data.video.index_store import index_video
 from megatron_rl.errors import VideoDecodeError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_rl.config import RunConfig
-from megatron_rl.launch import run_job
+from megatron_rl.config.command_line import run_job
+from megatron_rl.config.schema import RunConfig
 
 FOLDER = "cache_videos"  # in run_dir: what could not be used
 
@@ -25,10 +25,12 @@ def main(argv: Sequence[str]) -> None:
 def run(cfg: RunConfig) -> dict[str, float]:
     """The whole job on this rank; returns the counts of all ranks together."""
     from checkpoint_tools.console import follow, note
-    from megatron_rl import parallel
-    from megatron_rl.device import choose_backend
-    from megatron_rl.quarantine import Quarantine
-    from megatron_rl.rollout.phase import build_prompts, encode_videos
+    from megatron_rl.media.prompt_prefetcher import build_prompts, encode_videos
+    from megatron_rl.observe.quarantine import Quarantine
+    from megatron_rl.observe.step_metrics import vision_metrics
+    from megatron_rl.runtime import parallel
+    from megatron_rl.runtime.device import choose_backend
+    from megatron_rl.runtime.watchdog import watch_world
     from megatron_rl.session import (
         load_tokenizer,
         open_builder,
@@ -38,8 +40,6 @@ def run(cfg: RunConfig) -> dict[str, float]:
         open_vision,
         usable_rows,
     )
-    from megatron_rl.step_metrics import vision_metrics
-    from megatron_rl.watchdog import watch_world
 
     backend = choose_backend(cfg.device, cfg.model.dtype)
     mesh = parallel.initialize(backend, tensor=1, pipeline=1, context=1, rollout_tensor=1)

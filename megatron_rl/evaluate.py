@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_rl.loop import Rollout, rollout_phase, usable_prompts
-from megatron_rl.report import SampleRollout
-from megatron_rl.rollout.phase import generate
+from megatron_rl.observe.report import SampleRollout
+from megatron_rl.observe.step_metrics import sync_metrics, vision_metrics
+from megatron_rl.rollout.generate import generate
 from megatron_rl.rollout.store import RolloutStore
 from megatron_rl.session import Session
-from megatron_rl.step_metrics import sync_metrics, vision_metrics
 from megatron_rl.types import Group, Row, Sampling
 
 

@@ -13,19 +13,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from data.loader import RowLoader
+from data.rows.loader import RowLoader
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.groups import keep_informative
+from megatron_rl.media.prompt_prefetcher import encode_videos
+from megatron_rl.observe.step_metrics import MismatchMetric, Totals, rollout_metrics, sync_metrics, vision_metrics
 from megatron_rl.protocols import PolicyLoss, RewardFunction, RolloutEngine
-from megatron_rl.rollout.phase import encode_videos, generate
-from megatron_rl.rollout.resharder import Resharder
+from megatron_rl.rollout.generate import generate
 from megatron_rl.rollout.store import RolloutStore
 from megatron_rl.session import Session
-from megatron_rl.step_metrics import GapWatch, Totals, rollout_metrics, sync_metrics, vision_metrics
 from megatron_rl.training.batch import make_samples, pack
 from megatron_rl.training.microbatch import MicroBatch, localize
 from megatron_rl.training.policy import Reference, ScoredBatch
-from megatron_rl.types import Group, Prompt, Row, Sampling, SyncReport, VideoEmbeds
+from megatron_rl.types import Group, MediaEmbeds, Prompt, Row, Sampling, SyncReport
+from megatron_rl.weight_sync.resharder import Resharder
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,8 @@ def replay_step(
 
 @contextmanager
 def rollout_phase(session: Session, rollout: Rollout, step: int) -> Iterator[SyncReport | None]:
-    """The engine awake and filled with the policy's weights; the trainer's gradients and optimizer state parked."""
-    with session.policy.parked():
+    """The engine awake and filled with the policy's weights; the trainer's gradients and optimizer state offloaded."""
+    with session.policy.offloaded():
         with session.progress.phase(step, "sync"):
             rollout.engine.wake("weights")
             report = sync_weights(session, rollout)
@@ -141,7 +142,7 @@ def collect_groups(session: Session, rollout: Rollout, loader: RowLoader, step: 
 
 def fetch_embeds(
     session: Session, updates: Sequence[Sequence[MicroBatch]]
-) -> tuple[list[list[MicroBatch]], list[VideoEmbeds]]:
+) -> tuple[list[list[MicroBatch]], list[MediaEmbeds]]:
     """The updates, and for each the embeddings of those video tokens that this rank puts into its micro-batches.
 
     The last that is asked of the step's embeddings: those that other ranks use are dropped."""
@@ -177,7 +178,7 @@ def train_on(
         with progress.phase(step, "ref"), reference.swapped_in():
             seen = (session.vision.refreshed(made).tables for made in embeds)
             ref = [policy.logprobs(batches, tables) for batches, tables in zip(updates, seen, strict=True)]
-    totals, watched = Totals(), GapWatch(loss)
+    totals, watched = Totals(), MismatchMetric(loss)
     with progress.phase(step, "update_actor"):
         for batches, made, old_logprobs, ref_logprobs in zip(updates, embeds, old, ref, strict=True):
             scored = [ScoredBatch(*parts) for parts in zip(batches, old_logprobs, ref_logprobs, strict=True)]

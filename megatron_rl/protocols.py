@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from megatron_rl.device import Backend
-    from megatron_rl.parallel import ParallelMesh
+    from megatron_rl.runtime.device import Backend
+    from megatron_rl.runtime.parallel import ParallelMesh
     from megatron_rl.types import (
         Completion,
         LossInputs,
         LossOutput,
+        MediaItem,
         Prompt,
         Sampling,
-        VideoArtifact,
         VideoInfo,
         VisionPart,
     )
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from model_providers.weight_map import WeightMap
 
 
-class VideoSpec(Protocol):
+class MediaSpec(Protocol):
     """How a model family turns a video into patches and tokens; pure arithmetic, no weights."""
 
     patch_size: int
     temporal_patch_size: int
     merge_size: int
     frame_family: Literal["stride", "linspace"]
-    """How the Hugging Face processor of the family counts frames (data/frames.py)."""
+    """How the Hugging Face processor of the family counts frames (data/video/frames.py)."""
 
     def size_hw(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         """Height and width to which frames are resized: multiples of patch_size * merge_size."""
@@ -53,11 +53,11 @@ class VideoDecoder(Protocol):
         """uint8 RGB [F, 3, H, W]: exactly these frames (any order, repeats allowed), resized bicubic antialiased."""
 
 
-class VideoTower(Protocol):
+class MediaEncoder(Protocol):
     """The vision tower and projector of a family. No temporal patch may look at another, so that a video can be cut
     between any two of them."""
 
-    spec: VideoSpec
+    spec: MediaSpec
     dtype: torch.dtype
     device: torch.device
     module: torch.nn.Module
@@ -89,17 +89,17 @@ class EmbeddingStore(Protocol):
 
     patches_per_entry: int
 
-    def identify(self, videos: Sequence[VideoArtifact]) -> None:
+    def identify(self, videos: Sequence[MediaItem]) -> None:
         """Called with every video before it is read or written. Collective."""
 
-    def holds(self, video: VideoArtifact, start: int, stop: int) -> bool:
+    def holds(self, video: MediaItem, start: int, stop: int) -> bool:
         """Whether `read` will find something, unless it is damaged or removed meanwhile."""
 
-    def read(self, video: VideoArtifact, start: int, stop: int) -> tuple[Tensor | None, int]:
+    def read(self, video: MediaItem, start: int, stop: int) -> tuple[Tensor | None, int]:
         """Embeddings of the temporal patches [start, stop), or None where they are not all there; and the number of
         entries that turned out to be damaged."""
 
-    def write(self, video: VideoArtifact, start: int, embeds: Tensor) -> None:
+    def write(self, video: MediaItem, start: int, embeds: Tensor) -> None:
         """Keep embeddings of temporal patches start, start + 1 ..."""
 
     def trim(self) -> None:
@@ -111,7 +111,7 @@ class ModelProvider(Protocol):
 
     shape: TransformerShape
     weight_map: WeightMap
-    video_spec: VideoSpec | None
+    video_spec: MediaSpec | None
     """None, like the three below, for a family that takes no video: rows with one are refused."""
     video_token_id: int | None
     image_token_id: int | None
@@ -130,13 +130,13 @@ class ModelProvider(Protocol):
 
     def build_vision(
         self, backend: Backend, device: torch.device, trained: frozenset[VisionPart] = frozenset()
-    ) -> VideoTower | None:
+    ) -> MediaEncoder | None:
         """The tower with its projector, weights loaded; only the parts in `trained` take part in training."""
 
-    def position_ids(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> Tensor:
+    def position_ids(self, token_ids: Sequence[int], videos: Sequence[MediaItem]) -> Tensor:
         """int64 [3, len(token_ids)]."""
 
-    def video_starts(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> list[int]:
+    def video_starts(self, token_ids: Sequence[int], videos: Sequence[MediaItem]) -> list[int]:
         """Index of the first placeholder token of each video."""
 
     def engine_prompt(self, prompt: Prompt, embeds: Mapping[str, Tensor]) -> dict[str, Any]:

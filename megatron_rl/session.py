@@ -16,36 +16,37 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data.dataset import read_rows
-from data.frames import FrameSettings
-from data.index_store import IndexStore
-from data.loader import RowLoader
-from data.manifest import Manifest
-from data.prefetch import FramePrefetcher
-from data.prompts import PromptBuilder
-from data.video import open_video_decoder
-from megatron_rl import parallel
-from megatron_rl.config import DataConfig, RunConfig
-from megatron_rl.device import Backend, choose_backend, define_torchvision_operators
-from megatron_rl.metrics import MetricLog, Progress
-from megatron_rl.parallel import ParallelMesh
-from megatron_rl.protocols import ModelProvider, VideoDecoder, VideoTower
-from megatron_rl.quarantine import Quarantine
-from megatron_rl.rollout.embedding_store import DiskStore
-from megatron_rl.rollout.lookahead import Lookahead
-from megatron_rl.rollout.vision_cache import VisionCache
-from megatron_rl.signals import StopFlag
+from data.rows.dataset import read_rows
+from data.rows.loader import RowLoader
+from data.rows.manifest import Manifest
+from data.rows.prompts import PromptBuilder
+from data.video.frames import FrameSettings
+from data.video.index_store import IndexStore
+from data.video.open_decoder import open_video_decoder
+from data.video.prefetch import FramePrefetcher
+from megatron_rl.config.schema import DataConfig, RunConfig
+from megatron_rl.media.embedding_store import DiskStore
+from megatron_rl.media.encoder import ParallelEncoder
+from megatron_rl.media.prompt_prefetcher import PromptPrefetcher
+from megatron_rl.observe.metric_log import MetricLog
+from megatron_rl.observe.progress import Progress
+from megatron_rl.observe.quarantine import Quarantine
+from megatron_rl.protocols import MediaEncoder, ModelProvider, VideoDecoder
+from megatron_rl.runtime import parallel
+from megatron_rl.runtime.device import Backend, choose_backend, define_torchvision_operators
+from megatron_rl.runtime.parallel import ParallelMesh
+from megatron_rl.runtime.signals import StopFlag
+from megatron_rl.runtime.watchdog import Watchdog, watch_world
 from megatron_rl.training import checkpoint
 from megatron_rl.training.policy import Hyperparameters, Policy
 from megatron_rl.types import Row, VisionPart
-from megatron_rl.watchdog import Watchdog, watch_world
 from model_providers.registry import open_provider
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megatron_rl.rollout.resharder import Resharder
     from megatron_rl.rollout.vllm_engine import VllmEngine
+    from megatron_rl.weight_sync.resharder import Resharder
     from model_providers.transformer import ChunkedStage, LanguageModel
     from model_providers.weight_map import WeightMap
 
@@ -60,8 +61,8 @@ class Session:
     provider: ModelProvider
     tokenizer: PreTrainedTokenizerBase
     builder: PromptBuilder
-    vision: VisionCache
-    ahead: Lookahead
+    vision: ParallelEncoder
+    ahead: PromptPrefetcher
     policy: Policy
     quarantine: Quarantine
     log: MetricLog
@@ -133,7 +134,7 @@ def _build_session(
         tokenizer=tokenizer,
         builder=builder,
         vision=vision,
-        ahead=Lookahead(builder, mesh, vision),
+        ahead=PromptPrefetcher(builder, mesh, vision),
         policy=policy,
         quarantine=Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction),
         log=_open_log(cfg, mesh),
@@ -169,7 +170,7 @@ def open_builder(
     )
 
 
-def open_tower(cfg: RunConfig, backend: Backend, provider: ModelProvider) -> VideoTower | None:
+def open_tower(cfg: RunConfig, backend: Backend, provider: ModelProvider) -> MediaEncoder | None:
     """The vision tower of the model, if it has one, with the weights to start from. Collective."""
     parts: tuple[VisionPart, ...] = (
         ("tower", "projector") if cfg.model.train_vision == "all" else (cfg.model.train_vision,)
@@ -182,15 +183,15 @@ def open_tower(cfg: RunConfig, backend: Backend, provider: ModelProvider) -> Vid
 
 
 def open_vision(
-    cfg: RunConfig, tower: VideoTower | None, provider: ModelProvider, decoder: VideoDecoder
-) -> VisionCache:
+    cfg: RunConfig, tower: MediaEncoder | None, provider: ModelProvider, decoder: VideoDecoder
+) -> ParallelEncoder:
     """What encodes the videos of a step, and what their embeddings are kept in."""
     hidden, store = provider.shape.hidden_size, None
     if cfg.data.cache_dir and tower is not None:
         max_bytes = int(cfg.data.cache_gib * 2**30)
         store = DiskStore(cfg.data.cache_dir, max_bytes, tower.fingerprint(), tower.dtype, hidden)
     frames = FramePrefetcher(decoder, cfg.data.prefetch_mib << 20, cfg.data.decode_threads)
-    return VisionCache(tower, frames, hidden, frames_per_chunk=cfg.data.frames_per_chunk, store=store)
+    return ParallelEncoder(tower, frames, hidden, frames_per_chunk=cfg.data.frames_per_chunk, store=store)
 
 
 def _build_policy(
@@ -199,7 +200,7 @@ def _build_policy(
     backend: Backend,
     mesh: ParallelMesh,
     provider: ModelProvider,
-    tower: VideoTower | None,
+    tower: MediaEncoder | None,
 ) -> Policy:
     model = provider.build_language(backend, mesh, temperature, cfg.model.recompute)
     provider.load_language(model, mesh)
@@ -266,10 +267,10 @@ def read_eval_rows(session: Session) -> list[Row]:
 
 def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
     """A vLLM replica over this rank's rollout group, and the plan that fills it. Collective."""
-    from megatron_rl.rollout.fit import check_fit
-    from megatron_rl.rollout.reshard_plan import Layouts, make_plan
-    from megatron_rl.rollout.resharder import Resharder
     from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
+    from megatron_rl.weight_sync.plan import Layouts, make_plan
+    from megatron_rl.weight_sync.resharder import Resharder
+    from megatron_rl.weight_sync.shape_check import check_fit
 
     cfg, mesh, provider = session.cfg, session.mesh, session.provider
     settings = EngineSettings(

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from megatron_rl.config import RunConfig
-from megatron_rl.launch import run_job
+from megatron_rl.config.command_line import run_job
+from megatron_rl.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from megatron_rl.session import Session
@@ -33,28 +33,28 @@ def run(cfg: RunConfig) -> None:
 
 
 def run_session(session: Session) -> None:
-    from megatron_rl.job import Journal, first, last
+    from megatron_rl.run_state import RunState, first, last
     from megatron_rl.session import open_loader
 
     cfg = session.cfg
     loader = open_loader(session)
-    journal = Journal(session, loader)
-    for step in range(journal.resume(), cfg.train.num_steps):
+    run_state = RunState(session, loader)
+    for step in range(run_state.resume(), cfg.train.num_steps):
         pairs, upcoming = loader.next_batch(), loader.peek_batch() if step + 1 < cfg.train.num_steps else []
         metrics = sft_step(session, pairs, upcoming, step)
-        journal.end_step(step, metrics, note=f"nll {metrics.get('sft/nll', float('nan')):.3f}")
-        if journal.stopped:
+        run_state.end_step(step, metrics, note=f"nll {metrics.get('sft/nll', float('nan')):.3f}")
+        if run_state.stopped:
             return
-    hf_export = journal.export_hf()
+    hf_export = run_state.export_hf()
     nll = {"start_nll": first(cfg.run_dir, "sft/nll"), "end_nll": last(cfg.run_dir, "sft/nll")}
-    journal.close({**nll, "hf_export": hf_export}, [])
+    run_state.close({**nll, "hf_export": hf_export}, [])
 
 
 def sft_step(session: Session, pairs: Sequence, upcoming: Sequence, step: int) -> dict[str, float]:
     """One pass over a batch of rows in `updates_per_step` updates. Collective."""
     from megatron_rl.algorithms.losses import NllLoss
     from megatron_rl.loop import fetch_embeds, usable_prompts
-    from megatron_rl.step_metrics import Totals, vision_metrics
+    from megatron_rl.observe.step_metrics import Totals, vision_metrics
     from megatron_rl.training.batch import pack
     from megatron_rl.training.policy import ScoredBatch
 

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_rl.config import AlgorithmConfig, RunConfig
-from megatron_rl.launch import run_job
+from megatron_rl.config.command_line import run_job
+from megatron_rl.config.schema import AlgorithmConfig, RunConfig
 
 if TYPE_CHECKING:
     from megatron_rl.evaluate import Evaluation
-    from megatron_rl.job import Journal
     from megatron_rl.loop import Rollout
     from megatron_rl.protocols import PolicyLoss
+    from megatron_rl.run_state import RunState
     from megatron_rl.session import Session
 
 
@@ -35,9 +35,9 @@ def run(cfg: RunConfig) -> None:
 
 def run_session(session: Session) -> None:
     from megatron_rl.evaluate import Evaluation
-    from megatron_rl.job import Journal
     from megatron_rl.loop import replay_step, rl_step
     from megatron_rl.rollout.store import RolloutStore
+    from megatron_rl.run_state import RunState
     from megatron_rl.session import open_loader, read_eval_rows
     from megatron_rl.training.policy import Reference
 
@@ -49,22 +49,22 @@ def run_session(session: Session) -> None:
     replaying = bool(cfg.rollout.replay_from)
     rollout = None if replaying else build_rollout(session)
     loader = None if replaying else open_loader(session)
-    journal = Journal(session, loader)
+    run_state = RunState(session, loader)
     evaluation = Evaluation(session, rollout, read_eval_rows(session))
-    start = journal.resume()
+    start = run_state.resume()
     if start == 0:
-        journal.pending |= evaluation.at_start()
+        run_state.pending |= evaluation.at_start()
     for step in range(start, cfg.train.num_steps):
         if replaying:
             metrics = replay_step(session, loss, reference, store, step)
         else:
             metrics = rl_step(session, rollout, loader, loss, reference, store, step)
         metrics |= evaluation.after_step(step)
-        journal.end_step(step, metrics, note=f"reward {metrics.get('critic/score/mean', float('nan')):.3f}")
-        if journal.stopped:
+        run_state.end_step(step, metrics, note=f"reward {metrics.get('critic/score/mean', float('nan')):.3f}")
+        if run_state.stopped:
             break
     else:
-        finish(journal, evaluation)
+        finish(run_state, evaluation)
     if rollout is not None:
         rollout.engine.close()
 
@@ -87,18 +87,18 @@ def build_rollout(session: Session) -> Rollout:
     from megatron_rl.session import open_engine
 
     reward = load_reward(session.cfg.reward.name, session.cfg.reward.format_weight)
-    with session.policy.parked():  # the engine measures what memory is left for it
+    with session.policy.offloaded():  # the engine measures what memory is left for it
         engine, resharder = open_engine(session)
     return Rollout(engine, resharder, reward)
 
 
-def finish(journal: Journal, evaluation: Evaluation) -> None:
+def finish(run_state: RunState, evaluation: Evaluation) -> None:
     """Export, then summary.json, the curves and a few sample answers."""
     from megatron_rl.evaluate import sample_rollouts
-    from megatron_rl.job import first, highest, last
+    from megatron_rl.run_state import first, highest, last
 
-    cfg = journal.session.cfg
-    hf_export = journal.export_hf()
+    cfg = run_state.session.cfg
+    hf_export = run_state.export_hf()
     summary = {
         "start_accuracy": first(cfg.run_dir, "eval/start_accuracy"),
         "heldout_accuracy": last(cfg.run_dir, "eval/accuracy"),
@@ -108,7 +108,7 @@ def finish(journal: Journal, evaluation: Evaluation) -> None:
         "sync_bytes_over_minimum": highest(cfg.run_dir, "sync/bytes_over_minimum"),
         "hf_export": hf_export,
     }
-    journal.close(summary, sample_rollouts(evaluation.groups, cfg.eval.show))
+    run_state.close(summary, sample_rollouts(evaluation.groups, cfg.eval.show))
 
 
 if __name__ == "__main__":

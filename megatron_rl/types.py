@@ -80,7 +80,7 @@ class VideoInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class VideoArtifact:
+class MediaItem:
     """Which frames of a video, at which size, making which tokens: decided once, used by vLLM and by the trainer.
 
     `key` is the sha256 of everything else, file identity included. `grid_thw` counts patches after the temporal merge:
@@ -100,7 +100,7 @@ class VideoArtifact:
 
 
 @dataclass(frozen=True, slots=True)
-class VideoEmbeds:
+class MediaEmbeds:
     """Embeddings of the video tokens that a rank asked for: `tables[key]` [n, H] holds the tokens of `wanted[key]`, its
     runs [start, stop) one behind the other. `version` is that of the tower that made them."""
 
@@ -117,7 +117,7 @@ class Prompt:
     prompt_id: int
     row: Row
     token_ids: tuple[int, ...]
-    videos: tuple[VideoArtifact, ...]
+    videos: tuple[MediaItem, ...]
 
 
 @dataclass(frozen=True, slots=True)

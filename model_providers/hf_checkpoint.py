@@ -17,7 +17,7 @@ from megatron_rl.errors import WeightMismatch
 from model_providers.weight_map import Block, WeightMap
 
 if TYPE_CHECKING:
-    from megatron_rl.parallel import ParallelMesh
+    from megatron_rl.runtime.parallel import ParallelMesh
     from model_providers.transformer import ChunkedStage, LanguageModel
 
 INDEX_FILE = "model.safetensors.index.json"

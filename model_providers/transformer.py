@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from megatron_rl.device import Backend
-from megatron_rl.parallel import ParallelMesh
+from megatron_rl.runtime.device import Backend
+from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.types import FORBIDDEN_BIAS
 from model_providers.attention.core import BatchLayout, core_attention
 from model_providers.last_layer import LastLayer

@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from megatron_rl.device import define_torchvision_operators
+from megatron_rl.runtime.device import define_torchvision_operators
 from model_providers.qwen2_5_vl.tiny import tiny
 
 define_torchvision_operators()

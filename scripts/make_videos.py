@@ -29,7 +29,7 @@ CODECS = {
 
 
 @dataclass(frozen=True)
-class Clip:
+class MadeVideo:
     """One video to make: its name, the letter of its colour, and the codec to encode it with."""
 
     name: str
@@ -37,11 +37,11 @@ class Clip:
     codec: str
 
 
-def plan_clips(split: str, num_clips: int) -> list[Clip]:
+def plan_clips(split: str, num_clips: int) -> list[MadeVideo]:
     """Letters balanced, and each letter balanced over the codecs."""
     letters, codecs = list(COLOURS), list(CODECS)
     return [
-        Clip(f"videos/{split}_{i:04d}.mp4", letters[i % len(letters)], codecs[i // len(letters) % len(codecs)])
+        MadeVideo(f"videos/{split}_{i:04d}.mp4", letters[i % len(letters)], codecs[i // len(letters) % len(codecs)])
         for i in range(num_clips)
     ]
 
@@ -71,7 +71,7 @@ def encode(path: Path, frames: np.ndarray, codec: str) -> None:
         container.mux(stream.encode(None))
 
 
-def write_rows(path: Path, clips: list[Clip], answers: list[str]) -> None:
+def write_rows(path: Path, clips: list[MadeVideo], answers: list[str]) -> None:
     rows = (
         {"problem": QUESTION, "answer": answer, "videos": [clip.name], "problem_type": "colour"}
         for clip, answer in zip(clips, answers, strict=True)
@@ -79,7 +79,7 @@ def write_rows(path: Path, clips: list[Clip], answers: list[str]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_split(out: Path, split: str, num_clips: int, rng: np.random.Generator) -> list[Clip]:
+def make_split(out: Path, split: str, num_clips: int, rng: np.random.Generator) -> list[MadeVideo]:
     clips = plan_clips(split, num_clips)
     for clip in clips:
         encode(out / clip.name, draw_frames(rng, COLOURS[clip.answer]), clip.codec)

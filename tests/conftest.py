@@ -24,7 +24,7 @@ import pytest
 @pytest.fixture(scope="session")
 def heavy_imports() -> None:
     """Import Megatron-core, transformers' Qwen2.5-VL and vLLM once; worlds forked afterwards have them for nothing."""
-    from megatron_rl.device import define_torchvision_operators
+    from megatron_rl.runtime.device import define_torchvision_operators
 
     define_torchvision_operators()
     import megatron.core.models.gpt

@@ -12,11 +12,19 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from data.dataset import read_rows
-from megatron_rl.config import DataConfig, LogConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig, TrainConfig
-from megatron_rl.device import choose_backend
+from data.rows.dataset import read_rows
+from megatron_rl.config.schema import (
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
-from megatron_rl.types import Prompt, Row, VideoArtifact
+from megatron_rl.runtime.device import choose_backend
+from megatron_rl.types import MediaItem, Prompt, Row
 from model_providers.hf_checkpoint import canonical_hf_name
 from model_providers.registry import open_provider
 
@@ -78,7 +86,7 @@ def video_prompt(
 ) -> Prompt:
     """A prompt around a video that exists as embeddings only."""
     num_tokens = grid_thw[0] * grid_thw[1] * grid_thw[2] // provider.video_spec.merge_size**2
-    video = VideoArtifact(key, f"{key}.mp4", (), (), (0, 0), grid_thw, seconds_per_grid, num_tokens)
+    video = MediaItem(key, f"{key}.mp4", (), (), (0, 0), grid_thw, seconds_per_grid, num_tokens)
     ids = (10, 11, 12, *provider.video_spec.placeholder(num_tokens), 20, 21)
     return Prompt(prompt_id, Row(f"video:{prompt_id}", "", ""), ids, (video,))
 

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl import parallel
-from megatron_rl.device import choose_backend
-from megatron_rl.parallel import ParallelMesh
+from megatron_rl.runtime import parallel
+from megatron_rl.runtime.device import choose_backend
+from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.batch import pack
 from megatron_rl.training.microbatch import MicroBatch
 from megatron_rl.training.policy import Hyperparameters, Policy, ScoredBatch
-from megatron_rl.types import Prompt, Row, TrainSample, VideoArtifact
+from megatron_rl.types import MediaItem, Prompt, Row, TrainSample
 from model_providers.qwen2_5_vl.provider import Qwen2_5_VL
 from model_providers.registry import open_provider
 
@@ -36,18 +36,18 @@ MERGE, HIDDEN = 2, 128
 Piece = tuple[str, slice, slice, Tensor]  # Hugging Face name, rows, columns, values
 
 
-def video(key: str, grid_thw: tuple[int, int, int], seconds_per_grid: float = 1.0) -> VideoArtifact:
+def video(key: str, grid_thw: tuple[int, int, int], seconds_per_grid: float = 1.0) -> MediaItem:
     """Two frames of 14-pixel patches per step of the grid; no file behind it."""
     t, h, w = grid_thw
     times = tuple(i * seconds_per_grid / 2 for i in range(2 * t))
     num_tokens = t * h * w // MERGE**2
-    return VideoArtifact(
+    return MediaItem(
         key, f"{key}.mp4", tuple(range(2 * t)), times, (14 * h, 14 * w), grid_thw, seconds_per_grid, num_tokens
     )
 
 
 def sample(
-    provider: Qwen2_5_VL, seed: int, num_text: int, num_response: int, videos: Sequence[VideoArtifact] = ()
+    provider: Qwen2_5_VL, seed: int, num_text: int, num_response: int, videos: Sequence[MediaItem] = ()
 ) -> TrainSample:
     """`num_text` random tokens before the first video, and two between videos and after the last."""
     rng = random.Random(seed)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.prefetch import FramePrefetcher
-from megatron_rl.rollout.vision_cache import VisionCache
+from data.video.prefetch import FramePrefetcher
+from megatron_rl.media.encoder import ParallelEncoder
 from megatron_rl.types import VideoInfo, VisionPart
 from tests import tiny_policy as tp
 
@@ -35,10 +35,12 @@ def _noise(path: str, index: int, size_hw: tuple[int, int]) -> Tensor:
     return torch.randint(0, 256, (3, *size_hw), generator=generator, dtype=torch.uint8)
 
 
-def open_cache(folder: Path, trained: frozenset[VisionPart] = frozenset(), frames_per_chunk: int = 8) -> VisionCache:
+def open_cache(
+    folder: Path, trained: frozenset[VisionPart] = frozenset(), frames_per_chunk: int = 8
+) -> ParallelEncoder:
     """Over `folder`'s tower, in chunks so small that the samples of tiny_policy take several."""
     provider = tp.open_provider(folder)
     tower = provider.build_vision(tp.BACKEND, torch.device("cpu"), trained)
-    return VisionCache(
+    return ParallelEncoder(
         tower, FramePrefetcher(MadeFrames(), 0), provider.shape.hidden_size, frames_per_chunk=frames_per_chunk
     )

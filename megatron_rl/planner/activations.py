@@ -24,7 +24,7 @@ Kernels = Literal["local", "fused"]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class ActivationSplit:
     """How a layer is spread over ranks, and how it computes. `element` is the bytes of a parameter's element."""
 
     tensor: int = 1
@@ -72,7 +72,7 @@ OF_PREDICTING_ROWS = frozenset(
 )
 
 
-def layer_saved(shape: TransformerShape, cut: Cut) -> dict[str, float]:
+def layer_saved(shape: TransformerShape, cut: ActivationSplit) -> dict[str, float]:
     """{what: bytes a row} that one layer keeps."""
     hidden = shape.hidden_size / cut.tensor
     if cut.recompute == "full":
@@ -90,18 +90,18 @@ def layer_saved(shape: TransformerShape, cut: Cut) -> dict[str, float]:
     return saved if cut.recompute == "selective" else saved | _feed_forward(shape, cut)
 
 
-def last_layer_bytes(shape: TransformerShape, cut: Cut, rows: int, predicting: int) -> float:
+def last_layer_bytes(shape: TransformerShape, cut: ActivationSplit, rows: int, predicting: int) -> float:
     """Kept by the last layer for `rows` rows, of which `predicting` are computed to the end."""
     saved = layer_saved(shape, cut).items()
     return sum(size * (predicting if what in OF_PREDICTING_ROWS else rows) for what, size in saved)
 
 
-def layer_bytes(shape: TransformerShape, cut: Cut) -> float:
+def layer_bytes(shape: TransformerShape, cut: ActivationSplit) -> float:
     """A row of one layer."""
     return sum(layer_saved(shape, cut).values())
 
 
-def _norm(width: float, count: float, cut: Cut) -> float:
+def _norm(width: float, count: float, cut: ActivationSplit) -> float:
     """Of `count` norms over `width` columns in all. Ours keeps its input in fp32, twice where that is a copy, and the
     normalised values; a fused one its input."""
     if cut.kernels == "fused":
@@ -110,7 +110,7 @@ def _norm(width: float, count: float, cut: Cut) -> float:
     return width * (copies * FP32 + cut.element) + count * FP32
 
 
-def _attention(shape: TransformerShape, cut: Cut) -> dict[str, float]:
+def _attention(shape: TransformerShape, cut: ActivationSplit) -> dict[str, float]:
     """q and k after rotary, v, out, log-sum-exp."""
     at, b = widths(shape, cut.tensor), cut.element
     saved = {"q": at.q * b, "k, v": 2 * at.kv * b, "out": at.q * b, "lse": at.heads * FP32}
@@ -131,7 +131,7 @@ def _kv_heads_of_rank(at: Widths, context: int) -> int:
     return 1 if per_group % per_rank == 0 else int(per_rank)
 
 
-def _qk_norms(at: Widths, cut: Cut) -> float:
+def _qk_norms(at: Widths, cut: ActivationSplit) -> float:
     """Their inputs are fp32 copies; or q, copied out of the projection, and k as a view that keeps all of it."""
     b, roots = cut.element, (at.heads + at.groups) * FP32
     if cut.kernels == "local" and b != FP32:
@@ -141,7 +141,7 @@ def _qk_norms(at: Widths, cut: Cut) -> float:
     return at.fused * b + copied + normalised + roots
 
 
-def _feed_forward(shape: TransformerShape, cut: Cut) -> dict[str, float]:
+def _feed_forward(shape: TransformerShape, cut: ActivationSplit) -> dict[str, float]:
     """Unfused: gate and up, silu(gate), up + 0, their product. Fused: gate and up, the product."""
     b, ffn = cut.element, shape.ffn_hidden_size / cut.tensor
     if not shape.num_experts:
@@ -154,23 +154,23 @@ def _feed_forward(shape: TransformerShape, cut: Cut) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------- beside and beyond a layer
 
 
-def head_saved(shape: TransformerShape, cut: Cut, responses: int) -> float:
+def head_saved(shape: TransformerShape, cut: ActivationSplit, responses: int) -> float:
     """On the last stage, of rows that predict something: the final norm, and one hidden state a response token."""
     hidden = shape.hidden_size / cut.tensor
     return responses * (_norm(hidden, 1 / cut.tensor, cut) + shape.hidden_size * cut.element)
 
 
-def gather_buffer(shape: TransformerShape, cut: Cut, rows: int) -> float:
+def gather_buffer(shape: TransformerShape, cut: ActivationSplit, rows: int) -> float:
     """All rows of a layer's input, gathered for a column parallel linear. Megatron-core keeps one for ever."""
     return rows * shape.hidden_size * cut.element if cut.tensor > 1 else 0.0
 
 
-def rotary_table(shape: TransformerShape, cut: Cut, rows: int) -> float:
+def rotary_table(shape: TransformerShape, cut: ActivationSplit, rows: int) -> float:
     """Angles, which full recomputation keeps for its second forward pass."""
     return rows * shape.head_dim * FP32 if cut.recompute == "full" else 0.0
 
 
-def exchange_bytes(shape: TransformerShape, cut: Cut, all_rows: int, backward: bool) -> float:
+def exchange_bytes(shape: TransformerShape, cut: ActivationSplit, all_rows: int, backward: bool) -> float:
     """Keys and values that stand here for the time of one attention call: of all ranks, or (ring) of two."""
     if cut.context == 1:
         return 0.0
@@ -183,7 +183,7 @@ def exchange_bytes(shape: TransformerShape, cut: Cut, all_rows: int, backward: b
 
 
 def last_stage_working(
-    shape: TransformerShape, cut: Cut, rows: int, all_rows: int, predicting: int, num_layers: int
+    shape: TransformerShape, cut: ActivationSplit, rows: int, all_rows: int, predicting: int, num_layers: int
 ) -> float:
     """Beyond what is kept, in the backward of a last stage of `num_layers`. The last layer comes first, and has freed
     what it kept when it is the turn of one that computes all rows. Two gradients of the residual stream stand."""
@@ -195,7 +195,7 @@ def last_stage_working(
 
 
 def backward_working(
-    shape: TransformerShape, cut: Cut, rows: int, all_rows: int, predicting: int | None = None
+    shape: TransformerShape, cut: ActivationSplit, rows: int, all_rows: int, predicting: int | None = None
 ) -> float:
     """Beyond what is kept, while one layer goes backwards: what it computes again, and the larger of its attention and
     its feed-forward network, which in a last layer has `predicting` rows."""
@@ -219,7 +219,7 @@ def backward_working(
     return remade + stream + _gathered(shape, cut, rows) + max(attention, feed_forward)
 
 
-def scoring_working(shape: TransformerShape, cut: Cut, rows: int, all_rows: int) -> float:
+def scoring_working(shape: TransformerShape, cut: ActivationSplit, rows: int, all_rows: int) -> float:
     """While one layer is computed without gradients. Four tensors of the residual stream stand beside it, and the table
     of rotary angles."""
     at, b = widths(shape, cut.tensor), cut.element
@@ -231,19 +231,21 @@ def scoring_working(shape: TransformerShape, cut: Cut, rows: int, all_rows: int)
     return stream + _gathered(shape, cut, rows) + max(attention, feed_forward)
 
 
-def _gathered(shape: TransformerShape, cut: Cut, rows: int) -> float:
+def _gathered(shape: TransformerShape, cut: ActivationSplit, rows: int) -> float:
     """The input of a column parallel linear; with Transformer Engine its gradient too."""
     return (1 if cut.kernels == "local" else 2) * gather_buffer(shape, cut, rows)
 
 
-def _inner_width(shape: TransformerShape, cut: Cut) -> float:
+def _inner_width(shape: TransformerShape, cut: ActivationSplit) -> float:
     """Columns of the feed-forward network, of all experts of a row."""
     if shape.num_experts:
         return shape.experts_per_token / cut.tensor * shape.ffn_hidden_size
     return widths(shape, cut.tensor).ffn
 
 
-def logits_working(shape: TransformerShape, cut: Cut, responses: int, largest_param: int, backward: bool) -> float:
+def logits_working(
+    shape: TransformerShape, cut: ActivationSplit, responses: int, largest_param: int, backward: bool
+) -> float:
     """One chunk of logits: in the parameters' type, and twice in fp32 (biased, scaled); in the backward also the
     gradient of the output matrix before it reaches the fp32 buffer. No layer is computed meanwhile."""
     rows = min(LOGIT_CHUNK, responses)

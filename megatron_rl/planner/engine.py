@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rl.config import RunConfig
+from megatron_rl.config.schema import RunConfig
 from megatron_rl.planner.gpus import GIB, Gpu
 from megatron_rl.planner.layout import BYTES
 from megatron_rl.planner.model import PlannedModel, engine_params

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rl.config import RunConfig
-from megatron_rl.planner.activations import Cut
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.planner.activations import ActivationSplit
 
 BYTES = {"auto": 2, "bfloat16": 2, "float32": 4}  # model.dtype; auto is bfloat16 on a GPU
 
@@ -63,8 +63,8 @@ def layout_of(cfg: RunConfig, world: int) -> Layout:
     )
 
 
-def cut_of(cfg: RunConfig) -> Cut:
-    return Cut(
+def split_of(cfg: RunConfig) -> ActivationSplit:
+    return ActivationSplit(
         tensor=cfg.parallel.tensor,
         context=cfg.parallel.context,
         context_comm=cfg.parallel.context_comm,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_rl.config import (
+from megatron_rl.config.schema import (
     AlgorithmConfig,
     DataConfig,
     ModelConfig,

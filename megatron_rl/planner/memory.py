@@ -13,11 +13,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_rl.config import RunConfig
+from megatron_rl.config.schema import RunConfig
 from megatron_rl.planner import activations as act
 from megatron_rl.planner.engine import EngineNeed, engine_need
 from megatron_rl.planner.gpus import Gpu
-from megatron_rl.planner.layout import Layout, chunks_in_flight, cut_of
+from megatron_rl.planner.layout import Layout, chunks_in_flight, split_of
 from megatron_rl.planner.model import PlannedModel, StageParams, stage_params
 from megatron_rl.planner.workload import Assumptions, Packing, Workload, fullest_share
 from megatron_rl.types import DECODED_BYTES
@@ -76,8 +76,8 @@ class Case:
     assumed: Assumptions
 
     @property
-    def cut(self) -> act.Cut:
-        return cut_of(self.cfg)
+    def cut(self) -> act.ActivationSplit:
+        return split_of(self.cfg)
 
     @property
     def largest(self) -> int:
@@ -261,7 +261,7 @@ def saved_bytes(case: Case, stage: int) -> float:
 
 def saved_by_stage(
     shape: TransformerShape,
-    cut: act.Cut,
+    cut: act.ActivationSplit,
     layout: Layout,
     stage: int,
     num_microbatches: int,

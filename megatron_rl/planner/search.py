@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_rl.config import RunConfig
-from megatron_rl.config_checks import size_problems
+from megatron_rl.config.checks import size_problems
+from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import raise_all
 from megatron_rl.planner.engine import kv_bytes
 from megatron_rl.planner.gpus import GIB, GPUS_PER_NODE, Gpu

@@ -13,8 +13,8 @@ from typing import cast
 
 import numpy as np
 
-from data.frames import FrameSettings, choose_frames
-from megatron_rl.config import RunConfig
+from data.video.frames import FrameSettings, choose_frames
+from megatron_rl.config.schema import RunConfig
 from megatron_rl.planner.model import PlannedModel
 from megatron_rl.planner.towers import Tower
 from megatron_rl.training.packing import attention_weight, make_bundles, plan_packing
@@ -95,7 +95,8 @@ def workload_of(cfg: RunConfig, model: PlannedModel, assumed: Assumptions) -> Wo
 
 
 def _num_frames(cfg: RunConfig, multiple: int, assumed: Assumptions) -> int:
-    """As data.frames chooses them from a video of that length, though a number beyond its bound may be asked about."""
+    """As data/video/frames.py chooses them from a video of that length, though a number beyond its bound may be asked
+    about."""
     data = cfg.data
     if data.num_frames:
         return -(-data.num_frames // multiple) * multiple

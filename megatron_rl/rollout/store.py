@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.atomic import write_atomically
-from megatron_rl.types import Completion, Group, Prompt, Row, Scored, VideoArtifact
+from megatron_rl.runtime.files import write_atomically
+from megatron_rl.types import Completion, Group, MediaItem, Prompt, Row, Scored
 
 
 class RolloutStore:
@@ -53,7 +53,7 @@ def _group(data: dict[str, Any]) -> Group:
 
 def _prompt(data: dict[str, Any]) -> Prompt:
     row = Row(**{k: _tuples(v) for k, v in data["row"].items()})
-    videos = tuple(VideoArtifact(**{k: _tuples(v) for k, v in video.items()}) for video in data["videos"])
+    videos = tuple(MediaItem(**{k: _tuples(v) for k, v in video.items()}) for video in data["videos"])
     return Prompt(data["prompt_id"], row, tuple(data["token_ids"]), videos)
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.device import Backend, define_torchvision_operators
+from megatron_rl.runtime.device import Backend, define_torchvision_operators
 from megatron_rl.types import FORBIDDEN_BIAS, Completion, Prompt, Sampling
 
 EnginePrompt = Callable[[Prompt, Mapping[str, Tensor]], dict[str, Any]]

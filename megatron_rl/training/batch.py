@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_rl.parallel import ParallelMesh
 from megatron_rl.protocols import AdvantageEstimator, ModelProvider
+from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.context_advice import warn_once
-from megatron_rl.training.microbatch import Cut, MicroBatch, build_microbatch
+from megatron_rl.training.microbatch import MicroBatch, RankSlice, build_microbatch
 from megatron_rl.training.packing import attention_weight, make_bundles, plan_packing
 from megatron_rl.types import Group, TrainSample
 
@@ -59,7 +59,7 @@ def pack(
     sample is left is not made: it would only apply momentum and weight decay.
     """
     hidden_size = provider.shape.hidden_size
-    cut = Cut(
+    cut = RankSlice(
         rank=mesh.here.cp,
         num_ranks=mesh.context,
         pad_multiple=mesh.tensor,

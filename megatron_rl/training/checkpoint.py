@@ -27,8 +27,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 
-from megatron_rl.parallel import ParallelMesh
-from megatron_rl.protocols import VideoTower
+from megatron_rl.protocols import MediaEncoder
+from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.tower import load_tower_state, tower_state
 
@@ -104,17 +104,17 @@ def load(folder: str | Path, policy: Policy, mesh: ParallelMesh) -> dict[str, An
     return state
 
 
-def vision_of(tower: VideoTower | None) -> list[str] | None:
+def vision_of(tower: MediaEncoder | None) -> list[str] | None:
     """What a checkpoint says of the tower that it holds: the parts that were trained."""
     return sorted(tower.trained) if holds_tower(tower) else None
 
 
-def holds_tower(tower: VideoTower | None) -> TypeGuard[VideoTower]:
+def holds_tower(tower: MediaEncoder | None) -> TypeGuard[MediaEncoder]:
     """Whether a checkpoint must hold the tower: the Hugging Face folder has other weights."""
     return tower is not None and not tower.is_original
 
 
-def _check_same_vision(saved: list[str] | None, tower: VideoTower | None) -> None:
+def _check_same_vision(saved: list[str] | None, tower: MediaEncoder | None) -> None:
     ours = vision_of(tower)
     if saved != ours:
         was, now = (
@@ -137,7 +137,7 @@ def load_weights(folder: str | Path, policy: Policy) -> None:
     policy.optimizer.reload_model_params()
 
 
-def load_tower(folder: str | Path, tower: VideoTower) -> None:
+def load_tower(folder: str | Path, tower: MediaEncoder) -> None:
     """As `load_weights`, for the vision tower; it stays that of `model.hf` where the checkpoint holds none."""
     path, state = _find(folder), tower_state(tower)
     if state.keys() <= dist_checkpointing.load_tensors_metadata(str(path)).keys():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.training.packing import Bin
-from megatron_rl.types import TrainSample, VideoArtifact
+from megatron_rl.types import MediaItem, TrainSample
 from model_providers.attention.segments import (
     AttentionPlan,
     plan_attention,
@@ -24,12 +24,12 @@ from model_providers.attention.segments import (
     shard_by_tokens,
 )
 
-PositionIds = Callable[[Sequence[int], Sequence[VideoArtifact]], Tensor]
-VideoStarts = Callable[[Sequence[int], Sequence[VideoArtifact]], list[int]]
+PositionIds = Callable[[Sequence[int], Sequence[MediaItem]], Tensor]
+VideoStarts = Callable[[Sequence[int], Sequence[MediaItem]], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class RankSlice:
     """Which part of a micro-batch a rank holds. `attention_weight` is that of `segments.shard`; with `by_heads` all
     ranks compute attention for all tokens, and only their number counts. `pad_multiple`: rows are padded to it.
     Under sequence parallelism `num_slices` ranks share the rows, and this one embeds the slice `slice_rank` of them."""
@@ -68,7 +68,7 @@ class MicroBatch:
     response_index: Tensor
     video_rows: Tensor
     video_index: Tensor
-    videos: tuple[VideoArtifact, ...]
+    videos: tuple[MediaItem, ...]
     samples: tuple[int, ...]
 
     @property
@@ -90,7 +90,7 @@ class _Packed:
     advantages: list[float] = field(default_factory=list)
     rollout_logprobs: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
-    videos: list[tuple[VideoArtifact, int]] = field(default_factory=list)
+    videos: list[tuple[MediaItem, int]] = field(default_factory=list)
     """Each video with the packed position of its first token."""
 
     def add(self, samples: Sequence[TrainSample], position_ids: PositionIds, video_starts: VideoStarts) -> None:
@@ -122,7 +122,7 @@ class _Packed:
 def build_microbatch(
     samples: Sequence[TrainSample],
     bundles: Bin,
-    cut: Cut,
+    cut: RankSlice,
     position_ids: PositionIds,
     video_starts: VideoStarts,
 ) -> MicroBatch:
@@ -186,7 +186,7 @@ def _padded(tensor: Tensor, padding: int) -> Tensor:
 
 def _videos_here(
     packed: _Packed, row_of: Tensor, first: int, last: int
-) -> tuple[tuple[VideoArtifact, ...], Tensor, Tensor]:
+) -> tuple[tuple[MediaItem, ...], Tensor, Tensor]:
     """(videos, video_rows, video_index) of the rows [first, last)."""
     videos, rows, indices = [], [], []
     offset = 0
@@ -222,7 +222,7 @@ def localize(batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], dict[str,
     return local, {key: _runs(mask) for key, mask in held.items()}
 
 
-def _tokens_by_video(batch: MicroBatch) -> Iterator[tuple[VideoArtifact, Tensor]]:
+def _tokens_by_video(batch: MicroBatch) -> Iterator[tuple[MediaItem, Tensor]]:
     """Which tokens of each of `batch.videos` stand in it, in the order of the rows."""
     first = 0
     for video in batch.videos:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trained language model: Megatron-core's DDP, distributed optimizer and pipeline schedules behind three verbs.
 
-`logprobs` scores micro-batches, `train` makes one optimizer update, `parked` frees gradients and optimizer state while
-the engine works; the state stays in host memory until the optimizer's step, where activations are gone again. A
+`logprobs` scores micro-batches, `train` makes one optimizer update, `offloaded` frees gradients and optimizer state
+while the engine works; the state stays in host memory until the optimizer's step, where activations are gone again. A
 `Reference` holds a second set of weights in host memory. All of them are collective calls.
 """
 
@@ -20,11 +20,11 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_rl.device import Backend
-from megatron_rl.parallel import ParallelMesh
-from megatron_rl.protocols import PolicyLoss, VideoTower
-from megatron_rl.training.adamw import install_group_step_adamw
+from megatron_rl.protocols import MediaEncoder, PolicyLoss
+from megatron_rl.runtime.device import Backend
+from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.microbatch import MicroBatch, gather_embeds
+from megatron_rl.training.optimizer import install_group_step_adamw
 from megatron_rl.training.tower import TowerTraining
 from megatron_rl.types import LossInputs
 from model_providers.attention.core import BatchLayout
@@ -68,7 +68,7 @@ class Policy:
         backend: Backend,
         mesh: ParallelMesh,
         hyper: Hyperparameters,
-        tower: VideoTower | None = None,
+        tower: MediaEncoder | None = None,
     ):
         self.backend, self.mesh, self.hyper = backend, mesh, hyper
         self.language_model, self.tower = model, tower
@@ -195,7 +195,7 @@ class Policy:
         return layout
 
     @contextmanager
-    def parked(self) -> Iterator[None]:
+    def offloaded(self) -> Iterator[None]:
         """Gradient buffers freed for the length of the block, optimizer state in host memory until it is needed."""
         with self.backend.mcore_scope():
             for part in self._ddp_parts:

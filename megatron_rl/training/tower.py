@@ -19,7 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_rl.protocols import VideoTower
+from megatron_rl.protocols import MediaEncoder
 
 
 class TowerTraining:
@@ -27,7 +27,7 @@ class TowerTraining:
 
     def __init__(
         self,
-        tower: VideoTower,
+        tower: MediaEncoder,
         config: TransformerConfig,
         ddp: DistributedDataParallelConfig,
         optimizer: OptimizerConfig,
@@ -59,7 +59,7 @@ class TowerTraining:
         self._tower.version += 1
 
 
-def tower_state(tower: VideoTower) -> dict[str, ShardedTensor]:
+def tower_state(tower: MediaEncoder) -> dict[str, ShardedTensor]:
     """The tower for Megatron-core's checkpoints, each tensor under its Hugging Face name; rank 0 writes it."""
     replica = (0, 0, dist.get_rank())
     return {
@@ -69,7 +69,7 @@ def tower_state(tower: VideoTower) -> dict[str, ShardedTensor]:
 
 
 @torch.no_grad()
-def load_tower_state(tower: VideoTower, loaded: dict[str, Any]) -> None:
+def load_tower_state(tower: MediaEncoder, loaded: dict[str, Any]) -> None:
     """Fill the tower with what a checkpoint gave for `tower_state`."""
     for name, param in tower.named_weights().items():
         param.copy_(loaded[name])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model_providers.attention.kernels import FlashKernel
-from model_providers.attention.segments import AttentionPlan, Interval, Piece
+from model_providers.attention.segments import AttentionPlan, Interval, QuerySlice
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -55,7 +55,7 @@ class Forward:
             else:
                 self.out[:rows], self.lse[:rows] = out, lse
 
-    def attend(self, k: Tensor, v: Tensor, pieces: Sequence[Piece]) -> None:
+    def attend(self, k: Tensor, v: Tensor, pieces: Sequence[QuerySlice]) -> None:
         """Take the keys and values [S, K, D] of a block into account."""
         for piece in pieces:
             keys, values, rows = rows_of(k, piece.k), rows_of(v, piece.k), slice(*piece.q)
@@ -101,7 +101,7 @@ class Backward:
             add_rows(self.dk, plan.run_rows, dk)
             add_rows(self.dv, plan.run_rows, dv)
 
-    def attend(self, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, pieces: Sequence[Piece]) -> None:
+    def attend(self, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, pieces: Sequence[QuerySlice]) -> None:
         """Take a block [S, K, D] into account; the gradients of its keys and values are added to `dk` and `dv`."""
         for piece in pieces:
             keys, values, rows = rows_of(k, piece.k), rows_of(v, piece.k), slice(*piece.q)

@@ -72,7 +72,7 @@ Shard = tuple[Run, ...]  # what one rank holds, in packed order; its rows are nu
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class QuerySlice:
     """Queries `q` of this rank attend to all key rows `k` of a block."""
 
     q: Interval
@@ -96,9 +96,9 @@ class AttentionPlan:
 
     run_lengths: tuple[int, ...]
     run_rows: tuple[Interval, ...]
-    own: tuple[Piece, ...]
+    own: tuple[QuerySlice, ...]
     exports: tuple[tuple[Interval, ...], ...]
-    blocks: tuple[tuple[Piece, ...], ...]
+    blocks: tuple[tuple[QuerySlice, ...], ...]
     rank_sizes: tuple[int, ...]
     query_sizes: tuple[int, ...]
 
@@ -348,12 +348,12 @@ def _exported(segments: Sequence[Segment], held: Shard, asking: Sequence[Shard],
     ]
 
 
-def _pieces(segments: Sequence[Segment], asking: Shard, block: Sequence[tuple[Run, int]]) -> tuple[Piece, ...]:
+def _pieces(segments: Sequence[Segment], asking: Shard, block: Sequence[tuple[Run, int]]) -> tuple[QuerySlice, ...]:
     """The queries `asking` against the runs of a block, given with their first rows. The causal part is left out."""
     by_segment: dict[int, list[tuple[Run, int]]] = {}
     for run, row in block:
         by_segment.setdefault(run.segment, []).append((run, row))
-    pieces: list[Piece] = []
+    pieces: list[QuerySlice] = []
     row = 0
     for run in asking:
         prefix = segments[run.segment].prefix
@@ -365,9 +365,9 @@ def _pieces(segments: Sequence[Segment], asking: Shard, block: Sequence[tuple[Ru
         if not keys:
             continue
         if pieces and pieces[-1].k == keys and pieces[-1].q[1] == q[0]:
-            pieces[-1] = Piece((pieces[-1].q[0], q[1]), keys)
+            pieces[-1] = QuerySlice((pieces[-1].q[0], q[1]), keys)
         else:
-            pieces.append(Piece(q, keys))
+            pieces.append(QuerySlice(q, keys))
     return tuple(pieces)
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rl.types import VideoArtifact
+from megatron_rl.types import MediaItem
 
 
 def rope_positions(
     num_tokens: int,
     video_starts: Sequence[int],
-    videos: Sequence[VideoArtifact],
+    videos: Sequence[MediaItem],
     merge_size: int,
     tokens_per_second: float,
 ) -> Tensor:
@@ -42,7 +42,7 @@ def _text(length: int, position: int) -> np.ndarray:
     return np.broadcast_to(np.arange(position, position + length, dtype=np.int64), (3, length))
 
 
-def _grid(video: VideoArtifact, merge_size: int, tokens_per_second: float) -> np.ndarray:
+def _grid(video: MediaItem, merge_size: int, tokens_per_second: float) -> np.ndarray:
     t, h, w = video.grid_thw
     grid = np.indices((t, h // merge_size, w // merge_size), dtype=np.int64)
     seconds = float(np.float32(video.seconds_per_grid))  # the engine receives it as float32

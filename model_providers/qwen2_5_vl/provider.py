@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.device import Backend
-from megatron_rl.parallel import ParallelMesh
-from megatron_rl.types import Prompt, VideoArtifact, VisionPart
+from megatron_rl.runtime.device import Backend
+from megatron_rl.runtime.parallel import ParallelMesh
+from megatron_rl.types import MediaItem, Prompt, VisionPart
 from model_providers.hf_checkpoint import HfCheckpoint, load_stage
 from model_providers.qwen2_5_vl.positions import rope_positions
-from model_providers.qwen2_5_vl.vision import QwenVideoSpec, VisionTower, build_tower
+from model_providers.qwen2_5_vl.vision import QwenMediaSpec, VisionTower, build_tower
 from model_providers.qwen2_5_vl.weights import shape_of, weight_map
 from model_providers.transformer import ChunkedStage, LanguageModel, TokenPolicy, build_language_model
 
@@ -69,13 +69,13 @@ class Qwen2_5_VL:
     ) -> VisionTower:
         return build_tower(self._vision, self.checkpoint, self.video_spec, backend, device, trained)
 
-    def position_ids(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> Tensor:
+    def position_ids(self, token_ids: Sequence[int], videos: Sequence[MediaItem]) -> Tensor:
         """int64 [3, len(token_ids)] rotary positions; response tokens may follow the prompt's."""
         starts = self.video_starts(token_ids, videos)
         rate = float(self._vision.get("tokens_per_second", 4))
         return rope_positions(len(token_ids), starts, videos, self.video_spec.merge_size, rate)
 
-    def video_starts(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> list[int]:
+    def video_starts(self, token_ids: Sequence[int], videos: Sequence[MediaItem]) -> list[int]:
         """Index of the first placeholder token of each video or image."""
         starts, position = [], 0
         for video in videos:
@@ -112,16 +112,16 @@ class Qwen2_5_VL:
             request |= {"multi_modal_data": data, "multi_modal_uuids": uuids}
         return request
 
-    def _placeholder(self, video: VideoArtifact) -> int:
+    def _placeholder(self, video: MediaItem) -> int:
         return self.image_token_id if video.is_image else self.video_token_id
 
-    def _video_spec(self, min_pixels: int, max_pixels: int, total_pixels: int) -> QwenVideoSpec:
+    def _video_spec(self, min_pixels: int, max_pixels: int, total_pixels: int) -> QwenMediaSpec:
         processor: dict[str, Any] = {}
         for file in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
             if (self.folder / file).is_file():
                 settings = json.loads((self.folder / file).read_text())
                 processor |= settings.get("video_processor", settings)
-        return QwenVideoSpec(
+        return QwenMediaSpec(
             patch_size=self._vision["patch_size"],
             temporal_patch_size=self._vision["temporal_patch_size"],
             merge_size=self._vision["spatial_merge_size"],
@@ -135,7 +135,7 @@ class Qwen2_5_VL:
         )
 
 
-def _identity(embeds: Tensor, video: VideoArtifact) -> str:
+def _identity(embeds: Tensor, video: MediaItem) -> str:
     """By which the engine knows a video in its caches: the embeddings and where in time they stand.
 
     vLLM 0.32's own hash leaves out the time, and would reuse a prefix that was computed at other positions.

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_rl.device import Backend, define_torchvision_operators
+from megatron_rl.runtime.device import Backend, define_torchvision_operators
 from megatron_rl.types import VisionPart
 from model_providers.hf_checkpoint import HfCheckpoint
 
@@ -24,8 +24,8 @@ HF_PREFIX = "visual."
 
 
 @dataclass(frozen=True, slots=True)
-class QwenVideoSpec:
-    """The arithmetic between a video file and its tokens (protocol VideoSpec)."""
+class QwenMediaSpec:
+    """The arithmetic between a video file and its tokens (protocol MediaSpec)."""
 
     patch_size: int
     temporal_patch_size: int
@@ -71,7 +71,7 @@ class VisionTower:
     def __init__(
         self,
         module: torch.nn.Module,
-        spec: QwenVideoSpec,
+        spec: QwenMediaSpec,
         backend: Backend,
         device: torch.device,
         trained: frozenset[VisionPart] = frozenset(),
@@ -122,7 +122,7 @@ class VisionTower:
 def build_tower(
     vision_config: Mapping[str, Any],
     checkpoint: HfCheckpoint,
-    spec: QwenVideoSpec,
+    spec: QwenMediaSpec,
     backend: Backend,
     device: torch.device,
     trained: frozenset[VisionPart] = frozenset(),

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_rl.device import Backend
-from megatron_rl.parallel import ParallelMesh
-from megatron_rl.types import Prompt, VideoArtifact, VisionPart
+from megatron_rl.runtime.device import Backend
+from megatron_rl.runtime.parallel import ParallelMesh
+from megatron_rl.types import MediaItem, Prompt, VisionPart
 from model_providers.hf_checkpoint import HfCheckpoint, load_stage
 from model_providers.qwen3.weights import shape_of, weight_map
 from model_providers.transformer import ChunkedStage, LanguageModel, TokenPolicy, build_language_model
@@ -54,12 +54,12 @@ class QwenText:
     ) -> None:
         """There is no tower."""
 
-    def position_ids(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> Tensor:
+    def position_ids(self, token_ids: Sequence[int], videos: Sequence[MediaItem]) -> Tensor:
         """int64 [3, len(token_ids)]: three equal rows, counting up."""
         self.video_starts(token_ids, videos)
         return torch.arange(len(token_ids)).expand(3, -1)
 
-    def video_starts(self, token_ids: Sequence[int], videos: Sequence[VideoArtifact]) -> list[int]:
+    def video_starts(self, token_ids: Sequence[int], videos: Sequence[MediaItem]) -> list[int]:
         if videos:
             raise ValueError(f"{videos[0].path}: {self.folder} holds a text model, which takes no video")
         return []

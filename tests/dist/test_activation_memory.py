@@ -11,7 +11,7 @@ import pytest
 
 from megatron_rl.training.batch import pack
 from megatron_rl.types import TrainSample
-from scripts.bench_baselines import LiveBytes
+from scripts.bench.baselines import LiveBytes
 from tests import tiny_policy as tp
 from tests.world import run_world
 

@@ -27,7 +27,7 @@ def bytes_by_hand() -> tuple[int, int]:
 @pytest.mark.full
 def test_figures_of_a_small_model(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    script = str(ROOT / "scripts" / "bench_resharder.py")
+    script = str(ROOT / "scripts" / "bench" / "resharder.py")
     arguments = ["--json", str(out), "--megabytes", "1", "--buffer-mib", "1", "--repeat", "1", "--device", "cpu"]
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -51,7 +51,7 @@ def test_figures_of_a_small_model(tmp_path: Path) -> None:
 
 
 def test_live_bytes_counts_what_was_allocated_inside_and_lives() -> None:
-    from scripts.bench_baselines import LiveBytes
+    from scripts.bench.baselines import LiveBytes
 
     before = torch.zeros(1_000_000)
     with LiveBytes() as memory:
@@ -65,7 +65,7 @@ def test_live_bytes_counts_what_was_allocated_inside_and_lives() -> None:
 
 
 def _count_received(rank: int) -> int:
-    from scripts.bench_baselines import ReceivedBytes
+    from scripts.bench.baselines import ReceivedBytes
 
     dist.init_process_group("gloo")
     tensor = torch.full((10,), float(rank))
@@ -85,7 +85,7 @@ def test_received_bytes_counts_at_the_calls() -> None:
 def _open_gloo_service(rank: int) -> bool:
     from megatron.core.resharding.copy_services.gloo_copy_service import GlooCopyService
 
-    from scripts.bench_baselines import gloo_service_without_stream
+    from scripts.bench.baselines import gloo_service_without_stream
 
     dist.init_process_group("gloo")
     with pytest.raises(RuntimeError, match="Stream"):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from scripts.bench_step import Setting, compare, problems, render, require_trl, summary
-from scripts.bench_step_task import Seen, Task, even_share
+from scripts.bench.step import StepSetting, compare, problems, render, require_trl, summary
+from scripts.bench.step_task import Seen, Task, even_share
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TASK = Task(folder="", side="", prompt_tokens=5, num_steps=1, num_prompts=2, num_samples=2, response_tokens=3)
@@ -20,7 +20,7 @@ TASK = Task(folder="", side="", prompt_tokens=5, num_steps=1, num_prompts=2, num
 
 def test_our_side_trains_on_all_that_it_says(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    script = str(ROOT / "scripts" / "bench_step.py")
+    script = str(ROOT / "scripts" / "bench" / "step.py")
     arguments = ["--json", str(out), "--side", "ours", "--prompt-tokens", "20", "--repeat", "1", "--warmup", "0"]
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -65,7 +65,7 @@ def record_of(**changes: Any) -> dict[str, Any]:
 
 
 def found(**changes: Any) -> list[str]:
-    setting = Setting(("ours", "trl_64"), warmup=0, threads=1, trl_path=Path())
+    setting = StepSetting(("ours", "trl_64"), warmup=0, threads=1, trl_path=Path())
     facts = {"ours": {"num_threads": 1}, "trl_64": {"num_threads": changes.pop("num_threads", 1)}}
     return problems(setting, TASK, facts, {"ours": [record_of()], "trl_64": [record_of(**changes)]})
 

@@ -19,7 +19,7 @@ HIDDEN_BYTES = 256 * 4
 def test_figures_of_few_frames(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     size = ["--video-frames", "24", "--frames", "8", "--repeat", "1", "--responses", "3", "--side", "112"]
-    script = str(ROOT / "scripts" / "bench_vision.py")
+    script = str(ROOT / "scripts" / "bench" / "vision.py")
     done = subprocess.run(
         [sys.executable, script, "--json", str(out), *size], capture_output=True, text=True, timeout=400
     )

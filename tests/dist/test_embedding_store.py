@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.prefetch import FramePrefetcher
+from data.video.prefetch import FramePrefetcher
 from megatron_rl.cache_videos import run as fill
-from megatron_rl.config import CheckpointConfig, EvalConfig, RunConfig
-from megatron_rl.device import choose_backend
-from megatron_rl.rollout import embedding_store
-from megatron_rl.rollout.embedding_store import DiskStore
-from megatron_rl.rollout.vision_cache import VisionCache, VisionCounts
-from megatron_rl.types import VideoArtifact
+from megatron_rl.config.schema import CheckpointConfig, EvalConfig, RunConfig
+from megatron_rl.media import embedding_store
+from megatron_rl.media.embedding_store import DiskStore
+from megatron_rl.media.encoder import EncoderCounts, ParallelEncoder
+from megatron_rl.runtime.device import choose_backend
+from megatron_rl.types import MediaItem
 from model_providers.registry import open_provider
 from tests import tiny_policy as tp
 from tests.rollout_parts import small_config
@@ -39,7 +39,7 @@ NUM_ENTRIES = 3 + 1
 
 
 @pytest.fixture
-def videos(tmp_path: Path) -> list[VideoArtifact]:
+def videos(tmp_path: Path) -> list[MediaItem]:
     """20 and 3 temporal patches of two files whose content is a few words."""
     made = [replace(tp.video(name, (t, 4, 4)), path=str(tmp_path / f"{name}.mp4")) for name, t in (("a", 20), ("b", 3))]
     for video in made:
@@ -47,31 +47,31 @@ def videos(tmp_path: Path) -> list[VideoArtifact]:
     return made
 
 
-def _open(checkpoint: Path, folder: Path, max_bytes: int = ROOMY, dtype: str = "float32") -> VisionCache:
+def _open(checkpoint: Path, folder: Path, max_bytes: int = ROOMY, dtype: str = "float32") -> ParallelEncoder:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     backend, provider = choose_backend("cpu", dtype), open_provider(checkpoint)
     tower = provider.build_vision(backend, torch.device("cpu"))
     store = DiskStore(folder, max_bytes, tower.fingerprint(), tower.dtype, provider.shape.hidden_size)
     frames = FramePrefetcher(MadeFrames(), 0)
-    return VisionCache(tower, frames, provider.shape.hidden_size, frames_per_chunk=16, store=store)
+    return ParallelEncoder(tower, frames, provider.shape.hidden_size, frames_per_chunk=16, store=store)
 
 
 def _run(
-    world: int, checkpoint: Path, folder: Path, videos: Sequence[VideoArtifact], **options: Any
-) -> tuple[VisionCounts, dict[str, Tensor]]:
+    world: int, checkpoint: Path, folder: Path, videos: Sequence[MediaItem], **options: Any
+) -> tuple[EncoderCounts, dict[str, Tensor]]:
     """Counts of all ranks together, and the embeddings (which are the same on every rank)."""
 
-    def work(rank: int) -> tuple[VisionCounts, dict[str, Tensor]]:
+    def work(rank: int) -> tuple[EncoderCounts, dict[str, Tensor]]:
         cache = _open(checkpoint, folder, **options)
         assert cache.encode(videos) == {}
         made = cache.fetch(videos)
         return cache.take_counts(), made
 
     ranks = run_world(world, work)
-    total = VisionCounts()
+    total = EncoderCounts()
     for counts, made in ranks:
-        for name in VisionCounts.__slots__:
+        for name in EncoderCounts.__slots__:
             setattr(total, name, getattr(total, name) + getattr(counts, name))
         _assert_equal(made, ranks[0][1])
     return total, ranks[0][1]
@@ -89,7 +89,7 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in _entries(folder))
 
 
-def test_another_world_uses_what_is_there(tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path) -> None:
+def test_another_world_uses_what_is_there(tiny_checkpoint: Path, videos: list[MediaItem], tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     cold, made = _run(2, tiny_checkpoint, folder, videos)
     assert (cold.encoded_patches, cold.cached_patches) == (NUM_PATCHES, 0)
@@ -110,7 +110,7 @@ def _rewrite(path: Path, content: str) -> None:
 
 @pytest.mark.parametrize("settled", [0, 2_000_000_000])
 def test_a_file_that_has_changed_is_encoded_anew(
-    tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settled: int
+    tiny_checkpoint: Path, videos: list[MediaItem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settled: int
 ) -> None:
     monkeypatch.setattr(embedding_store, "SETTLED_NS", settled)
     folder = tmp_path / "cache"
@@ -125,7 +125,7 @@ def test_a_file_that_has_changed_is_encoded_anew(
     assert counts.cached_patches == 3 * 16, "the content counts, not the name"
 
 
-def test_a_file_that_changes_during_a_run(tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path) -> None:
+def test_a_file_that_changes_during_a_run(tiny_checkpoint: Path, videos: list[MediaItem], tmp_path: Path) -> None:
     """Nothing of what it was is used, and nothing is kept under its old content."""
 
     def work(rank: int) -> tuple[int, int]:
@@ -145,7 +145,7 @@ def test_a_file_that_changes_during_a_run(tiny_checkpoint: Path, videos: list[Vi
 
 
 def test_other_frames_sizes_weights_or_dtypes_are_others(
-    tiny_checkpoint: Path, tied_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path
+    tiny_checkpoint: Path, tied_checkpoint: Path, videos: list[MediaItem], tmp_path: Path
 ) -> None:
     folder, b = tmp_path / "cache", videos[1]
     _, made = _run(1, tiny_checkpoint, folder, [b])
@@ -180,12 +180,12 @@ DAMAGE: dict[str, Callable[[Path, Path], Any]] = {
 
 
 def test_a_damaged_or_foreign_entry_is_never_used(
-    tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path
+    tiny_checkpoint: Path, videos: list[MediaItem], tmp_path: Path
 ) -> None:
     def work(rank: int) -> None:
         cache, folder = _open(tiny_checkpoint, tmp_path / "cache"), tmp_path / "cache"
 
-        def encode() -> tuple[VisionCounts, dict[str, Tensor]]:
+        def encode() -> tuple[EncoderCounts, dict[str, Tensor]]:
             cache.forget()
             cache.encode(videos[:1])
             return cache.take_counts(), cache.fetch(videos[:1])
@@ -203,7 +203,7 @@ def test_a_damaged_or_foreign_entry_is_never_used(
     run_world(1, work)
 
 
-def _filled(checkpoint: Path, folder: Path, video: VideoArtifact) -> tuple[DiskStore, Tensor]:
+def _filled(checkpoint: Path, folder: Path, video: MediaItem) -> tuple[DiskStore, Tensor]:
     """A store that knows `video`, and the embeddings of its only entry."""
     cache = _open(checkpoint, folder)
     cache.encode([video])
@@ -212,7 +212,7 @@ def _filled(checkpoint: Path, folder: Path, video: VideoArtifact) -> tuple[DiskS
     return store, cache.fetch([video])[video.key]
 
 
-def test_every_bit_of_the_header_counts(tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path) -> None:
+def test_every_bit_of_the_header_counts(tiny_checkpoint: Path, videos: list[MediaItem], tmp_path: Path) -> None:
     def work(rank: int) -> None:
         store, made = _filled(tiny_checkpoint, tmp_path / "cache", videos[1])
         [entry] = _entries(tmp_path / "cache")
@@ -237,7 +237,7 @@ def _remove_and_restore(entry: Path, kept: Path) -> None:
 
 
 def test_an_entry_that_another_run_removes_while_it_is_read(
-    tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path
+    tiny_checkpoint: Path, videos: list[MediaItem], tmp_path: Path
 ) -> None:
     def work(rank: int) -> None:
         store, made = _filled(tiny_checkpoint, tmp_path / "cache", videos[1])
@@ -258,9 +258,7 @@ def test_an_entry_that_another_run_removes_while_it_is_read(
     run_world(1, work)
 
 
-def test_what_was_used_longest_ago_goes_first(
-    tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path
-) -> None:
+def test_what_was_used_longest_ago_goes_first(tiny_checkpoint: Path, videos: list[MediaItem], tmp_path: Path) -> None:
     folder, hours_ago = tmp_path / "cache", time.time() - 7200
     _run(1, tiny_checkpoint, folder, [videos[1]])
     [kept] = _entries(folder)
@@ -279,7 +277,7 @@ def test_what_was_used_longest_ago_goes_first(
     assert counts.encoded_patches == 0, "what was just made was thrown away"
 
 
-def _alone(rank: int, checkpoint: Path, folder: Path, videos: Sequence[VideoArtifact], max_bytes: int) -> Any:
+def _alone(rank: int, checkpoint: Path, folder: Path, videos: Sequence[MediaItem], max_bytes: int) -> Any:
     """A run of one rank, of so many steps that it gets in the way of the others."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     cache = _open(checkpoint, folder, max_bytes)
@@ -294,7 +292,7 @@ def _alone(rank: int, checkpoint: Path, folder: Path, videos: Sequence[VideoArti
 
 
 def test_runs_at_the_same_time_share_a_folder_that_is_too_small(
-    tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path
+    tiny_checkpoint: Path, videos: list[MediaItem], tmp_path: Path
 ) -> None:
     once, made = _run(1, tiny_checkpoint, tmp_path / "other", videos)
     bound = _size(tmp_path / "other") * 2 // 3
@@ -335,7 +333,7 @@ def _sft(rank: int, cfg: RunConfig) -> None:
 
 def _sft_counting_passes(rank: int, cfg: RunConfig) -> list[str]:
     """The video files that this rank read through in a job."""
-    from data import index_store
+    from data.video import index_store
 
     passes: list[str] = []
     read = index_store.read_index
@@ -356,7 +354,7 @@ def test_a_file_is_read_through_once_by_all_ranks_and_epochs(
 
 
 def _metric(cfg: RunConfig, name: str) -> list[float]:
-    from megatron_rl.metrics import METRICS_FILE, read_metrics
+    from megatron_rl.observe.metric_log import METRICS_FILE, read_metrics
 
     return [row[name] for row in read_metrics(Path(cfg.run_dir) / METRICS_FILE)]
 

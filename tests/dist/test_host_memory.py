@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config import RunConfig
-from megatron_rl.rollout.phase import build_prompts, encode_videos, generate
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.media.prompt_prefetcher import build_prompts, encode_videos
+from megatron_rl.rollout.generate import generate
 from megatron_rl.session import open_engine, open_session
 from megatron_rl.types import Completion, Prompt, Row, Sampling
 from tests.host_memory import give_back_freed, map_large_blocks

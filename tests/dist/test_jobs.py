@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rl.config import AlgorithmConfig, CheckpointConfig, EvalConfig, OptimizerConfig, RewardConfig, RunConfig
+from megatron_rl.config.schema import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    EvalConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RunConfig,
+)
 from tests.rollout_parts import small_config
 from tests.world import WorldFailed, run_world
 
@@ -98,7 +105,7 @@ def transformers_answer(rank: int, hf: Path, eval_file: Path) -> list[tuple[list
     """(vLLM's tokens, transformers' greedy tokens) of every evaluated prompt, from the exported folder."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from data.pixels import CpuVideoDecoder
+    from data.video.pixels import CpuVideoDecoder
     from megatron_rl.rollout.store import RolloutStore
     from model_providers.registry import open_provider
 

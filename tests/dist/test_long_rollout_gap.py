@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.config import ParallelConfig, RunConfig
+from megatron_rl.config.schema import ParallelConfig, RunConfig
 from megatron_rl.session import open_engine, open_session
 from megatron_rl.training.batch import pack
 from megatron_rl.types import Completion, Sampling, TrainSample

@@ -14,9 +14,9 @@ import torch
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch.overrides import _get_current_function_mode_stack
 
-from megatron_rl import parallel
 from megatron_rl.algorithms.losses import NllLoss
-from megatron_rl.mcore_on_cpu import _patches, redirect_cuda_to_cpu
+from megatron_rl.runtime import parallel
+from megatron_rl.runtime.mcore_on_cpu import _patches, redirect_cuda_to_cpu
 from megatron_rl.training import checkpoint, policy
 from model_providers.transformer import RMSNorm, transformer_config
 from tests import tiny_policy as tp
@@ -52,7 +52,7 @@ def _forward(folder: Path) -> None:
 
 
 def _park(folder: Path) -> None:
-    with _trainer_without_scope(folder).policy.parked():
+    with _trainer_without_scope(folder).policy.offloaded():
         raise ValueError("not reached")
 
 
@@ -104,7 +104,7 @@ def _work_and_look_outside(folder: Path) -> None:
     trainer = tp.open_trainer(folder, tp.join())
     samples = tp.mixed_samples(trainer.provider)
     batches, embeds = trainer.pack(samples), tp.random_embeds(samples)
-    with trainer.policy.parked():
+    with trainer.policy.offloaded():
         _assert_ordinary_torch()  # where the engine works
     trainer.policy.logprobs(batches, embeds)
     trainer.policy.train(tp.unscored(batches), embeds, NllLoss(), step=0)

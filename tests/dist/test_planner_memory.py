@@ -16,19 +16,19 @@ from typing import Any
 import pytest
 
 from megatron_rl.algorithms.losses import PpoClip
-from megatron_rl.device import choose_backend
-from megatron_rl.parallel import ParallelMesh
 from megatron_rl.planner import activations as act
 from megatron_rl.planner.layout import Layout
 from megatron_rl.planner.memory import saved_by_stage
 from megatron_rl.planner.model import load_planned_model, stage_params
 from megatron_rl.planner.workload import fullest_share
+from megatron_rl.runtime.device import choose_backend
+from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.batch import pack
 from megatron_rl.training.policy import Policy
 from megatron_rl.types import TrainSample
 from model_providers import layer
 from model_providers.registry import open_provider
-from scripts.bench_baselines import LiveBytes
+from scripts.bench.baselines import LiveBytes
 from tests import tiny_policy as tp
 from tests.dist.test_qwen3 import write_text_checkpoint
 from tests.world import run_world
@@ -61,9 +61,9 @@ class Case:
         return self.tensor * self.pipeline * self.context
 
     @property
-    def cut(self) -> act.Cut:
+    def cut(self) -> act.ActivationSplit:
         element = 4 if self.dtype == "float32" else 2
-        return act.Cut(self.tensor, self.context, self.comm, self.recompute, element, "local")
+        return act.ActivationSplit(self.tensor, self.context, self.comm, self.recompute, element, "local")
 
     def __str__(self) -> str:
         sizes = f"tp{self.tensor}_pp{self.pipeline}_vp{self.virtual}_cp{self.context}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy between updates: on-policy ratios (I2), the reference's weights, parked gradients and optimizer state."""
+"""The policy between updates: on-policy ratios (I2), the reference's weights, offloaded state."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _two_updates(folder: Path, park: bool) -> dict[str, Tensor]:
             sizes = [s.nbytes() for s in storages]
             assert min(sizes) > 0
             weights = [p.detach().clone() for p in policy.language_model.parameters()]
-            with policy.parked():
+            with policy.offloaded():
                 assert [s.nbytes() for s in storages] == [0] * len(storages)
                 now = policy.language_model.parameters()
                 assert all(torch.equal(p, w) for p, w in zip(now, weights, strict=True))
@@ -101,14 +101,14 @@ def _two_updates(folder: Path, park: bool) -> dict[str, Tensor]:
 
 
 def test_parked_frees_the_gradients_and_changes_nothing(tiny_checkpoint: Path) -> None:
-    parked = run_world(2, lambda _: _two_updates(tiny_checkpoint, park=True))
+    offloaded = run_world(2, lambda _: _two_updates(tiny_checkpoint, park=True))
     straight = run_world(2, lambda _: _two_updates(tiny_checkpoint, park=False))
-    for ours, expected in zip(parked, straight, strict=True):
+    for ours, expected in zip(offloaded, straight, strict=True):
         _assert_equal(ours, expected)
 
 
 def _watched_updates(
-    folder: Path, root: Path, hyper: Hyperparameters, parked: bool
+    folder: Path, root: Path, hyper: Hyperparameters, offloaded: bool
 ) -> tuple[list[str], dict[str, Tensor]]:
     """What happens to the optimizer's state around two updates, a save and a load, and what it is after them."""
     trainer = tp.open_trainer(folder, tp.join(tensor=1), hyper)
@@ -128,8 +128,8 @@ def _watched_updates(
     watch(policy.optimizer, "restore_from_cpu", "back")
     watch(policy.optimizer, "step", "step")
     watch(policy, "_forward_backward", "passes")
-    if parked:
-        with policy.parked():
+    if offloaded:
+        with policy.offloaded():
             happened.append("engine")
     for step in range(2):
         policy.train(scored, embeds, NllLoss(), step)
@@ -140,16 +140,16 @@ def _watched_updates(
 def test_optimizer_state_comes_back_for_its_step_and_for_checkpoints(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """On a CPU nothing has to move: host memory is where the state is. Counted is what Megatron-core is told."""
 
-    def run(hyper: Hyperparameters, parked: bool) -> tuple[list[str], dict[str, Tensor]]:
-        [result] = run_world(1, lambda _: _watched_updates(tiny_checkpoint, tmp_path, hyper, parked))
+    def run(hyper: Hyperparameters, offloaded: bool) -> tuple[list[str], dict[str, Tensor]]:
+        [result] = run_world(1, lambda _: _watched_updates(tiny_checkpoint, tmp_path, hyper, offloaded))
         return result
 
     update, offload = ["passes", "back", "step"], replace(tp.HYPER, offload=True)
-    happened, expected = run(tp.HYPER, parked=True)
+    happened, expected = run(tp.HYPER, offloaded=True)
     assert happened == ["away", "engine", *update, *update, "back", "back"]
-    happened, ours = run(offload, parked=True)
+    happened, ours = run(offload, offloaded=True)
     assert happened == ["away", "engine", *update, "away", *update, "away", *["back", "away"] * 2]
     _assert_equal(ours, expected)
-    happened, ours = run(offload, parked=False)
+    happened, ours = run(offload, offloaded=False)
     assert happened == [*update, "away", *update, "away", *["back", "away"] * 2]
     _assert_equal(ours, expected)

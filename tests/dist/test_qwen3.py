@@ -16,12 +16,19 @@ from torch import Tensor
 
 from checkpoint_tools.hf_to_mcore import hf_to_mcore
 from checkpoint_tools.mcore_to_hf import mcore_to_hf
-from megatron_rl import parallel
 from megatron_rl.algorithms.losses import NllLoss
-from megatron_rl.config import CheckpointConfig, EvalConfig, OptimizerConfig, ParallelConfig, RewardConfig, RunConfig
-from megatron_rl.rollout.fit import check_fit
-from megatron_rl.rollout.reshard_plan import Layouts, make_plan
-from megatron_rl.rollout.resharder import Resharder
+from megatron_rl.config.schema import (
+    CheckpointConfig,
+    EvalConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardConfig,
+    RunConfig,
+)
+from megatron_rl.runtime import parallel
+from megatron_rl.weight_sync.plan import Layouts, make_plan
+from megatron_rl.weight_sync.resharder import Resharder
+from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.qwen3.weights import shape_of
 from model_providers.registry import open_provider
 from tests import tiny_policy as tp

@@ -23,15 +23,15 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_rl import parallel
-from megatron_rl.device import choose_backend
 from megatron_rl.errors import WeightMismatch
-from megatron_rl.parallel import ParallelMesh
-from megatron_rl.rollout.fit import check_fit
-from megatron_rl.rollout.reshard_plan import Holder, Layouts, Piece, ReshardPlan, make_plan
-from megatron_rl.rollout.resharder import Resharder
+from megatron_rl.runtime import parallel
+from megatron_rl.runtime.device import choose_backend
+from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.session import open_engine, open_session
 from megatron_rl.types import SyncReport
+from megatron_rl.weight_sync.plan import Holder, Layouts, ReshardPlan, Transfer, make_plan
+from megatron_rl.weight_sync.resharder import Resharder
+from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.hf_checkpoint import canonical_hf_name
 from model_providers.qwen2_5_vl.provider import Qwen2_5_VL
 from model_providers.registry import open_provider
@@ -278,7 +278,7 @@ def plan_from_rank_0(num_params: int) -> ReshardPlan:
     """Rank 0 holds parameters m0, m1 ... of 12 elements; ranks 0 and 1 want them as e0, e1 ..."""
     first, second = np.array([0]), np.array([1])
     pieces = tuple(
-        Piece(f"e{i}", WHOLE, (Holder(f"m{i}", WHOLE, first),), local=first, receivers=second, senders=first)
+        Transfer(f"e{i}", WHOLE, (Holder(f"m{i}", WHOLE, first),), local=first, receivers=second, senders=first)
         for i in range(num_params)
     )
     return ReshardPlan(Layouts(2), pieces, np.array([12 * num_params] * 2))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.losses import NllLoss
-from megatron_rl.config import (
+from megatron_rl.config.schema import (
     CheckpointConfig,
     DataConfig,
     LogConfig,
@@ -26,8 +26,8 @@ from megatron_rl.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_rl.config import OptimizerConfig as OptimizerSettings
-from megatron_rl.metrics import METRICS_FILE, read_metrics
+from megatron_rl.config.schema import OptimizerConfig as OptimizerSettings
+from megatron_rl.observe.metric_log import METRICS_FILE, read_metrics
 from megatron_rl.training import checkpoint
 from tests import tiny_policy as tp
 from tests.world import WorldFailed, run_world

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from megatron_rl.algorithms.losses import PpoClip
-from megatron_rl.config import RunConfig
+from megatron_rl.config.schema import RunConfig
 from megatron_rl.session import Session, open_engine, open_session
 from megatron_rl.training.batch import pack
 from megatron_rl.training.policy import ScoredBatch

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from checkpoint_tools.mcore_to_hf import mcore_to_hf
 from checkpoint_tools.verify import verify
-from data.prefetch import FramePrefetcher
+from data.video.prefetch import FramePrefetcher
 from megatron_rl.algorithms.losses import PpoClip
-from megatron_rl.rollout.vision_cache import VisionCache
+from megatron_rl.media.encoder import ParallelEncoder
 from megatron_rl.training import checkpoint
 from megatron_rl.training.batch import pack
 from megatron_rl.training.microbatch import localize
 from megatron_rl.training.policy import Hyperparameters, Policy, Reference
-from megatron_rl.types import VideoArtifact, VisionPart
+from megatron_rl.types import MediaItem, VisionPart
 from model_providers.hf_checkpoint import HfCheckpoint
 from tests import tiny_policy as tp
 from tests.vision_parts import MadeFrames
@@ -72,7 +72,7 @@ class Parts:
         self.tower = provider.build_vision(tp.BACKEND, torch.device("cpu"), case.trained)
         policy = Policy(model, tp.BACKEND, mesh, case.hyper, self.tower)
         self.trainer = tp.Trainer(provider, mesh, policy)
-        self.cache = VisionCache(self.tower, FramePrefetcher(MadeFrames(), 0), tp.HIDDEN, frames_per_chunk=8)
+        self.cache = ParallelEncoder(self.tower, FramePrefetcher(MadeFrames(), 0), tp.HIDDEN, frames_per_chunk=8)
         self.case = case
         self.groups = tp.grouped_samples(provider)
         self.videos = videos_of(self.groups)
@@ -89,7 +89,7 @@ class Parts:
         return self.trainer.policy.train(scored(local), embeds.tables, LOSS, step, backward)
 
 
-def videos_of(groups: Sequence[Sequence[Any]]) -> list[VideoArtifact]:
+def videos_of(groups: Sequence[Sequence[Any]]) -> list[MediaItem]:
     return list({v.key: v for group in groups for v in group[0].prompt.videos}.values())
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.config import AlgorithmConfig, CheckpointConfig, EvalConfig, ModelConfig, RunConfig
-from megatron_rl.metrics import METRICS_FILE, read_metrics
+from megatron_rl.config.schema import AlgorithmConfig, CheckpointConfig, EvalConfig, ModelConfig, RunConfig
+from megatron_rl.observe.metric_log import METRICS_FILE, read_metrics
 from model_providers.hf_checkpoint import HfCheckpoint
 from tests.dist.test_jobs import rl_config, train
 from tests.rollout_parts import small_config

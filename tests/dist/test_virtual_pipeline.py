@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.losses import PpoClip
-from megatron_rl.rollout.reshard_plan import Layouts, make_plan
-from megatron_rl.rollout.resharder import Resharder
 from megatron_rl.training import checkpoint
+from megatron_rl.weight_sync.plan import Layouts, make_plan
+from megatron_rl.weight_sync.resharder import Resharder
 from tests import tiny_policy as tp
 from tests.world import run_world
 
@@ -49,7 +49,7 @@ def _learn(rank: int, folder: Path, pipeline: int, virtual: int, root: Path) -> 
     old = trainer.policy.logprobs([b.batch for b in batches], embeds)
     metrics = trainer.policy.train(batches, embeds, PpoClip(kl_coef=0.1), step=0)
     gradients = tp.gradients(trainer)
-    with trainer.policy.parked():
+    with trainer.policy.offloaded():
         pass
     checkpoint.save(root, 1, trainer.policy, trainer.mesh, {}, str(folder))
     lengths = [len(s.response_ids) for s in samples]

@@ -13,23 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.pixels import CpuVideoDecoder
-from data.prefetch import FramePrefetcher
-from megatron_rl.device import choose_backend
-from megatron_rl.rollout.vision_cache import VisionCache
-from megatron_rl.rollout.vision_routes import Piece, split_over_ranks
-from megatron_rl.types import VideoArtifact
+from data.video.pixels import CpuVideoDecoder
+from data.video.prefetch import FramePrefetcher
+from megatron_rl.media.encoder import ParallelEncoder
+from megatron_rl.media.routes import EncodeChunk, split_over_ranks
+from megatron_rl.runtime.device import choose_backend
+from megatron_rl.types import MediaItem
 from model_providers.registry import open_provider
 from tests.world import run_world
 
 
-def artifact(key: str, grid_t: int, tokens_per_patch: int = 4, path: str = "", size: int = 56) -> VideoArtifact:
+def artifact(key: str, grid_t: int, tokens_per_patch: int = 4, path: str = "", size: int = 56) -> MediaItem:
     """A video of 2 * grid_t frames; of a 12-frame file, frames 0, 1, 2 ... round and round."""
     frames = tuple(i % 12 for i in range(2 * grid_t))
     side = size // 14
     grid = (grid_t, side, side) if path else (grid_t, 2, 2 * tokens_per_patch)
     num_tokens = grid[0] * grid[1] * grid[2] // 4
-    return VideoArtifact(key, path, frames, (0.0,) * len(frames), (size, size), grid, 1.0, num_tokens)
+    return MediaItem(key, path, frames, (0.0,) * len(frames), (size, size), grid, 1.0, num_tokens)
 
 
 BATCHES = {
@@ -68,14 +68,14 @@ def test_no_rank_has_more_than_its_share_and_one_patch(batch: str, world: int) -
     assert max(load) <= share + max(per_patch.values(), default=0)
 
 
-def make_cache(folder: Path) -> VisionCache:
+def make_cache(folder: Path) -> ParallelEncoder:
     dist.init_process_group("gloo")
     backend, provider = choose_backend("cpu", "float32"), open_provider(folder, 3136, 3136)
     tower = provider.build_vision(backend, torch.device("cpu"))
-    return VisionCache(tower, FramePrefetcher(CpuVideoDecoder(1), 1 << 30), provider.shape.hidden_size)
+    return ParallelEncoder(tower, FramePrefetcher(CpuVideoDecoder(1), 1 << 30), provider.shape.hidden_size)
 
 
-def _encode_and_fetch(rank: int, folder: Path, videos: list[VideoArtifact]) -> list[dict[str, Tensor]]:
+def _encode_and_fetch(rank: int, folder: Path, videos: list[MediaItem]) -> list[dict[str, Tensor]]:
     """What each of three fetches gives: all; one other video per rank; none except on rank 0."""
     cache = make_cache(folder)
     assert cache.encode(videos) == {}
@@ -86,7 +86,7 @@ def _encode_and_fetch(rank: int, folder: Path, videos: list[VideoArtifact]) -> l
 
 
 @pytest.fixture(scope="module")
-def videos(tiny_videos: Path) -> list[VideoArtifact]:
+def videos(tiny_videos: Path) -> list[MediaItem]:
     """Two H.264 and one VP9 file; 9, 1 and 4 temporal patches, two sizes."""
     files = sorted((tiny_videos / "videos").glob("train_*.mp4"))
     sizes = ((9, 56), (1, 84), (4, 56))
@@ -94,7 +94,7 @@ def videos(tiny_videos: Path) -> list[VideoArtifact]:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_checkpoint: Path, videos: list[VideoArtifact], heavy_imports: None) -> dict[str, Tensor]:
+def alone(tiny_checkpoint: Path, videos: list[MediaItem], heavy_imports: None) -> dict[str, Tensor]:
     """Every video encoded whole, in one piece each, by one rank."""
     [[everything, _, _]] = run_world(1, _encode_and_fetch, tiny_checkpoint, videos, timeout=120)
     return everything
@@ -102,7 +102,7 @@ def alone(tiny_checkpoint: Path, videos: list[VideoArtifact], heavy_imports: Non
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_encode_what_one_rank_does(
-    world: int, tiny_checkpoint: Path, videos: list[VideoArtifact], alone: dict[str, Tensor]
+    world: int, tiny_checkpoint: Path, videos: list[MediaItem], alone: dict[str, Tensor]
 ) -> None:
     assert len(split_over_ranks(videos, world)["k0"]) > 1, "no video is cut, so nothing is tested"
     ranks = run_world(world, _encode_and_fetch, tiny_checkpoint, videos, timeout=120)
@@ -130,11 +130,11 @@ class CountingDecoder(CpuVideoDecoder):
         return super().decode(path, frame_indices, size_hw)
 
 
-def _encode_prefetched(rank: int, folder: Path, now: list[VideoArtifact], upcoming: list[VideoArtifact]):
+def _encode_prefetched(rank: int, folder: Path, now: list[MediaItem], upcoming: list[MediaItem]):
     dist.init_process_group("gloo")
     provider, decoder = open_provider(folder, 3136, 3136), CountingDecoder()
     tower = provider.build_vision(choose_backend("cpu", "float32"), torch.device("cpu"))
-    cache = VisionCache(tower, FramePrefetcher(decoder, 1 << 30), provider.shape.hidden_size)
+    cache = ParallelEncoder(tower, FramePrefetcher(decoder, 1 << 30), provider.shape.hidden_size)
     cache.encode(now)
     cache.prefetch(upcoming)
     cache.encode([replace(now[0], key="evaluation between")])
@@ -145,7 +145,7 @@ def _encode_prefetched(rank: int, folder: Path, now: list[VideoArtifact], upcomi
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_frames_made_ready_are_the_same_and_no_frame_of_a_batch_is_decoded_twice_on_the_node(
-    world: int, tiny_checkpoint: Path, videos: list[VideoArtifact], alone: dict[str, Tensor], monkeypatch
+    world: int, tiny_checkpoint: Path, videos: list[MediaItem], alone: dict[str, Tensor], monkeypatch
 ) -> None:
     monkeypatch.setattr("megatron_rl.rollout.vision_cache.DECODED_BYTES", 3 * 2 * 3 * 56 * 56)  # 3 temporal patches
     ranks = run_world(world, _encode_prefetched, tiny_checkpoint, videos[:1], videos[1:], timeout=120)
@@ -158,7 +158,7 @@ def test_frames_made_ready_are_the_same_and_no_frame_of_a_batch_is_decoded_twice
         assert sum(len(frames) for frames, _ in calls) == len(video.frame_indices)
 
 
-def _transformers_embeddings(folder: Path, video: VideoArtifact) -> tuple[Tensor, Tensor]:
+def _transformers_embeddings(folder: Path, video: MediaItem) -> tuple[Tensor, Tensor]:
     """transformers' own processor and tower: (on frames that we resized, on full-size frames it resizes itself)."""
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
@@ -183,7 +183,7 @@ def _transformers_embeddings(folder: Path, video: VideoArtifact) -> tuple[Tensor
 
 
 def test_embeddings_are_those_of_transformers(
-    tiny_checkpoint: Path, videos: list[VideoArtifact], alone: dict[str, Tensor]
+    tiny_checkpoint: Path, videos: list[MediaItem], alone: dict[str, Tensor]
 ) -> None:
     def compare(rank: int) -> tuple[Tensor, Tensor]:
         return _transformers_embeddings(tiny_checkpoint, videos[0])
@@ -194,7 +194,7 @@ def test_embeddings_are_those_of_transformers(
     torch.testing.assert_close(ours, own_resize, rtol=0, atol=1e-4)
 
 
-def _encode_with_a_bad_file(rank: int, folder: Path, good: list[VideoArtifact], bad: list[VideoArtifact]):
+def _encode_with_a_bad_file(rank: int, folder: Path, good: list[MediaItem], bad: list[MediaItem]):
     cache = make_cache(folder)
     first = cache.encode([good[0], *bad, good[1]])
     again = cache.encode([*bad, good[2]])  # the same rows may come again within a step
@@ -205,7 +205,7 @@ def _encode_with_a_bad_file(rank: int, folder: Path, good: list[VideoArtifact], 
 
 
 def test_a_faulty_file_fails_on_all_ranks_and_the_others_go_on(
-    tiny_checkpoint: Path, videos: list[VideoArtifact], tmp_path: Path, heavy_imports: None
+    tiny_checkpoint: Path, videos: list[MediaItem], tmp_path: Path, heavy_imports: None
 ) -> None:
     broken = tmp_path / "broken.mp4"
     content = Path(videos[0].path).read_bytes()
@@ -223,7 +223,7 @@ def test_a_faulty_file_fails_on_all_ranks_and_the_others_go_on(
         assert third == {} and last == ["k0"]
 
 
-def _encode_blank(rank: int, folder: Path, video: VideoArtifact) -> tuple[Tensor, Tensor, Tensor]:
+def _encode_blank(rank: int, folder: Path, video: MediaItem) -> tuple[Tensor, Tensor, Tensor]:
     seeing = make_cache(folder)
     blind = seeing.blanked()
     other = replace(video, path=video.path.replace("train_0000", "train_0001"))
@@ -236,7 +236,7 @@ def _encode_blank(rank: int, folder: Path, video: VideoArtifact) -> tuple[Tensor
 
 
 def test_blanked_frames_tell_nothing_about_the_video(
-    tiny_checkpoint: Path, videos: list[VideoArtifact], alone: dict[str, Tensor]
+    tiny_checkpoint: Path, videos: list[MediaItem], alone: dict[str, Tensor]
 ) -> None:
     [(shown, black, other_black)] = run_world(1, _encode_blank, tiny_checkpoint, videos[0], timeout=120)
     assert torch.equal(shown, alone["k0"])
@@ -245,4 +245,4 @@ def test_blanked_frames_tell_nothing_about_the_video(
 
 
 def test_pieces_are_plain_values() -> None:
-    assert split_over_ranks([artifact("a", 3)], 1) == {"a": [Piece("a", 0, 3, 0)]}
+    assert split_over_ranks([artifact("a", 3)], 1) == {"a": [EncodeChunk("a", 0, 3, 0)]}

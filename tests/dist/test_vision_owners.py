@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_rl.loop import fetch_embeds
-from megatron_rl.rollout.vision_cache import VisionCache
+from megatron_rl.media.encoder import ParallelEncoder
 from megatron_rl.training.batch import pack
 from megatron_rl.training.microbatch import MicroBatch, localize
-from megatron_rl.types import VideoEmbeds
+from megatron_rl.types import MediaEmbeds
 from tests import tiny_policy as tp
 from tests.vision_parts import open_cache
 from tests.world import run_world
@@ -67,7 +67,7 @@ def _measure(rank: int, folder: Path, grid: Grid) -> Any:
 
 
 def _check_that_nothing_else_is_held(
-    trainer: tp.Trainer, cache: VisionCache, batches: list[MicroBatch], expected: VideoEmbeds
+    trainer: tp.Trainer, cache: ParallelEncoder, batches: list[MicroBatch], expected: MediaEmbeds
 ) -> None:
     """While a rank learns, it has the tokens of its own rows, and no longer what it made for others."""
     session: Any = SimpleNamespace(mesh=trainer.mesh, vision=cache)

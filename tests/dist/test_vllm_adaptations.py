@@ -18,8 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.device import choose_backend
 from megatron_rl.rollout import vllm_engine
+from megatron_rl.runtime.device import choose_backend
 from tests.rollout_parts import join_world, open_plain_engine
 from tests.world import run_world
 

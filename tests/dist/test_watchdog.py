@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.errors import PeerLost
-from megatron_rl.watchdog import EXIT_CODE, RESUME_ADVICE, Watchdog, process_start, watch_world
+from megatron_rl.runtime.watchdog import EXIT_CODE, RESUME_ADVICE, Watchdog, process_start, watch_world
 from tests.world import WorldFailed, run_world
 
 REPO = Path(__file__).parents[2]
@@ -144,7 +144,7 @@ def test_the_error_of_one_rank_reaches_the_others(tmp_path: Path) -> None:
 
 
 def test_an_error_of_ones_own_is_not_blamed_on_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_rl.watchdog.EXPLAIN_S", 1.0)
+    monkeypatch.setattr("megatron_rl.runtime.watchdog.EXPLAIN_S", 1.0)
 
     def body(rank: int) -> None:
         if rank == 1:
@@ -216,7 +216,7 @@ def test_rank_0_may_host_the_store_and_die(tmp_path: Path, free_port: int) -> No
 def test_a_lost_store_is_told(tmp_path: Path) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     code = (
-        "import sys, time, torch.distributed as dist; from megatron_rl.watchdog import Watchdog\n"
+        "import sys, time, torch.distributed as dist; from megatron_rl.runtime.watchdog import Watchdog\n"
         "store = dist.TCPStore('127.0.0.1', int(sys.argv[2]))\n"
         "with Watchdog(int(sys.argv[1]), 2, store, interval_s=0.2) as watchdog:\n"
         "    watchdog.set_phase(4, 'score'); store.add('ready', 1); time.sleep(600)\n"
@@ -260,8 +260,8 @@ def test_zombies_and_reused_pids_do_not_pass_for_the_living() -> None:
 TORCHRUN_JOB = """
 import os, sys, time, torch, torch.distributed as dist
 from megatron_rl.errors import PeerLost
-from megatron_rl.signals import StopFlag
-from megatron_rl.watchdog import stop_process, watch_world
+from megatron_rl.runtime.signals import StopFlag
+from megatron_rl.runtime.watchdog import stop_process, watch_world
 
 folder, action = sys.argv[1:]
 dist.init_process_group("gloo")

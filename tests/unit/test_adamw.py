@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.training.adamw import GroupStepAdamW
+from megatron_rl.training.optimizer import GroupStepAdamW
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 

@@ -14,7 +14,7 @@ from megatron_rl.algorithms.advantages import ADVANTAGES, dr_grpo, grpo, rloo
 from megatron_rl.algorithms.groups import keep_informative
 from megatron_rl.algorithms.kl import kl
 from megatron_rl.algorithms.losses import LOSSES, NllLoss, PpoClip
-from megatron_rl.config import AlgorithmConfig
+from megatron_rl.config.schema import AlgorithmConfig
 from megatron_rl.types import Completion, Group, LossInputs, Prompt, Row, Scored
 
 # ---------------------------------------------------------------------------------------------------------- advantages

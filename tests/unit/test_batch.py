@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from megatron_rl.parallel import ParallelMesh
+from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.batch import make_samples, pack
 from megatron_rl.types import Completion, Group, Prompt, Row, Scored, TrainSample
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.index_store import index_video
+from data.video.index_store import index_video
 
 REPO = Path(__file__).parents[2]
 
@@ -20,7 +20,7 @@ def test_every_method_gives_the_frames_that_ours_gives(tmp_path):
     out = tmp_path / "decode.json"
     options = "--seconds 4 --sizes 64x48 --kinds h264_g30,vp9_g250 --frames 8,fps2 --threads 1,2 --rounds 2".split()
     done = subprocess.run(
-        [sys.executable, "scripts/bench_decode.py", "--json", str(out), "--videos", str(tmp_path), *options],
+        [sys.executable, "scripts/bench/decode.py", "--json", str(out), "--videos", str(tmp_path), *options],
         cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

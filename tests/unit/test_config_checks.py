@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from megatron_rl.config_checks import check
-from megatron_rl.config_io import load_config
+from megatron_rl.config.checks import check
+from megatron_rl.config.io import load_config
 
 HF = {
     "model_type": "qwen2",

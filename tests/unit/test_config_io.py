@@ -7,8 +7,8 @@ import dataclasses
 
 import pytest
 
-from megatron_rl.config import RunConfig
-from megatron_rl.config_io import describe, dump_config, load_config, parse_args
+from megatron_rl.config.io import describe, dump_config, load_config, parse_args
+from megatron_rl.config.schema import RunConfig
 
 MINIMAL = "run_dir: runs/a\nmodel: {hf: some/model}\ntrain: {num_steps: 3}\n"
 

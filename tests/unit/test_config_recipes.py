@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config_checks import check
-from megatron_rl.config_io import load_config
+from megatron_rl.config.checks import check
+from megatron_rl.config.io import load_config
 
 REPO = Path(__file__).parents[2]
 RECIPES = sorted((REPO / "scripts/recipes").rglob("*.yaml"))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data.audio import RATE, decode_audio, log_mel
-from data.loader import fingerprint
+from data.rows.loader import fingerprint
 from megatron_rl.errors import VideoDecodeError
 from megatron_rl.types import Row
 from tests.video_files import Kind, write_video

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from data.av1 import SequenceHeader, is_droppable, sequence_header
+from data.video.av1 import SequenceHeader, is_droppable, sequence_header
 
 PLAIN = SequenceHeader(
     decoder_model=False, presentation_time_bits=0, frame_id_bits=0, order_hint_bits=7, screen_content=2, integer_mv=2

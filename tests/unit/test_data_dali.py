@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.clip import clip_parts, cut_clip
-from data.dali import DaliVideoDecoder, recolour
-from data.gop_plan import plan_runs
-from data.index_store import index_video
-from data.pixels import CpuVideoDecoder, read_frames
+from data.video.clip import clip_parts, cut_clip
+from data.video.dali import DaliVideoDecoder, recolour
+from data.video.gop_plan import plan_runs
+from data.video.index_store import index_video
+from data.video.pixels import CpuVideoDecoder, read_frames
 from megatron_rl.errors import VideoDecodeError
 from tests.unit.test_data_pixels import tagged
 from tests.video_files import NUM_FRAMES, full_decode, write_kind
@@ -78,7 +78,7 @@ def test_how_far_it_is_from_the_processor_s_pixels(videos, decoder, name):
 def test_a_video_in_several_calls_equals_one_in_one(videos, decoder, monkeypatch):
     indices = [70, *range(0, 90, 4), 70]
     whole = decoder.decode(videos["vp9.webm"], indices, (56, 56))
-    monkeypatch.setattr("data.dali._CALL_BYTES", 5 * 64 * 96 * 3)
+    monkeypatch.setattr("data.video.dali._CALL_BYTES", 5 * 64 * 96 * 3)
     assert torch.equal(decoder.decode(videos["vp9.webm"], indices, (56, 56)), whole)
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import psutil
 import pytest
 
-from data.index_reader import demux
-from data.index_store import index_video
-from data.manifest import Manifest
-from data.pixels import CpuVideoDecoder, read_frames
+from data.rows.manifest import Manifest
+from data.video.index_reader import demux
+from data.video.index_store import index_video
+from data.video.pixels import CpuVideoDecoder, read_frames
 from megatron_rl.errors import VideoDecodeError
 from tests.host_memory import allocated, give_back_freed
 from tests.video_files import NUM_FRAMES, Kind, full_decode, write_kind, write_video

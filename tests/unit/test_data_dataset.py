@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.dataset import read_rows
-from data.images import probe_image
-from data.sources import source_problems
+from data.rows.dataset import read_rows
+from data.rows.sources import source_problems
+from data.video.images import probe_image
 from megatron_rl.types import BadRow, Row
 
 NOWHERE = Path("/no/media/in/these/files")

@@ -12,10 +12,10 @@ import av
 import numpy as np
 import pytest
 
-from data.decoder import PacketReader, decode_frames
-from data.gop_plan import plan_runs
-from data.index_store import index_video
-from data.pixels import read_frames
+from data.video.decode import PacketReader, decode_frames
+from data.video.gop_plan import plan_runs
+from data.video.index_store import index_video
+from data.video.pixels import read_frames
 from megatron_rl.errors import VideoDecodeError
 from tests.video_files import KINDS, NUM_FRAMES, Kind, copy_packets, full_decode, write_kind, write_video
 

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from data.frames import FrameSettings, choose_frames, frames_within, patch_times, seconds_per_grid
-from megatron_rl.device import define_torchvision_operators
+from data.video.frames import FrameSettings, choose_frames, frames_within, patch_times, seconds_per_grid
+from megatron_rl.runtime.device import define_torchvision_operators
 from megatron_rl.types import VideoInfo
 
 
@@ -188,7 +188,7 @@ def test_where_the_rate_is_steady_both_rules_agree_on_the_time_span(family):
 
 
 def test_the_same_grid_as_the_processor():
-    from model_providers.qwen2_5_vl.vision import QwenVideoSpec
+    from model_providers.qwen2_5_vl.vision import QwenMediaSpec
 
     theirs = processor("stride")
     rng = np.random.default_rng(1)
@@ -196,8 +196,8 @@ def test_the_same_grid_as_the_processor():
         count, height, width = 2 * int(rng.integers(1, 400)), int(rng.integers(28, 2200)), int(rng.integers(28, 2200))
         low, total = 28 * 28 * int(rng.integers(4, 40)), int(theirs.max_video_tokens * 28 * 28 * 0.9)
         high = low + 28 * 28 * int(rng.integers(0, 800))
-        spec = QwenVideoSpec(14, 2, 2, low, high, total, 0, 0, (0,) * 3, (1,) * 3)
-        for ours, capped in ((spec, True), (QwenVideoSpec(14, 2, 2, low, high, 0, 0, 0, (0,) * 3, (1,) * 3), False)):
+        spec = QwenMediaSpec(14, 2, 2, low, high, total, 0, 0, (0,) * 3, (1,) * 3)
+        for ours, capped in ((spec, True), (QwenMediaSpec(14, 2, 2, low, high, 0, 0, 0, (0,) * 3, (1,) * 3), False)):
             size_hw = ours.size_hw(count, height, width)
             assert size_hw == resized_by(theirs, count, height, width, low, high, capped)
 

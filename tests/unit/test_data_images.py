@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import decode_image, probe_image
-from data.prefetch import FramePrefetcher, FrameRequest
-from megatron_rl.device import define_torchvision_operators
+from data.video.images import decode_image, probe_image
+from data.video.prefetch import FramePrefetcher, FrameRequest
 from megatron_rl.errors import VideoDecodeError
-from model_providers.qwen2_5_vl.vision import QwenVideoSpec
+from megatron_rl.runtime.device import define_torchvision_operators
+from model_providers.qwen2_5_vl.vision import QwenMediaSpec
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_patches_and_grid_are_those_of_transformers_image_processor(tmp_path, no
     low, high = 56 * 56, 112 * 112
     processor = Qwen2VLImageProcessor(size={"shortest_edge": low, "longest_edge": high})
     theirs = processor(images=[noise], return_tensors="pt")
-    spec = QwenVideoSpec(
+    spec = QwenMediaSpec(
         14, 2, 2, low, high, 0, 0, 0, tuple(processor.image_mean), tuple(processor.image_std)
     )  # fmt: skip
     path = saved(noise, tmp_path / "a.png")

@@ -10,8 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from data.packets import PacketParser
-from data.pixels import CpuVideoDecoder
+from data.video.packets import PacketParser
+from data.video.pixels import CpuVideoDecoder
 from megatron_rl.errors import VideoDecodeError
 from tests.video_files import HEIGHT, KINDS, NUM_FRAMES, WIDTH, Kind, frame_time, turned, write_kind, write_video
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import index_store
-from data.index_store import IndexStore, index_video
-from data.pixels import CpuVideoDecoder
-from data.video_index import VideoIndex
+from data.video import index_store
+from data.video.index import VideoIndex
+from data.video.index_store import IndexStore, index_video
+from data.video.pixels import CpuVideoDecoder
 from tests.video_files import Kind, write_kind, write_video
 
 

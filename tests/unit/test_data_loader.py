@@ -9,7 +9,7 @@ from itertools import chain
 
 import pytest
 
-from data.loader import RowLoader
+from data.rows.loader import RowLoader
 from megatron_rl.types import Row
 
 ROWS = [Row(f"t.jsonl:{n}", f"problem {n}", str(n), (f"/media/{n}.mp4",)) for n in range(10)]

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.pixels import CpuVideoDecoder, read_frames
-from megatron_rl.device import define_torchvision_operators
+from data.video.pixels import CpuVideoDecoder, read_frames
+from megatron_rl.runtime.device import define_torchvision_operators
 from tests.video_files import HEIGHT, KINDS, NUM_FRAMES, WIDTH, Kind, full_decode, turned, write_kind, write_video
 
 SMOOTH = Kind("libx264", {"g": "15", "crf": "1"}, "yuv444p")
@@ -127,7 +127,7 @@ def test_8192_frames_take_little_more_memory_than_they_have_themselves(tmp_path)
     how = Kind("libx264", {"preset": "ultrafast", "g": "30"}, size=(160, 120))
     path = write_video(tmp_path / "long.mp4", how, 8192)
     code = (
-        "import sys; from data.pixels import CpuVideoDecoder;"
+        "import sys; from data.video.pixels import CpuVideoDecoder;"
         "out = CpuVideoDecoder(2).decode(sys.argv[1], range(8192), (112, 112));"
         # Not ru_maxrss, which a process inherits from the one that started it.
         "[peak] = [line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')];"

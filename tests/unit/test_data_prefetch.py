@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from data.prefetch import FramePrefetcher, FrameRequest
+from data.video.prefetch import FramePrefetcher, FrameRequest
 from megatron_rl.errors import VideoDecodeError
 from megatron_rl.types import VideoInfo
 

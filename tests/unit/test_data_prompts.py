@@ -13,9 +13,9 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data.frames import FrameSettings
-from data.manifest import Manifest
-from data.prompts import PromptBuilder
+from data.rows.manifest import Manifest
+from data.rows.prompts import PromptBuilder
+from data.video.frames import FrameSettings
 from megatron_rl.errors import BadSample, VideoDecodeError
 from megatron_rl.types import Row, VideoInfo
 

@@ -15,51 +15,33 @@ from pathlib import Path
 REPO = Path(__file__).parents[2]
 PACKAGES = ("megatron_rl", "model_providers", "data", "checkpoint_tools")
 
-FLOORS = {  # the longest prefix wins; a package stands on one floor, and phases do not see each other
-    "megatron_rl.types": 0,
-    "megatron_rl.config": 0,
-    "megatron_rl.errors": 0,
-    "megatron_rl.quiet": 0,
-    "megatron_rl.protocols": 1,
-    "megatron_rl.config_io": 1,
-    "megatron_rl.mcore_on_cpu": 1,
-    "megatron_rl.device": 2,
-    "megatron_rl.algorithms": 2,
-    "megatron_rl.rewards": 2,
-    "megatron_rl.metrics": 2,
-    "megatron_rl.watchdog": 2,
-    "megatron_rl.parallel": 3,
-    "megatron_rl.config_checks": 5,
-    "megatron_rl.report": 3,
-    "megatron_rl.signals": 4,
-    "data": 4,
-    "model_providers": 4,
-    "checkpoint_tools": 5,
-    "megatron_rl.rollout": 6,
-    "megatron_rl.training": 6,
-    "megatron_rl.quarantine": 2,
-    "megatron_rl.launch": 6,
-    "megatron_rl.planner": 7,
-    "megatron_rl.plan": 8,
-    "megatron_rl.plan_sync": 8,
-    "megatron_rl.plan_sync_view": 7,
-    "megatron_rl.step_metrics": 7,
-    "megatron_rl.session": 7,
-    "megatron_rl.job": 8,
-    "megatron_rl.loop": 8,
-    "megatron_rl.evaluate": 9,
-    "megatron_rl.sft": 9,
-    "megatron_rl.cache_videos": 9,
-    "megatron_rl.train": 10,
+FLOORS: dict[str, tuple[int, str]] = {  # floor and purpose; the longest prefix wins; equal floors do not see each other
+    "megatron_rl.types": (0, "the arrows of the data flow"),
+    "megatron_rl.errors": (0, "what can go wrong, and how it is told"),
+    "megatron_rl.protocols": (1, "every seam on one page"),
+    "megatron_rl.runtime": (2, "devices, ranks, files, processes: the only modules that know CPU from GPU"),
+    "megatron_rl.algorithms": (3, "advantages, losses, KL: pure functions"),
+    "megatron_rl.rewards": (3, "rewards and grading: pure functions"),
+    "megatron_rl.observe": (3, "metrics, progress, reports, rows that were set aside"),
+    "data": (4, "rows, frames, sound"),
+    "model_providers": (4, "Megatron modules, weight tables and encoders of the model families"),
+    "megatron_rl.config": (5, "the recipe: schema, reading, checks, command line"),
+    "checkpoint_tools": (5, "Hugging Face <-> Megatron, verified"),
+    "megatron_rl.media": (6, "media encoded once a step by all ranks, embeddings to who needs them"),
+    "megatron_rl.weight_sync": (6, "Megatron's shards into vLLM's parameters"),
+    "megatron_rl.rollout": (7, "the engine, requests, sampled groups"),
+    "megatron_rl.training": (7, "packing, scoring, updates, checkpoints"),
+    "megatron_rl.planner": (8, "memory and time of a recipe, without a GPU"),
+    "megatron_rl": (9, "the jobs: they compose the phases"),
 }
 
 ONLY_IN = {
     "vllm": ("megatron_rl/rollout/vllm_engine.py", "checkpoint_tools/vllm_check.py"),
-    "nvidia.dali": ("data/dali.py",),
-    "wandb": ("megatron_rl/metrics.py",),
-    "matplotlib": ("megatron_rl/report.py",),
+    "nvidia.dali": ("data/video/dali.py",),
+    "wandb": ("megatron_rl/observe/metric_log.py",),
+    "matplotlib": ("megatron_rl/observe/report.py",),
     "math_verify": ("megatron_rl/rewards/grading.py",),
-    "megatron.core.parallel_state": ("megatron_rl/parallel.py", "model_providers/"),
+    "megatron.core.parallel_state": ("megatron_rl/runtime/parallel.py", "model_providers/"),
     "megatron.training": (),
 }
 
@@ -84,38 +66,64 @@ def under(name: str, prefixes) -> str | None:
     return max((prefix for prefix in prefixes if f"{name}.".startswith(f"{prefix}.")), key=len, default=None)
 
 
+def floor_of(name: str) -> str | None:
+    """The entry of FLOORS that a module belongs to; a folder of megatron_rl needs one of its own."""
+    entry = under(name, FLOORS)
+    is_new_folder = entry == "megatron_rl" and name.count(".") > 1
+    return None if is_new_folder else entry
+
+
 def violations(root: Path) -> list[str]:
     found = []
     for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
         name = ".".join(path.relative_to(root).with_suffix("").parts)
         imports = list(runtime_imports(ast.parse(path.read_text(encoding="utf-8"))))
-        here = under(name, FLOORS)
+        here = floor_of(name)
         if here is None and imports:
-            found.append(f"{name}: stands on no floor; add it to FLOORS")
+            found.append(f"{name}: stands on no floor; add its folder to FLOORS")
         for line, imported in imports:
             there = under(imported, FLOORS)
             if imported.startswith("."):
                 found.append(f"{name}:{line}: relative import; write the full name")
-            elif here and there and here != there and FLOORS[there] >= FLOORS[here]:
-                found.append(f"{name}:{line}: floor {FLOORS[here]} imports {imported} of floor {FLOORS[there]}")
+            elif here and there and here != there and FLOORS[there][0] >= FLOORS[here][0]:
+                found.append(f"{name}:{line}: {here} (floor {FLOORS[here][0]}) imports {imported} of {there}")
             library = under(imported, ONLY_IN)
             if library and not path.relative_to(root).as_posix().startswith(ONLY_IN[library] or ("-",)):
                 found.append(f"{name}:{line}: imports {imported}; only {', '.join(ONLY_IN[library]) or 'nobody'} may")
     return found
 
 
+def floor_table() -> str:
+    """The table of CONTRIBUTING.md."""
+    lines = ["| floor | folder or file | purpose |", "|---|---|---|"]
+    for name, (floor, purpose) in FLOORS.items():
+        path = name.replace(".", "/")
+        lines.append(f"| {floor} | `{path}{'.py' if (REPO / f'{path}.py').exists() else '/'}` | {purpose} |")
+    return "\n".join(lines)
+
+
 def test_the_tree_keeps_its_floors():
     assert violations(REPO) == []
+
+
+def test_the_table_of_floors_is_in_contributing():
+    assert floor_table() in (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8"), (
+        f"write this there:\n{floor_table()}"
+    )
+
+
+def test_the_root_of_megatron_rl_can_be_taken_in_at_a_glance():
+    assert len(list((REPO / "megatron_rl").glob("*.py"))) <= 14
 
 
 def test_the_check_sees_what_it_should(tmp_path):
     files = {
         "megatron_rl/protocols.py": "from typing import TYPE_CHECKING\nfrom megatron_rl.types import P\n"
-        "if TYPE_CHECKING:\n    from model_providers.weight_map import W\nelse:\n    import data.dali\n",
-        "data/dali.py": "from nvidia.dali import fn\nfrom data.frames import pick\nfrom megatron_rl.types import V\n",
-        "data/video.py": "def f():\n    from model_providers.registry import get\n    import vllm\n",
+        "if TYPE_CHECKING:\n    from model_providers.weight_map import W\nelse:\n    import data.audio\n",
+        "data/video/dali.py": "from nvidia.dali import fn\nfrom data.rows import a\nfrom megatron_rl.types import V\n",
+        "data/audio.py": "def f():\n    from model_providers.registry import get\n    import vllm\n",
         "megatron_rl/rollout/a.py": "from megatron_rl import training\nfrom . import b\nimport megatron_rl.rollout.b\n",
-        "megatron_rl/new.py": "import json\n",
+        "megatron_rl/new/file.py": "import json\n",
         "megatron_rl/training/c.py": "import megatron.training\nfrom megatron.core import parallel_state\n",
         "megatron_rl/loop.py": "from megatron_rl.rollout.a import A\nfrom megatron_rl.training.c import C\n",
         "model_providers/m.py": "from megatron.core import parallel_state\nimport vllm_something\n",
@@ -125,11 +133,11 @@ def test_the_check_sees_what_it_should(tmp_path):
         (tmp_path / name).write_text(text)
     owners = ONLY_IN["megatron.core.parallel_state"]
     assert violations(tmp_path) == [
-        "data.video:2: floor 4 imports model_providers.registry.get of floor 4",
-        f"data.video:3: imports vllm; only {', '.join(ONLY_IN['vllm'])} may",
-        "megatron_rl.new: stands on no floor; add it to FLOORS",
-        "megatron_rl.protocols:6: floor 1 imports data.dali of floor 4",
-        "megatron_rl.rollout.a:1: floor 6 imports megatron_rl.training of floor 6",
+        "data.audio:2: data (floor 4) imports model_providers.registry.get of model_providers",
+        f"data.audio:3: imports vllm; only {', '.join(ONLY_IN['vllm'])} may",
+        "megatron_rl.new.file: stands on no floor; add its folder to FLOORS",
+        "megatron_rl.protocols:6: megatron_rl.protocols (floor 1) imports data.audio of data",
+        "megatron_rl.rollout.a:1: megatron_rl.rollout (floor 7) imports megatron_rl.training of megatron_rl.training",
         "megatron_rl.rollout.a:2: relative import; write the full name",
         "megatron_rl.training.c:1: imports megatron.training; only nobody may",
         f"megatron_rl.training.c:2: imports megatron.core.parallel_state; only {', '.join(owners)} may",
@@ -138,7 +146,7 @@ def test_the_check_sees_what_it_should(tmp_path):
 
 def test_a_mistake_in_a_recipe_costs_no_heavy_import():
     code = (
-        "import sys, megatron_rl.config, megatron_rl.config_io, megatron_rl.config_checks;"
+        "import sys, megatron_rl.config.command_line, megatron_rl.config.checks;"
         "heavy = {'torch', 'transformers', 'vllm', 'megatron.core', 'math_verify'} & set(sys.modules);"
         "sys.exit(', '.join(heavy) or 0)"
     )

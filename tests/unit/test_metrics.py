@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from megatron_rl.metrics import MetricLog, Progress, duration, read_metrics
-from megatron_rl.report import SampleRollout, as_text, plot_curves, rollout_table, write_summary
+from megatron_rl.observe.metric_log import MetricLog, read_metrics
+from megatron_rl.observe.progress import Progress, duration
+from megatron_rl.observe.report import SampleRollout, as_text, plot_curves, rollout_table, write_summary
 
 
 def open_log(run_dir, rank0=True, wandb="off", tensorboard=False) -> MetricLog:

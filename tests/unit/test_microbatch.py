@@ -9,31 +9,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.training.microbatch import Cut, MicroBatch, build_microbatch, gather_embeds
-from megatron_rl.types import Prompt, Row, TrainSample, VideoArtifact
-from model_providers.attention.segments import Piece
+from megatron_rl.training.microbatch import MicroBatch, RankSlice, build_microbatch, gather_embeds
+from megatron_rl.types import MediaItem, Prompt, Row, TrainSample
+from model_providers.attention.segments import QuerySlice
 
 V = 9  # placeholder token
 
 
-def _video(key: str, num_tokens: int) -> VideoArtifact:
-    return VideoArtifact(key, "", (), (), (0, 0), (1, 2, 2 * num_tokens), 1.0, num_tokens)
+def _video(key: str, num_tokens: int) -> MediaItem:
+    return MediaItem(key, "", (), (), (0, 0), (1, 2, 2 * num_tokens), 1.0, num_tokens)
 
 
 def _sample(
-    prompt: Sequence[int], response: Sequence[int], advantage: float, weight: float, *videos: VideoArtifact
+    prompt: Sequence[int], response: Sequence[int], advantage: float, weight: float, *videos: MediaItem
 ) -> TrainSample:
     row = Row("made:1", "", "")
     logprobs = tuple(-0.5 * (i + 1) for i in range(len(response)))
     return TrainSample(Prompt(0, row, tuple(prompt), videos), tuple(response), advantage, logprobs, weight)
 
 
-def _positions(ids: Sequence[int], videos: Sequence[VideoArtifact]) -> Tensor:
+def _positions(ids: Sequence[int], videos: Sequence[MediaItem]) -> Tensor:
     """Recognisable: what the sample is told by its first token."""
     return ids[0] * 100 + torch.arange(len(ids)).expand(3, -1)
 
 
-def _starts(ids: Sequence[int], videos: Sequence[VideoArtifact]) -> list[int]:
+def _starts(ids: Sequence[int], videos: Sequence[MediaItem]) -> list[int]:
     """Videos follow the first token, with one token between them."""
     starts, position = [], 1
     for video in videos:
@@ -56,7 +56,7 @@ SAMPLES = [
 
 
 def test_micro_batch_by_hand() -> None:
-    batch = build_microbatch(SAMPLES, ((2,), (1,)), Cut(pad_multiple=8), _positions, _starts)
+    batch = build_microbatch(SAMPLES, ((2,), (1,)), RankSlice(pad_multiple=8), _positions, _starts)
     assert batch.token_ids.tolist() == [3, V, 4, V, V, 3, 4, 4, 2, V, V, 3, 6, 7, 8, 0]
     assert batch.attention.run_lengths == (8, 7) and batch.attention.own == ()
     assert batch.position_ids.tolist() == [[*range(300, 308), *range(200, 207), 0]] * 3  # the last one is padding
@@ -73,18 +73,18 @@ def test_micro_batch_by_hand() -> None:
 
 
 def test_embeddings_come_in_the_order_of_the_video_rows() -> None:
-    batch = build_microbatch(SAMPLES, ((2,), (1,)), Cut(), _positions, _starts)
+    batch = build_microbatch(SAMPLES, ((2,), (1,)), RankSlice(), _positions, _starts)
     embeds = {"a": torch.tensor([[1.0], [2.0]]), "b": torch.tensor([[3.0]])}
     gathered = gather_embeds(batch, embeds)
     assert gathered is not None and gathered[:, 0].tolist() == [3.0, 1.0, 2.0, 1.0, 2.0]
-    assert gather_embeds(build_microbatch(SAMPLES, ((0,),), Cut(), _positions, _starts), embeds) is None
+    assert gather_embeds(build_microbatch(SAMPLES, ((0,),), RankSlice(), _positions, _starts), embeds) is None
 
 
 GROUP = [_sample([1, V, V, 3], [5, 6], 1.0, 1.0, A), _sample([1, V, V, 3], [7, 8, 9], -1.0, 0.5, A)]
 
 
 def test_a_shared_prompt_is_stored_once() -> None:
-    batch = build_microbatch(GROUP, ((0, 1),), Cut(), _positions, _starts)
+    batch = build_microbatch(GROUP, ((0, 1),), RankSlice(), _positions, _starts)
     assert batch.token_ids.tolist() == [1, V, V, 3, 5, 6, 7, 8, 9]
     assert batch.position_ids[0].tolist() == [
         100,
@@ -98,20 +98,20 @@ def test_a_shared_prompt_is_stored_once() -> None:
         106,
     ]  # both go on after the prompt
     assert batch.attention.run_lengths == (4, 2, 3)
-    assert batch.attention.own == (Piece((4, 9), ((0, 4),)),)
+    assert batch.attention.own == (QuerySlice((4, 9), ((0, 4),)),)
     assert _predicting(batch).tolist() == [3, 4, 3, 6, 7]  # the prompt's last token predicts two first tokens
     assert batch.predicting_rows.tolist() == [3, 4, 6, 7]  # no row of the prompt but its last, no last token
     assert batch.last_attention.run_lengths == (1, 1, 2)
-    assert batch.last_attention.own == (Piece((0, 1), ((0, 3),)), Piece((1, 4), ((0, 4),)))
+    assert batch.last_attention.own == (QuerySlice((0, 1), ((0, 3),)), QuerySlice((1, 4), ((0, 4),)))
     assert batch.targets.tolist() == [5, 6, 7, 8, 9]
     assert batch.advantages.tolist() == [1.0, 1.0, -1.0, -1.0, -1.0]
     assert batch.video_rows.tolist() == [1, 2] and batch.videos == (A,) and batch.samples == (0, 1)
 
 
 def test_context_parallel_ranks_hold_everything_once() -> None:
-    whole = build_microbatch([*GROUP, *SAMPLES], ((0, 1), (4,), (3,)), Cut(), _positions, _starts)
+    whole = build_microbatch([*GROUP, *SAMPLES], ((0, 1), (4,), (3,)), RankSlice(), _positions, _starts)
     parts = [
-        build_microbatch([*GROUP, *SAMPLES], ((0, 1), (4,), (3,)), Cut(rank, 3, 2, 0.01), _positions, _starts)
+        build_microbatch([*GROUP, *SAMPLES], ((0, 1), (4,), (3,)), RankSlice(rank, 3, 2, 0.01), _positions, _starts)
         for rank in range(3)
     ]
     assert sum(part.attention.num_queries for part in parts) == len(whole.token_ids)
@@ -152,13 +152,15 @@ def test_context_parallel_ranks_hold_everything_once() -> None:
 
 @pytest.mark.parametrize(("multiple", "num_rows"), [(1, 3), (3, 3), (4, 4)])
 def test_padding_attends_to_nothing(multiple: int, num_rows: int) -> None:
-    batch = build_microbatch(SAMPLES, ((0,),), Cut(pad_multiple=multiple), _positions, _starts)
+    batch = build_microbatch(SAMPLES, ((0,),), RankSlice(pad_multiple=multiple), _positions, _starts)
     assert batch.attention.run_lengths == (3,) and len(batch.token_ids) == num_rows
     assert _predicting(batch).tolist() == [1]
 
 
-@pytest.mark.parametrize("cut", [Cut(pad_multiple=4), Cut(1, 2, 4, 0.01), Cut(1, 2, 4, 0.01, by_heads=True)], ids=str)
-def test_an_empty_micro_batch_is_padding_only(cut: Cut) -> None:
+@pytest.mark.parametrize(
+    "cut", [RankSlice(pad_multiple=4), RankSlice(1, 2, 4, 0.01), RankSlice(1, 2, 4, 0.01, by_heads=True)], ids=str
+)
+def test_an_empty_micro_batch_is_padding_only(cut: RankSlice) -> None:
     batch = build_microbatch(SAMPLES, (), cut, _positions, _starts)
     assert batch.token_ids.tolist() == [0] * 4 and batch.attention.num_queries == 0
     assert batch.position_ids.shape == (3, 4) and batch.num_response_tokens == 0

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_rl.rollout.placement import best_placement, most_valuable_flow, overlap, ranks_in_order
-from megatron_rl.rollout.reshard_plan import Layouts, make_plan
+from megatron_rl.weight_sync.placement import best_placement, most_valuable_flow, overlap, ranks_in_order
+from megatron_rl.weight_sync.plan import Layouts, make_plan
 from model_providers.qwen2_5_vl.weights import weight_map
 from model_providers.shape import TransformerShape
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.plan_sync import main
+from megatron_rl.weight_sync.command_line import main
 from model_providers.known import KNOWN_CONFIGS
 
 REPO = Path(__file__).parents[2]

@@ -15,10 +15,10 @@ from unittest import mock
 
 import pytest
 
-from megatron_rl.config import DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig, TrainConfig
-from megatron_rl.plan import main
+from megatron_rl.config.schema import DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig, TrainConfig
 from megatron_rl.planner import long_rl, search
-from megatron_rl.planner.activations import FEED_FORWARD_ROWS, LOGIT_CHUNK, Cut, layer_saved
+from megatron_rl.planner.activations import FEED_FORWARD_ROWS, LOGIT_CHUNK, ActivationSplit, layer_saved
+from megatron_rl.planner.command_line import main
 from megatron_rl.planner.engine import PREFILL_TOKENS, engine_need
 from megatron_rl.planner.flops import causal_pairs, head_flops, linear_flops, step_flops
 from megatron_rl.planner.gpus import GIB, GPUS, gpu_of
@@ -56,7 +56,7 @@ def small_recipe(**changes: Any) -> RunConfig:
 def test_the_parameters_of_qwens_tower_are_those_of_transformers(name: str) -> None:
     import torch
 
-    from megatron_rl.device import define_torchvision_operators
+    from megatron_rl.runtime.device import define_torchvision_operators
 
     define_torchvision_operators()
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -94,7 +94,7 @@ def test_an_unknown_tower_is_not_taken_for_another() -> None:
 
 
 def test_the_size_of_frames_is_that_of_transformers() -> None:
-    from megatron_rl.device import define_torchvision_operators
+    from megatron_rl.runtime.device import define_torchvision_operators
 
     define_torchvision_operators()
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as theirs
@@ -185,18 +185,18 @@ def test_flops_by_hand() -> None:
 def test_a_fused_layer_by_hand() -> None:
     """Qwen2.5-VL-7B on a GPU at TP 4: 34 bytes a hidden column and what heads, rotary and feed-forward add."""
     shape = load_planned_model("Qwen2.5-VL-7B").shape
-    saved = layer_saved(shape, Cut(tensor=4))
+    saved = layer_saved(shape, ActivationSplit(tensor=4))
     assert saved["input norm"] == saved["norm before feed-forward"] == 3584 / 4 * 2 + 4 / 4
     assert saved["input of projection"] == saved["input of feed-forward"] == 3584 / 4 * 2
     assert saved["q"] + saved["k, v"] + saved["out"] == 2 * (2 * 896 + 2 * 128)
     assert saved["feed-forward"] == 3 * 18944 / 4 * 2
     assert saved["rotary"] == 4 * 128 * 2
     assert saved["lse"] == 4 * 28 / 4
-    assert layer_saved(shape, Cut(tensor=4, recompute="full")) == {"layer input": 3584 / 4 * 2}
+    assert layer_saved(shape, ActivationSplit(tensor=4, recompute="full")) == {"layer input": 3584 / 4 * 2}
 
 
 def test_constants_are_those_of_modules_that_import_torch() -> None:
-    from megatron_rl import device
+    from megatron_rl.runtime import device
     from model_providers import layer, transformer
 
     assert (LOGIT_CHUNK, FEED_FORWARD_ROWS) == (transformer.LOGIT_CHUNK, layer.FEED_FORWARD_ROWS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.types import VideoArtifact
+from megatron_rl.types import MediaItem
 from model_providers.qwen2_5_vl.positions import rope_positions
 
 MERGE, RATE = 2, 2.0  # the spatial merge and the tokens per second of published checkpoints
@@ -26,12 +26,12 @@ LONG: list[Clip] = [((40, 4, 4), 1.0)]
 UNEVEN: list[Clip] = [((9, 4, 4), 1 / 3), ((30, 6, 4), 0.7), ((5, 4, 8), 3.3)]
 
 
-def _video(clip: Clip) -> VideoArtifact:
+def _video(clip: Clip) -> MediaItem:
     (t, h, w), seconds = clip
-    return VideoArtifact("", "", (), (), (0, 0), (t, h, w), seconds, t * h * w // MERGE**2)
+    return MediaItem("", "", (), (), (0, 0), (t, h, w), seconds, t * h * w // MERGE**2)
 
 
-def _prompt(clips: Sequence[Clip]) -> tuple[list[int], list[int], list[VideoArtifact]]:
+def _prompt(clips: Sequence[Clip]) -> tuple[list[int], list[int], list[MediaItem]]:
     """Token ids with three text tokens around every video, where the videos start, the videos."""
     ids, starts, videos = [TEXT_TOKEN] * 3, [], [_video(c) for c in clips]
     for video in videos:
@@ -46,7 +46,7 @@ def _ours(clips: Sequence[Clip]) -> Tensor:
 
 
 def _transformers(clips: Sequence[Clip]) -> Tensor:
-    from megatron_rl.device import define_torchvision_operators
+    from megatron_rl.runtime.device import define_torchvision_operators
 
     define_torchvision_operators()
     from transformers import Qwen2_5_VLConfig

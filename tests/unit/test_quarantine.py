@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from megatron_rl.quarantine import Quarantine
+from megatron_rl.observe.quarantine import Quarantine
 from megatron_rl.types import BadRow
 
 ROW, FILE, LONG = (BadRow(f"a.jsonl:{n}", why, why) for n, why in enumerate(("row", "media", "overlong"), start=1))

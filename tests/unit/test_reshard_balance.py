@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_rl.rollout.reshard_plan import Layouts, ReshardPlan, make_plan
+from megatron_rl.weight_sync.plan import Layouts, ReshardPlan, make_plan
 from model_providers.qwen2_5_vl.weights import weight_map
 from model_providers.shape import TransformerShape
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_rl.rollout.reshard_plan import Layouts, ReshardPlan, make_plan, stage_of
-from megatron_rl.rollout.resharder import Part, Script, write_script
+from megatron_rl.weight_sync.plan import Layouts, ReshardPlan, make_plan, stage_of
+from megatron_rl.weight_sync.resharder import Part, Script, write_script
 from model_providers.qwen2_5_vl.weights import weight_map
 from model_providers.shape import TransformerShape
 from model_providers.weight_map import Block, Shard, WeightMap

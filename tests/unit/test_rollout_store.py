@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.rollout.store import RolloutStore
-from megatron_rl.types import Completion, Group, Prompt, Row, Scored, VideoArtifact
+from megatron_rl.types import Completion, Group, MediaItem, Prompt, Row, Scored
 
 
-def video(name: str) -> VideoArtifact:
-    return VideoArtifact(
+def video(name: str) -> MediaItem:
+    return MediaItem(
         key=f"sha-{name}",
         path=f"/data/{name}.mp4",
         frame_indices=(0, 3, 7, 7),

@@ -13,7 +13,7 @@ from torch import Tensor
 from model_providers.attention.segments import (
     AttentionPlan,
     Interval,
-    Piece,
+    QuerySlice,
     Run,
     Segment,
     Shard,
@@ -197,7 +197,7 @@ def test_short_sequences_stay_whole_and_cost_no_communication() -> None:
 def test_a_shared_prompt_is_one_piece_for_all_responses() -> None:
     segments = segments_of([(50, [7, 7, 9])])
     whole = plan_attention(segments, shard(segments, 1, WEIGHT), 0)
-    assert whole.own == (Piece((50, 73), ((0, 50),)),)
+    assert whole.own == (QuerySlice((50, 73), ((0, 50),)),)
     assert whole.run_lengths == (50, 7, 7, 9)
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import setuptools
 
-from megatron_rl.config_checks import Job, check
-from megatron_rl.config_io import load_config
+from megatron_rl.config.checks import Job, check
+from megatron_rl.config.io import load_config
 from scripts.show_summary import render
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_cpu_and_gpu_stack_share_their_versions(setup_arguments: dict[str, Any])
     assert not any(name.startswith("apex") for name in gpu), "PyPI's apex is another project"
 
 
-PEER_SCRIPTS = {ROOT / "scripts" / "bench_step_trl.py"}
+PEER_SCRIPTS = {ROOT / "scripts" / "bench" / "step_trl.py"}
 
 
 def _imported_modules(peers: bool = False) -> Iterator[str]:

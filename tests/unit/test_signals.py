@@ -10,7 +10,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from megatron_rl.signals import StopFlag
+from megatron_rl.runtime.signals import StopFlag
 from tests.world import run_world
 
 

@@ -7,13 +7,13 @@ import random
 
 import pytest
 
-from megatron_rl.rollout.vision_routes import Wanted, plan_messages, split_over_ranks
-from megatron_rl.types import VideoArtifact
+from megatron_rl.media.routes import Wanted, plan_messages, split_over_ranks
+from megatron_rl.types import MediaItem
 
 
-def _video(key: str, grid_t: int, per_patch: int) -> VideoArtifact:
+def _video(key: str, grid_t: int, per_patch: int) -> MediaItem:
     grid = (grid_t, 2, 2 * per_patch)
-    return VideoArtifact(key, "", (), (), (0, 0), grid, 1.0, grid_t * per_patch)
+    return MediaItem(key, "", (), (), (0, 0), grid, 1.0, grid_t * per_patch)
 
 
 VIDEOS = [_video("a", 1, 3), _video("b", 29, 2), _video("c", 7, 5)]

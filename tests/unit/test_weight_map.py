@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.device import define_torchvision_operators
+from megatron_rl.runtime.device import define_torchvision_operators
 from model_providers.hf_checkpoint import canonical_hf_name
 from model_providers.qwen2_5_vl.weights import weight_map
 from model_providers.shape import TransformerShape

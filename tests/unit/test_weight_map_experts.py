@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rl.rollout.reshard_plan import Layouts, make_plan
+from megatron_rl.weight_sync.plan import Layouts, make_plan
 from model_providers.decoder_weights import decoder_weight_map
 from model_providers.shape import TransformerShape
 from model_providers.weight_map import HfTensor, Shard, WeightMap, canonical_name

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The next batch, made ready while the engine generates with this one: prompts built, their frames being decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from data.rows.prompts import PromptBuilder
+from megatron_rl.errors import BadSample
+from megatron_rl.media.encoder import ParallelEncoder
+from megatron_rl.runtime.parallel import ParallelMesh, gather_lists
+from megatron_rl.types import BadRow, Prompt, Row
+
+Pairs = Sequence[tuple[int, Row]]
+Built = tuple[list[Prompt], list[BadRow]]
+
+
+class PromptPrefetcher:
+    """Holds at most one batch. Every method is collective."""
+
+    def __init__(self, builder: PromptBuilder, mesh: ParallelMesh, vision: ParallelEncoder):
+        self._builder, self._mesh, self._vision = builder, mesh, vision
+        self._pairs: list[tuple[int, Row]] = []
+        self._built: Built = ([], [])
+
+    def prepare(self, pairs: Pairs) -> None:
+        """Build the prompts of a batch to come and begin to decode this rank's share of its frames."""
+        self._pairs, self._built = list(pairs), build_prompts(pairs, self._builder, self._mesh)
+        self._vision.prefetch([video for prompt in self._built[0] for video in prompt.videos])
+
+    def take(self, pairs: Pairs) -> Built:
+        """The prompts of a batch, prepared or not."""
+        if self._pairs != list(pairs):
+            return build_prompts(pairs, self._builder, self._mesh)
+        self._pairs = []
+        return self._built
+
+
+def build_prompts(
+    pairs: Sequence[tuple[int, Row]], builder: PromptBuilder, mesh: ParallelMesh
+) -> tuple[list[Prompt], list[BadRow]]:
+    """Every rank probes and tokenizes its share; all get all, in the order of `pairs`. Collective."""
+    mine: list[tuple[int, Prompt | BadRow]] = []
+    for index in range(mesh.rank, len(pairs), mesh.world):
+        prompt_id, row = pairs[index]
+        try:
+            mine.append((index, builder.build(prompt_id, row)))
+        except BadSample as error:
+            mine.append((index, BadRow(row.source, f"{error.source}: {error.reason}", error.kind)))
+    built = [item for _, item in sorted(gather_lists(mine), key=lambda pair: pair[0])]
+    return [p for p in built if isinstance(p, Prompt)], [b for b in built if isinstance(b, BadRow)]
+
+
+def encode_videos(prompts: Sequence[Prompt], vision: ParallelEncoder) -> tuple[list[Prompt], list[BadRow]]:
+    """Encode every video of the batch; prompts whose video turned out faulty come back as bad rows. Collective."""
+    failed = vision.encode([video for prompt in prompts for video in prompt.videos])
+    good, bad = [], []
+    for prompt in prompts:
+        reasons = [f"{video.path}: {failed[video.key]}" for video in prompt.videos if video.key in failed]
+        if reasons:
+            bad.append(BadRow(prompt.row.source, "; ".join(reasons), "media"))
+        else:
+            good.append(prompt)
+    return good, bad

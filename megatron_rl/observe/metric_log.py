@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where numbers go: `metrics.jsonl`, Weights & Biases, TensorBoard.
+
+`metrics.jsonl` is the record: one JSON object a step, on disk as soon as the step is over, continued after a resume.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricLog:
+    """The metric sinks of one run. Only rank 0 writes; on the others every method does nothing."""
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        rank0: bool,
+        wandb: Literal["off", "offline", "online"],
+        project: str,
+        tensorboard: bool,
+        config: Mapping[str, object],
+    ):
+        self.path = Path(run_dir) / METRICS_FILE
+        self._file: TextIO | None = None
+        self._wandb: Any = None
+        self._tensorboard: Any = None
+        if not rank0:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+        if wandb != "off":
+            self._wandb = _start_wandb(self.path.parent, wandb, project, config)
+        if tensorboard:
+            self._tensorboard = _start_tensorboard(self.path.parent, purge_step=None)
+
+    def resume_from(self, step: int) -> None:
+        """Forget what was logged for `step` and later (0: everything): those steps are about to be made again."""
+        if self._file is None:
+            return
+        self._file.close()
+        kept = [row for row in read_metrics(self.path) if row["step"] < step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = _start_tensorboard(self.path.parent, purge_step=step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the metrics of one step to every sink."""
+        if self._file is None:
+            return
+        numbers = {name: float(value) for name, value in sorted(values.items())}
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close every sink; may be called again."""
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            _finish_wandb(self._wandb)
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._file = self._wandb = self._tensorboard = None
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl in order; a last line that a crash cut short (no newline) is left out."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def _start_tensorboard(run_dir: Path, purge_step: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+
+def _start_wandb(run_dir: Path, mode: Literal["offline", "online"], project: str, config: Mapping[str, object]) -> Any:
+    """Every start of a run is a wandb run of its own; those that resumed each other share the group."""
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off")
+    name = run_dir.resolve().name
+    return wandb.init(
+        dir=str(run_dir), mode=mode, project=project, name=name, group=name, config=dict(config), settings=settings
+    )
+
+
+def _finish_wandb(run: Any) -> None:
+    """`finish` returns while wandb's own process is still writing the file; `teardown` waits until it has left."""
+    import wandb
+
+    run.finish()
+    wandb.teardown()

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts -> completions -> scores, with the work spread over replicas and the results known to all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_rl.media.encoder import ParallelEncoder
+from megatron_rl.protocols import RewardFunction, RolloutEngine
+from megatron_rl.runtime.parallel import ParallelMesh, gather_lists
+from megatron_rl.types import Group, Prompt, Sampling, Scored
+
+
+def generate(
+    prompts: Sequence[Prompt],
+    vision: ParallelEncoder,
+    engine: RolloutEngine,
+    reward: RewardFunction,
+    sampling: Sampling,
+    mesh: ParallelMesh,
+) -> list[Group]:
+    """Sample and score: replica d takes prompts d, d + D, ...; all ranks get all groups, in prompt order.
+    Collective."""
+    mine = list(prompts[mesh.replica :: mesh.num_replicas])
+    embeds = vision.fetch([video for prompt in mine for video in prompt.videos])
+    completions = engine.generate(mine, embeds, sampling)
+    scored: list[Scored] = []
+    if mesh.speaks_for_replica:
+        by_id = {prompt.prompt_id: prompt for prompt in mine}
+        parts = reward([by_id[c.prompt_id] for c in completions], completions)
+        scored = [Scored(c, part["overall"], part) for c, part in zip(completions, parts, strict=True)]
+    by_prompt: dict[int, list[Scored]] = {}
+    for item in gather_lists(scored):
+        by_prompt.setdefault(item.completion.prompt_id, []).append(item)
+    return [Group(prompt, tuple(by_prompt[prompt.prompt_id])) for prompt in prompts]
