@@ -147,7 +147,7 @@ def _encode_prefetched(rank: int, folder: Path, now: list[MediaItem], upcoming: 
 def test_frames_made_ready_are_the_same_and_no_frame_of_a_batch_is_decoded_twice_on_the_node(
     world: int, tiny_checkpoint: Path, videos: list[MediaItem], alone: dict[str, Tensor], monkeypatch
 ) -> None:
-    monkeypatch.setattr("megatron_rl.rollout.vision_cache.DECODED_BYTES", 3 * 2 * 3 * 56 * 56)  # 3 temporal patches
+    monkeypatch.setattr("megatron_rl.media.encoder.DECODED_BYTES", 3 * 2 * 3 * 56 * 56)  # 3 temporal patches
     ranks = run_world(world, _encode_prefetched, tiny_checkpoint, videos[:1], videos[1:], timeout=120)
     for embeds, _ in ranks:
         for video in videos[1:]:
