@@ -16,6 +16,7 @@ from megatron_rl.config.checks import Job, check
 from megatron_rl.config.io import dump_config, parse_args
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import PeerLost
+from megatron_rl.runtime.files import write_atomically
 from megatron_rl.runtime.quiet import quiet_libraries
 
 EXIT_USAGE = 2
@@ -37,9 +38,7 @@ def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Cal
         return
     quiet_libraries()
     if rank == 0:
-        folder = Path(cfg.run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+        write_atomically(Path(cfg.run_dir) / "config.yaml", dump_config(cfg).encode())
     try:
         body(cfg)
     except ValueError as error:
@@ -60,7 +59,7 @@ def _report(error: ValueError, rank: int) -> None:
 def _keep_traceback(cfg: RunConfig, rank: int) -> None:
     """A ValueError is usually the user's to mend; where it is a library's, its traceback is wanted after all."""
     path = Path(cfg.run_dir) / f"error_rank{rank}.txt"
-    path.write_text(traceback.format_exc(), encoding="utf-8")
+    write_atomically(path, traceback.format_exc().encode())
     sys.stderr.write(f"rank {rank}: stopped by an error; where it was raised stands in {path}\n")
 
 

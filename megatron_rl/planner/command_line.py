@@ -35,6 +35,7 @@ from megatron_rl.planner.search import (
     search,
 )
 from megatron_rl.planner.workload import Assumptions, workload_of, workload_problems
+from megatron_rl.runtime.files import write_atomically
 
 EXIT_DOES_NOT_FIT, EXIT_USAGE = 1, 2
 
@@ -120,5 +121,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return EXIT_USAGE
     if args.json:
-        Path(args.json).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+        write_atomically(Path(args.json), (json.dumps(numbers) + "\n").encode())
     return 0 if fits else EXIT_DOES_NOT_FIT

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_rl.errors import raise_all
+from megatron_rl.runtime.files import write_atomically
 from megatron_rl.weight_sync.cost import Links, SyncCost, cost_of, full_gather_elements
 from megatron_rl.weight_sync.layout_checks import layout_problems
 from megatron_rl.weight_sync.placement import best_placement, overlap, ranks_in_order
@@ -209,5 +210,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in (*shown, *explained):
         console.print(part)
     if args.json:
-        Path(args.json).write_text(json.dumps(as_json(plan, args.train, args.rollout)) + "\n", encoding="utf-8")
+        write_atomically(Path(args.json), (json.dumps(as_json(plan, args.train, args.rollout)) + "\n").encode())
     return 0

@@ -41,6 +41,7 @@ from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import Backend, choose_backend
+from megatron_rl.runtime.files import write_atomically
 from megatron_rl.weight_sync.plan import Layouts, make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
@@ -311,7 +312,7 @@ def run_rank(setting: SyncSetting, folder: str, json_path: str) -> None:
     replica = parallel.gather_lists([num_bytes(bench.target)])[: setting.rollout_tensor]
     if dist.get_rank() == 0:
         record = summarize(setting, sum(replica), ranks)
-        Path(json_path).write_text(json.dumps(record, indent=2) + "\n")
+        write_atomically(Path(json_path), (json.dumps(record, indent=2) + "\n").encode())
         print(render(record), flush=True)
         if wrong := [name for name, figures in record["variants"].items() if not figures["bit_equal"]]:
             raise SystemExit(f"not what vLLM's loader gives: {', '.join(wrong)}")

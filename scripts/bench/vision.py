@@ -42,6 +42,7 @@ from megatron_rl.algorithms.losses import PpoClip
 from megatron_rl.media.encoder import ParallelEncoder
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
+from megatron_rl.runtime.files import write_atomically
 from megatron_rl.training.batch import pack
 from megatron_rl.training.microbatch import MicroBatch, localize
 from megatron_rl.training.policy import Hyperparameters, Policy, ScoredBatch
@@ -327,7 +328,7 @@ def main() -> None:
         print(render_encoding(encoding, setting.video_frames), flush=True)
         record = {"setting": asdict(setting), "labels": LABELS, "encoding": encoding}
         record["steps"] = measure_steps(checkpoint, scratch, setting)
-    json_path.write_text(json.dumps(record, indent=2) + "\n")
+    write_atomically(json_path, (json.dumps(record, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":
