@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the parts of a run from its configuration and holds them together. The loop composes them; they never meet.
 
-The parts get the few values they need; only this module and the jobs read RunConfig.
+The parts get the few values they need; only this module and the jobs read the configuration.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
@@ -24,7 +24,7 @@ from data.video.frames import FrameSettings
 from data.video.index_store import IndexStore
 from data.video.open_decoder import open_video_decoder
 from data.video.prefetch import FramePrefetcher
-from megatron_rl.config.schema import DataConfig, RunConfig
+from megatron_rl.config.schema import CacheConfig, DataConfig, JobConfig, RlConfig
 from megatron_rl.media.embedding_store import DiskStore
 from megatron_rl.media.encoder import ParallelEncoder
 from megatron_rl.media.prompt_prefetcher import PromptPrefetcher
@@ -51,11 +51,14 @@ if TYPE_CHECKING:
     from model_providers.weight_map import WeightMap
 
 
+J = TypeVar("J", bound=JobConfig)
+
+
 @dataclass(frozen=True, slots=True)
-class Session:
+class Session(Generic[J]):
     """The parts every job has: data, vision, policy, logs."""
 
-    cfg: RunConfig
+    cfg: J
     backend: Backend
     mesh: ParallelMesh
     provider: ModelProvider
@@ -85,7 +88,7 @@ class Session:
 
 
 @contextmanager
-def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
+def open_session(cfg: J, temperature: float) -> Iterator[Session[J]]:
     """Join the world, build the model, fill it with weights; leave the world at the end of the block. Collective.
 
     `temperature` is that at which the policy scores tokens: the one they are sampled at.
@@ -100,7 +103,7 @@ def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
         sizes.tensor,
         sizes.pipeline,
         sizes.context,
-        cfg.rollout.tensor,
+        cfg.rollout.tensor if isinstance(cfg, RlConfig) else 1,
         sizes.expert,
         sizes.virtual_pipeline,
         sizes.context_comm,
@@ -116,8 +119,8 @@ def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
 
 
 def _build_session(
-    cfg: RunConfig, temperature: float, backend: Backend, mesh: ParallelMesh, watchdog: Watchdog, stop: StopFlag
-) -> Session:
+    cfg: J, temperature: float, backend: Backend, mesh: ParallelMesh, watchdog: Watchdog, stop: StopFlag
+) -> Session[J]:
     torch.manual_seed(cfg.seed)
     provider = open_model(cfg)
     tower = open_tower(cfg, backend, provider)
@@ -145,11 +148,11 @@ def _build_session(
     )
 
 
-def open_model(cfg: RunConfig) -> ModelProvider:
+def open_model(cfg: CacheConfig) -> ModelProvider:
     return open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels, cfg.data.total_pixels)
 
 
-def open_decoder(cfg: RunConfig, backend: Backend) -> VideoDecoder:
+def open_decoder(cfg: CacheConfig, backend: Backend) -> VideoDecoder:
     indexes = IndexStore(Path(cfg.run_dir) / "index")
     return open_video_decoder(backend.decoder_device, cfg.data.decode_threads, indexes)
 
@@ -170,7 +173,7 @@ def open_builder(
     )
 
 
-def open_tower(cfg: RunConfig, backend: Backend, provider: ModelProvider) -> MediaEncoder | None:
+def open_tower(cfg: CacheConfig, backend: Backend, provider: ModelProvider) -> MediaEncoder | None:
     """The vision tower of the model, if it has one, with the weights to start from. Collective."""
     parts: tuple[VisionPart, ...] = (
         ("tower", "projector") if cfg.model.train_vision == "all" else (cfg.model.train_vision,)
@@ -183,7 +186,7 @@ def open_tower(cfg: RunConfig, backend: Backend, provider: ModelProvider) -> Med
 
 
 def open_vision(
-    cfg: RunConfig, tower: MediaEncoder | None, provider: ModelProvider, decoder: VideoDecoder
+    cfg: CacheConfig, tower: MediaEncoder | None, provider: ModelProvider, decoder: VideoDecoder
 ) -> ParallelEncoder:
     """What encodes the videos of a step, and what their embeddings are kept in."""
     hidden, store = provider.shape.hidden_size, None
@@ -195,7 +198,7 @@ def open_vision(
 
 
 def _build_policy(
-    cfg: RunConfig,
+    cfg: JobConfig,
     temperature: float,
     backend: Backend,
     mesh: ParallelMesh,
@@ -241,7 +244,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _open_log(cfg: RunConfig, mesh: ParallelMesh) -> MetricLog:
+def _open_log(cfg: JobConfig, mesh: ParallelMesh) -> MetricLog:
     return MetricLog(cfg.run_dir, mesh.rank == 0, cfg.log.wandb, cfg.log.project, cfg.log.tensorboard, asdict(cfg))
 
 
@@ -265,7 +268,7 @@ def read_eval_rows(session: Session) -> list[Row]:
     return [row for rows in found for row in rows]
 
 
-def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
+def open_engine(session: Session[RlConfig]) -> tuple[VllmEngine, Resharder]:
     """A vLLM replica over this rank's rollout group, and the plan that fills it. Collective."""
     from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
     from megatron_rl.weight_sync.plan import Layouts, make_plan

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_rl.config.command_line import run_job
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import SftConfig
 
 if TYPE_CHECKING:
     from megatron_rl.session import Session
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> None:
-    run_job(argv, "sft", "python -m megatron_rl.sft", "Supervised fine-tuning on text and video.", run)
+    run_job(argv, SftConfig, "python -m megatron_rl.sft", "Supervised fine-tuning on text and video.", run)
 
 
-def run(cfg: RunConfig) -> None:
+def run(cfg: SftConfig) -> None:
     """The whole job on this rank."""
     from megatron_rl.session import open_session
 
@@ -32,7 +32,7 @@ def run(cfg: RunConfig) -> None:
         run_session(session)
 
 
-def run_session(session: Session) -> None:
+def run_session(session: Session[SftConfig]) -> None:
     from megatron_rl.run_state import RunState, first, last
     from megatron_rl.session import open_loader
 
@@ -50,7 +50,7 @@ def run_session(session: Session) -> None:
     run_state.close({**nll, "hf_export": hf_export}, [])
 
 
-def sft_step(session: Session, pairs: Sequence, upcoming: Sequence, step: int) -> dict[str, float]:
+def sft_step(session: Session[SftConfig], pairs: Sequence, upcoming: Sequence, step: int) -> dict[str, float]:
     """One pass over a batch of rows in `updates_per_step` updates. Collective."""
     from megatron_rl.algorithms.losses import NllLoss
     from megatron_rl.loop import fetch_embeds, usable_prompts
@@ -71,7 +71,7 @@ def sft_step(session: Session, pairs: Sequence, upcoming: Sequence, step: int) -
         cfg.train.max_tokens_per_microbatch,
         session.provider,
         session.mesh,
-        cfg.algorithm.loss_average,
+        cfg.train.loss_average,
         cfg.train.share_prefix,
     )
     updates, embeds = fetch_embeds(session, updates)
@@ -88,16 +88,16 @@ def sft_step(session: Session, pairs: Sequence, upcoming: Sequence, step: int) -
     return totals.reduced() | metrics | vision_metrics(session.vision.take_counts())
 
 
-def reference_samples(session: Session, prompts: Sequence[Prompt]) -> list[list[TrainSample]]:
+def reference_samples(session: Session[SftConfig], prompts: Sequence[Prompt]) -> list[list[TrainSample]]:
     """Each prompt, its reference answer and the end-of-turn token; answers that are too long are set aside."""
     from megatron_rl.types import BadRow, TrainSample
 
-    tokenizer, longest = session.tokenizer, session.cfg.rollout.max_response_tokens
+    tokenizer, longest = session.tokenizer, session.cfg.train.max_answer_tokens
     samples, bad = [], []
     for prompt in prompts:
         answer = tokenizer.encode(prompt.row.answer, add_special_tokens=False) + [tokenizer.eos_token_id]
         if len(answer) > longest:
-            reason = f"answer of {len(answer)} tokens is over rollout.max_response_tokens={longest}"
+            reason = f"answer of {len(answer)} tokens is over train.max_answer_tokens={longest}"
             bad.append(BadRow(prompt.row.source, reason, "overlong"))
         else:
             samples.append([TrainSample(prompt, tuple(answer), advantage=0.0, rollout_logprobs=(0.0,) * len(answer))])

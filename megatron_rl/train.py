@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_rl.config.command_line import run_job
-from megatron_rl.config.schema import AlgorithmConfig, RunConfig
+from megatron_rl.config.schema import AlgorithmConfig, RlConfig
 
 if TYPE_CHECKING:
     from megatron_rl.evaluate import Evaluation
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> None:
-    run_job(argv, "rl", "python -m megatron_rl.train", "Reinforcement learning on text and video (GRPO, DAPO).", run)
+    run_job(
+        argv, RlConfig, "python -m megatron_rl.train", "Reinforcement learning on text and video (GRPO, DAPO).", run
+    )
 
 
-def run(cfg: RunConfig) -> None:
+def run(cfg: RlConfig) -> None:
     """The whole job on this rank."""
     from megatron_rl.session import open_session
 
@@ -33,7 +35,7 @@ def run(cfg: RunConfig) -> None:
         run_session(session)
 
 
-def run_session(session: Session) -> None:
+def run_session(session: Session[RlConfig]) -> None:
     from megatron_rl.evaluate import Evaluation
     from megatron_rl.loop import replay_step, rl_step
     from megatron_rl.rollout.store import RolloutStore
@@ -81,12 +83,12 @@ def build_loss(algorithm: AlgorithmConfig) -> PolicyLoss:
     )
 
 
-def build_rollout(session: Session) -> Rollout:
+def build_rollout(session: Session[RlConfig]) -> Rollout:
     from megatron_rl.loop import Rollout
     from megatron_rl.rewards.registry import load_reward
     from megatron_rl.session import open_engine
 
-    reward = load_reward(session.cfg.reward.name, session.cfg.reward.format_weight)
+    reward = load_reward(session.cfg.reward.name, session.cfg.reward.terms)
     with session.policy.offloaded():  # the engine measures what memory is left for it
         engine, resharder = open_engine(session)
     return Rollout(engine, resharder, reward)
