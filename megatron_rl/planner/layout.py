@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.planner.activations import ActivationSplit
 
 BYTES = {"auto": 2, "bfloat16": 2, "float32": 4}  # model.dtype; auto is bfloat16 on a GPU
@@ -50,7 +50,7 @@ class Layout:
         return " ".join(sizes)
 
 
-def layout_of(cfg: RunConfig, world: int) -> Layout:
+def layout_of(cfg: RlConfig, world: int) -> Layout:
     sizes = cfg.parallel
     return Layout(
         world,
@@ -63,7 +63,7 @@ def layout_of(cfg: RunConfig, world: int) -> Layout:
     )
 
 
-def split_of(cfg: RunConfig) -> ActivationSplit:
+def split_of(cfg: RlConfig) -> ActivationSplit:
     return ActivationSplit(
         tensor=cfg.parallel.tensor,
         context=cfg.parallel.context,

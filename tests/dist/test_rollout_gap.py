@@ -17,7 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from megatron_rl.algorithms.losses import PpoClip
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.session import Session, open_engine, open_session
 from megatron_rl.training.batch import pack
 from megatron_rl.training.policy import ScoredBatch
@@ -39,12 +39,12 @@ class Gaps:
     num_prompts_with_video: int
 
 
-def _measure(rank: int, cfg: RunConfig, rows: list[Row]) -> Gaps:
+def _measure(rank: int, cfg: RlConfig, rows: list[Row]) -> Gaps:
     with open_session(cfg, cfg.rollout.temperature) as session:
         return _measure_in(session, cfg, rows)
 
 
-def _measure_in(session: Session, cfg: RunConfig, rows: list[Row]) -> Gaps:
+def _measure_in(session: Session, cfg: RlConfig, rows: list[Row]) -> Gaps:
     engine, resharder = open_engine(session)
     prompts = [session.builder.build(i, row) for i, row in enumerate(rows)]
     prompts += [slowed_down(p, 40.0) for p in prompts if p.videos]
