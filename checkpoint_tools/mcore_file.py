@@ -86,7 +86,7 @@ class McoreFile:
     def read(self, place: Place) -> Tensor:
         stored = self.tensors[place.key]
         whole = place.layer is None
-        offsets = torch.Size([0 if whole else place.layer, *[0] * (len(stored.size) - 1)])
+        offsets = torch.Size([place.layer or 0, *[0] * (len(stored.size) - 1)])
         sizes = stored.size if whole else torch.Size([1, *stored.size[1:]])
         target = torch.empty(sizes, dtype=stored.properties.dtype)
         wanted = create_read_items_for_chunk_list(place.key, stored, [ChunkStorageMetadata(offsets, sizes)])
@@ -155,6 +155,7 @@ class _OneByOne(DefaultSavePlanner):
             empty = io.BytesIO()
             torch.save([None], empty)
             return empty
+        assert write_item.tensor_data is not None
         shape = write_item.tensor_data.chunk.sizes
         return self._make[write_item.index]().view(shape)
 
