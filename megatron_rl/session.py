@@ -292,12 +292,12 @@ def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
     )
     layouts = Layouts(
         mesh.world,
-        mesh.tensor,
-        mesh.pipeline,
-        mesh.context,
-        mesh.rollout_tensor,
-        virtual=mesh.virtual,
-        expert=mesh.expert,
+        mesh.trainer.tensor,
+        mesh.trainer.pipeline,
+        mesh.trainer.context,
+        mesh.engine.tensor,
+        virtual=mesh.trainer.virtual,
+        expert=mesh.trainer.expert,
     )
     plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
     source = {name: param.data for name, param in session.policy.language_model.named_weights().items()}
@@ -305,9 +305,9 @@ def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
     check_fit(
         provider.weight_map,
         mesh.here.tp,
-        mesh.tensor,
-        mesh.rollout_tp_rank,
-        mesh.rollout_tensor,
+        mesh.trainer.tensor,
+        mesh.engine_tp_rank,
+        mesh.engine.tensor,
         source,
         target,
         mesh.slot(is_expert=True),

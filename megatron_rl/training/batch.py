@@ -61,10 +61,10 @@ def pack(
     hidden_size = provider.shape.hidden_size
     cut = RankSlice(
         rank=mesh.here.cp,
-        num_ranks=mesh.context,
-        pad_multiple=mesh.tensor,
+        num_ranks=mesh.trainer.context,
+        pad_multiple=mesh.trainer.tensor,
         slice_rank=mesh.here.tp,
-        num_slices=mesh.tensor,
+        num_slices=mesh.trainer.tensor,
         attention_weight=attention_weight(hidden_size),
         by_heads=mesh.context_comm == "a2a",
     )
@@ -74,10 +74,10 @@ def pack(
         if not samples:
             continue
         bundles = make_bundles(samples, max_tokens, hidden_size, share_prefix)
-        multiple = mesh.pipeline if mesh.virtual > 1 else 1
-        plan = plan_packing(bundles, mesh.data, max_tokens, multiple)
+        multiple = mesh.trainer.pipeline if mesh.trainer.virtual > 1 else 1
+        plan = plan_packing(bundles, mesh.trainer.data, max_tokens, multiple)
         if mesh.rank == 0:
-            warn_once(bundles, provider.shape, mesh.context, mesh.context_comm, mesh.data, max_tokens)
+            warn_once(bundles, provider.shape, mesh.trainer.context, mesh.context_comm, mesh.trainer.data, max_tokens)
         updates.append(
             [
                 build_microbatch(samples, members, cut, provider.position_ids, provider.video_starts)

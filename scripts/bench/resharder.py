@@ -123,7 +123,7 @@ def random_tensor(hf: HfTensor, dtype: torch.dtype) -> Tensor:
 def fill_trainer(provider: Any, model: Any, mesh: parallel.ParallelMesh) -> None:
     for name, param in model.named_weights().items():
         entry = provider.weight_map[name]
-        shard = entry.layout.trainer(entry.hf, mesh.here.tp, mesh.tensor)
+        shard = entry.layout.trainer(entry.hf, mesh.here.tp, mesh.trainer.tensor)
         full = {hf.name: random_tensor(hf, param.dtype) for hf in entry.hf}
         local = as_matrix(param.data.zero_())
         for block in shard.blocks:
@@ -140,9 +140,9 @@ def build(setting: SyncSetting, folder: Path) -> Bench:
     engine = open_engine(setting, backend, folder)
     source = {name: param.data for name, param in trainer.named_weights().items()}
     target = engine.parameters()
-    layouts = Layouts(mesh.world, mesh.tensor, mesh.pipeline, 1, mesh.rollout_tensor)
+    layouts = Layouts(mesh.world, mesh.trainer.tensor, mesh.trainer.pipeline, 1, mesh.engine.tensor)
     shape, table = provider.shape, provider.weight_map
-    check_fit(table, mesh.here.tp, mesh.tensor, mesh.rollout_tp_rank, mesh.rollout_tensor, source, target)
+    check_fit(table, mesh.here.tp, mesh.trainer.tensor, mesh.engine_tp_rank, mesh.engine.tensor, source, target)
     engine.load_hf((hf.name, random_tensor(hf, backend.dtype)) for hf in table.hf_tensors().values())
     expected = {name: param.clone() for name, param in target.items()}
 
@@ -152,7 +152,7 @@ def build(setting: SyncSetting, folder: Path) -> Bench:
     bucketed = FullGather(table, shape.num_layers, layouts, source, BUCKET_BYTES)
     middle_weights = {name: param.data for name, param in middle.named_weights().items()}
     core = CoreResharding(trainer, middle, middle_weights, backend.device)
-    copies = core.copies(table, mesh.rollout_tp_rank, mesh.rollout_tensor, target)
+    copies = core.copies(table, mesh.engine_tp_rank, mesh.engine.tensor, target)
     variants = {
         OURS: lambda: resharder.sync(0),
         "full_gather_per_tensor": lambda: per_tensor.run(engine.load_hf),

@@ -184,7 +184,7 @@ def _sync(rank: int, folder: Path, tensor: int, pipeline: int, rollout: int, exp
     engine = open_plain_engine(folder, rollout)
     target = engine.parameters()
     slot = mesh.slot(is_expert=True)
-    check_fit(provider.weight_map, mesh.here.tp, tensor, mesh.rollout_tp_rank, rollout, source, target, slot)
+    check_fit(provider.weight_map, mesh.here.tp, tensor, mesh.engine_tp_rank, rollout, source, target, slot)
     layouts = Layouts(mesh.world, tensor, pipeline, 1, rollout, expert=expert)
     plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
     for parameter in target.values():

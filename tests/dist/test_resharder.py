@@ -142,13 +142,13 @@ def _sync_into_noise(
     """(trainer weights, one sync per buffer size into random tensors of the engine's shapes)."""
     provider = open_provider(folder)
     mesh, source = build_trainer(provider, tensor, pipeline, context, len(expected))
-    shapes = {name: p.shape for name, p in expected[mesh.rollout_tp_rank].items()}
+    shapes = {name: p.shape for name, p in expected[mesh.engine_tp_rank].items()}
     layouts = Layouts(mesh.world, tensor, pipeline, context, len(expected))
     plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
     results = []
     for size in buffer_bytes:
         target = {name: torch.randn(shape) for name, shape in shapes.items()}
-        check_fit(provider.weight_map, mesh.here.tp, tensor, mesh.rollout_tp_rank, len(expected), source, target)
+        check_fit(provider.weight_map, mesh.here.tp, tensor, mesh.engine_tp_rank, len(expected), source, target)
         resharder = Resharder(plan, rank, source, target, size)
         with mock.patch.object(dist, "P2POp", side_effect=dist.P2POp) as operation:
             report = resharder.sync(version=3)
