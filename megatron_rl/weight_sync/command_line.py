@@ -21,8 +21,8 @@ from rich.console import Console
 from megatron_rl.errors import raise_all
 from megatron_rl.runtime.grid import Grid
 from megatron_rl.weight_sync.cost import Links, SyncCost, cost_of, full_gather_elements
-from megatron_rl.weight_sync.placement import best_placement, overlap, ranks_in_order
 from megatron_rl.weight_sync.grid_checks import ROLLOUT_SIZES, TRAIN_SIZES, grid_problems
+from megatron_rl.weight_sync.placement import best_placement, overlap, ranks_in_order
 from megatron_rl.weight_sync.plan import ReshardPlan, make_plan
 from megatron_rl.weight_sync.view import explanation, report
 from model_providers.known import KNOWN_CONFIGS
