@@ -54,7 +54,7 @@ def hf_to_mcore(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1, force: 
 
 def size_problems(shape: TransformerShape, tensor: int, pipeline: int) -> list[str]:
     """Why the model cannot be loaded with these sizes."""
-    grid = Grid(tensor * pipeline, tensor=tensor, pipeline=pipeline)
+    grid = Grid(max(1, tensor * pipeline), tensor=tensor, pipeline=pipeline)
     return [problem.told("--", {"tensor": "tp", "pipeline": "pp"}) for problem in grid.problems(shape)]
 
 

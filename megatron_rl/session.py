@@ -25,6 +25,7 @@ from data.video.index_store import IndexStore
 from data.video.open_decoder import open_video_decoder
 from data.video.prefetch import FramePrefetcher
 from megatron_rl.config.schema import DataConfig, RunConfig
+from megatron_rl.config.sizes import trainer_grid
 from megatron_rl.media.embedding_store import DiskStore
 from megatron_rl.media.encoder import ParallelEncoder
 from megatron_rl.media.prompt_prefetcher import PromptPrefetcher
@@ -34,6 +35,7 @@ from megatron_rl.observe.quarantine import Quarantine
 from megatron_rl.protocols import MediaEncoder, ModelProvider, VideoDecoder
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import Backend, choose_backend, define_torchvision_operators
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.runtime.signals import StopFlag
 from megatron_rl.runtime.watchdog import Watchdog, watch_world
@@ -94,17 +96,9 @@ def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
     """
     stop = StopFlag()
     backend = choose_backend(cfg.device, cfg.model.dtype)
-    sizes = cfg.parallel
-    mesh = parallel.initialize(
-        backend,
-        sizes.tensor,
-        sizes.pipeline,
-        sizes.context,
-        cfg.rollout.tensor,
-        sizes.expert,
-        sizes.virtual_pipeline,
-        sizes.context_comm,
-    )
+    world = parallel.world_size()
+    trainer, engine = trainer_grid(cfg.parallel, world), Grid(world, tensor=cfg.rollout.tensor)
+    mesh = parallel.initialize(backend, trainer, engine, cfg.parallel.context_comm)
     with watch_world() as watchdog:
         session = _build_session(cfg, temperature, backend, mesh, watchdog, stop)
         try:
@@ -268,7 +262,7 @@ def read_eval_rows(session: Session) -> list[Row]:
 def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
     """A vLLM replica over this rank's rollout group, and the plan that fills it. Collective."""
     from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
-    from megatron_rl.weight_sync.plan import Layouts, make_plan
+    from megatron_rl.weight_sync.plan import make_plan
     from megatron_rl.weight_sync.resharder import Resharder
     from megatron_rl.weight_sync.shape_check import check_fit
 
@@ -290,27 +284,9 @@ def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
         provider.engine_prompt,
         lambda ids: session.tokenizer.decode(ids, skip_special_tokens=True),
     )
-    layouts = Layouts(
-        mesh.world,
-        mesh.trainer.tensor,
-        mesh.trainer.pipeline,
-        mesh.trainer.context,
-        mesh.engine.tensor,
-        virtual=mesh.trainer.virtual,
-        expert=mesh.trainer.expert,
-    )
-    plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
+    plan = make_plan(provider.weight_map, provider.shape.num_layers, mesh.trainer, mesh.engine)
     source = {name: param.data for name, param in session.policy.language_model.named_weights().items()}
     target = engine.parameters()
-    check_fit(
-        provider.weight_map,
-        mesh.here.tp,
-        mesh.trainer.tensor,
-        mesh.engine_tp_rank,
-        mesh.engine.tensor,
-        source,
-        target,
-        mesh.slot(is_expert=True),
-    )
+    check_fit(provider.weight_map, mesh.trainer, mesh.engine, mesh.rank, source, target)
     frozen = frozen_in_engine(provider.weight_map, cfg.model.freeze)
     return engine, Resharder(plan, mesh.rank, source, target, cfg.rollout.sync_buffer_mib * 2**20, frozen)

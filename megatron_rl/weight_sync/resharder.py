@@ -2,8 +2,8 @@
 """Moves weights from Megatron's shards into vLLM's live parameters, shard to shard.
 
 Nothing is gathered: a rank receives the bytes its engine shard needs and does not hold, in the engine's dtype, and
-writes them in place. Large rectangles travel alone and, where they are contiguous, from and into the parameters themselves;
-small ones are coalesced per pair of ranks. No rank stages more than `buffer_bytes` at a time.
+writes them in place. Large rectangles travel alone and, where they are contiguous, from and into the parameters
+themselves; small ones are coalesced per pair of ranks. No rank stages more than `buffer_bytes` at a time.
 """
 
 from __future__ import annotations

@@ -17,11 +17,11 @@ import pytest
 
 from megatron_rl.algorithms.losses import PpoClip
 from megatron_rl.planner import activations as act
-from megatron_rl.planner.layout import Layout
 from megatron_rl.planner.memory import saved_by_stage
 from megatron_rl.planner.model import load_planned_model, stage_params
 from megatron_rl.planner.workload import fullest_share
 from megatron_rl.runtime.device import choose_backend
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.batch import pack
 from megatron_rl.training.policy import Policy
@@ -122,8 +122,8 @@ def _measure(rank: int, folder: Path, case: Case) -> Measured:
 
 
 def _kept(shape: Any, case: Case, rank: Measured) -> float:
-    layout = Layout(case.world, case.tensor, case.pipeline, case.virtual, case.context, 1, 1)
-    saved = saved_by_stage(shape, case.cut, layout, rank.stage, 2 * case.pipeline, rank.rows, rank.responses)
+    grid = Grid(case.world, tensor=case.tensor, pipeline=case.pipeline, virtual=case.virtual, context=case.context)
+    saved = saved_by_stage(shape, case.cut, grid, rank.stage, 2 * case.pipeline, rank.rows, rank.responses)
     return saved + act.gather_buffer(shape, case.cut, rank.rows)
 
 

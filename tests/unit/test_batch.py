@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import torch
 
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.batch import make_samples, pack
 from megatron_rl.types import Completion, Group, Prompt, Row, Scored, TrainSample
 
-MESH = ParallelMesh(rank=0, world=1, tensor=1, pipeline=1, context=1, rollout_tensor=1)
+MESH = ParallelMesh(rank=0, trainer=Grid(1), engine=Grid(1))
 PROVIDER = SimpleNamespace(
     shape=SimpleNamespace(hidden_size=64),
     position_ids=lambda ids, videos: torch.arange(len(ids)).expand(3, -1),

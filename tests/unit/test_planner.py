@@ -22,12 +22,13 @@ from megatron_rl.planner.command_line import main
 from megatron_rl.planner.engine import PREFILL_TOKENS, engine_need
 from megatron_rl.planner.flops import causal_pairs, head_flops, linear_flops, step_flops
 from megatron_rl.planner.gpus import GIB, GPUS, gpu_of
-from megatron_rl.planner.layout import Layout, chunks_in_flight
+from megatron_rl.planner.layout import chunks_in_flight
 from megatron_rl.planner.memory import phase_names
 from megatron_rl.planner.model import engine_params, load_planned_model, stage_params
 from megatron_rl.planner.search import Machine, evaluate, helpful_knobs, layouts, with_frames, with_settings
 from megatron_rl.planner.towers import smart_resize, tower_of
 from megatron_rl.planner.workload import Assumptions, pack_step, workload_of
+from megatron_rl.runtime.grid import Grid
 from model_providers.known import KNOWN_CONFIGS
 
 REPO = Path(__file__).parents[2]
@@ -152,8 +153,8 @@ def test_packing_is_the_trainers_own() -> None:
 )
 def test_chunks_in_flight(pipeline: int, virtual: int, stage: int, num_microbatches: int, expected: int) -> None:
     """Interleaved: 2 * (stages behind) + (chunks - 1) * stages before the first backward, and the one under way."""
-    layout = Layout(8, 1, pipeline, virtual, 1, 1, 1)
-    assert chunks_in_flight(layout, stage, num_microbatches) == expected
+    grid = Grid(8, pipeline=pipeline, virtual=virtual)
+    assert chunks_in_flight(grid, stage, num_microbatches) == expected
 
 
 def test_published_sizes() -> None:
@@ -348,8 +349,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 WRONG = [
     (["--gpus", "0", "--gpu", "abacus", "--video", "wide"], ["--gpus=0:", "--gpu=abacus:", "--video=wide:"]),
-    (["parallel.tensor=8"], ["parallel.tensor=8: does not divide the model's num_attention_heads 28"]),
-    (["--gpus", "6"], ["parallel.tensor * pipeline * context=4: does not divide 6 GPUs"]),
+    (["parallel.tensor=8"], ["parallel.tensor=8: does not divide 28 attention heads"]),
+    (["--gpus", "6"], ["parallel.tensor * context=4: does not divide 6 ranks"]),
     (
         ["train.max_tokens_per_microbatch=1000", "data.max_prompt_tokens=1000"],
         ["train.max_tokens_per_microbatch=1000: a prompt with one", "data.max_prompt_tokens=1000: a prompt has"],
