@@ -20,8 +20,7 @@ from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-FEED_FORWARD_ROWS = 8192
-"""Of a context parallel rank. Products over so many keep a GPU busy; adding up weight gradients costs a few percent."""
+from megatron_rl.runtime.chunks import FEED_FORWARD_ROWS
 
 
 class Layer(TransformerLayer):

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from megatron_rl.runtime.chunks import LOGIT_CHUNK
 from megatron_rl.runtime.device import Backend
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.types import FORBIDDEN_BIAS
@@ -37,8 +38,6 @@ from model_providers.last_layer import LastLayer
 from model_providers.layer import Layer
 from model_providers.shape import TransformerShape
 from model_providers.weight_map import canonical_name, padded_vocab
-
-LOGIT_CHUNK = 1024  # response tokens whose logits exist at a time
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_rl.runtime.chunks import FEED_FORWARD_ROWS, LOGIT_CHUNK
 from model_providers.shape import TransformerShape
 
 FP32 = 4
-# model_providers.transformer.LOGIT_CHUNK and model_providers.layer.FEED_FORWARD_ROWS, whose import would load torch
-LOGIT_CHUNK = 1024
-FEED_FORWARD_ROWS = 8192
 Kernels = Literal["local", "fused"]
 
 

@@ -126,7 +126,7 @@ def test_parallel_sizes_against_ranks_and_layers(make, overrides, world_size, ex
 def test_sizes_that_do_not_split_the_model(make):
     # 16 heads, hidden 2048, intermediate 11008 = 2**8 * 43, 2 key-value heads
     found = "\n".join(problems(make("parallel.tensor=3"), 3))
-    for name in ("num_attention_heads 16", "hidden_size 2048", "intermediate_size 11008", "2 key-value heads"):
+    for name in ("16 attention heads", "2048 hidden units", "11008 feed-forward columns", "2 KV heads"):
         assert name in found
     assert problems(make("parallel.tensor=16"), 16) == []
     found = problems(make("rollout.tensor=43"), 43)
@@ -139,7 +139,7 @@ def test_key_value_heads_that_neither_divide_nor_repeat(make, tmp_path):
     (tmp_path / "model/config.json").write_text(json.dumps(HF | heads))
     assert problems(make("rollout.tensor=3", "parallel.tensor=2"), 6) == []
     found = problems(make("rollout.tensor=4"), 4)
-    assert len(found) == 1 and "the model's 6 key-value heads" in found[0]
+    assert len(found) == 1 and "6 KV heads" in found[0]
 
 
 def test_the_language_model_may_be_nested(make, tmp_path):
@@ -210,10 +210,11 @@ def test_virtual_stages_need_three_real_ones_and_whole_layers(make):
 def test_experts_are_shared_out_evenly(make, tmp_path, name):
     (problem,) = problems(make("parallel.expert=2"), world_size=2)
     assert problem.startswith("parallel.expert=2: the model has no experts")
-    (tmp_path / "model/config.json").write_text(json.dumps(HF | {name: 6}))
+    moe = {"model_type": "qwen3_moe", "moe_intermediate_size": 768, "num_experts_per_tok": 2, name: 6}
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | moe))
     assert problems(make("parallel.expert=2"), world_size=4) == []
     ranks, experts, export = problems(make("parallel.expert=4", "checkpoint.export_hf=true"), world_size=2)
-    assert ranks.startswith("parallel.expert=4: does not divide the 2 ranks of a stage")
+    assert ranks.startswith("parallel.expert=4: does not divide 2 ranks of a stage")
     assert experts.startswith("parallel.expert=4: does not divide 6 experts")
     assert export.startswith("checkpoint.export_hf=true: exporting experts is not built yet")
 
