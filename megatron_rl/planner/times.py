@@ -113,7 +113,7 @@ def _all_reduces(case: Case, shape: TransformerShape, tokens: float, tensor: int
     """Two of a token's hidden state in every layer."""
     if tensor == 1:
         return 0.0
-    sent = 2 * 2 * (tensor - 1) / tensor * shape.num_layers * tokens * shape.hidden_size * case.cut.element
+    sent = 2 * 2 * (tensor - 1) / tensor * shape.num_layers * tokens * shape.hidden_size * case.split.element
     return sent / (link(case.gpu, tensor) * assumed.link)
 
 
@@ -157,21 +157,21 @@ def _communication(case: Case, assumed: Efficiency, backward: bool) -> float:
     """Of one stage over a step. Tensor parallel: two gathers and two scatters of the rows in a layer, twice as many
     and two gathers again in the backward. Context parallel: keys and values, again in the backward, with their fp32
     gradients; behind computation in a ring. Each between neighbours: rows * (ranks - 1) / ranks."""
-    shape, trainer, cut = case.model.shape, case.trainer, case.cut
+    shape, trainer, split = case.model.shape, case.trainer, case.split
     updates = case.cfg.train.updates_per_step
     rows = case.packing.rows * updates  # of all context parallel ranks
     layers = shape.num_layers / trainer.pipeline
-    again = float(backward and cut.recompute == "full")
+    again = float(backward and split.recompute == "full")
     seconds = 0.0
     if trainer.tensor > 1:
         share = (trainer.tensor - 1) / trainer.tensor
         times = 4 * (1 + again) + (6 if backward else 0)
-        sent = times * layers * share * rows / trainer.context * shape.hidden_size * cut.element
+        sent = times * layers * share * rows / trainer.context * shape.hidden_size * split.element
         seconds += sent / (link(case.gpu, trainer.tensor) * assumed.link)
-    if trainer.context > 1 and cut.context_comm != "p2p":
+    if trainer.context > 1 and split.context_comm != "p2p":
         at, share = widths(shape, trainer.tensor), (trainer.context - 1) / trainer.context
-        width = (at.q * 2 + 2 * at.kv) / trainer.context if cut.context_comm == "a2a" else 2 * at.kv
-        each = cut.element * (1 + again) + (cut.element + 4 if backward else 0)
+        width = (at.q * 2 + 2 * at.kv) / trainer.context if split.context_comm == "a2a" else 2 * at.kv
+        each = split.element * (1 + again) + (split.element + 4 if backward else 0)
         speed = link(case.gpu, trainer.context, trainer.tensor)
         seconds += layers * share * rows * width * each / (speed * assumed.link)
     return seconds
@@ -181,7 +181,7 @@ def _optimizer(case: Case, assumed: Efficiency) -> float:
     """Gradients scattered in fp32, parameters gathered; twelve and more bytes a parameter read and written."""
     trainer, trained = case.trainer, case.params(0).trained
     shards = trainer.optimizer_shards
-    moved = (4 + case.cut.element) * trained * (shards - 1) / shards
+    moved = (4 + case.split.element) * trained * (shards - 1) / shards
     stride = trainer.tensor
     touched = 2 * 16 * trained / shards / (case.gpu.hbm * assumed.hbm)
     seconds = moved / (link(case.gpu, shards, stride) * assumed.link) + touched

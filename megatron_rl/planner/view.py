@@ -24,7 +24,7 @@ def gib(size: float) -> str:
 
 
 def work_lines(option: Option) -> Iterator[RenderableType]:
-    """What a step consists of, and how it is cut."""
+    """What a step consists of, and how it is split."""
     case, work, packing = option.case, option.case.work, option.case.packing
     stages = [case.params(stage).total for stage in range(case.trainer.pipeline)]
     per_rank = f"{max(stages):,} parameters a rank" + (" of the fullest stage" if len(stages) > 1 else "")

@@ -47,7 +47,7 @@ class Grid:
     """Sizes of one grid over the ranks first_rank .. first_rank + world - 1; what they leave is data parallel.
 
     An engine's grid has `tensor` only: its data parallel ranks are the replicas. `virtual` is the number of model
-    chunks that a stage holds. Experts are cut over `expert` * `expert_tensor` ranks of a stage.
+    chunks that a stage holds. Experts are split over `expert` * `expert_tensor` ranks of a stage.
     """
 
     world: int
@@ -79,7 +79,7 @@ class Grid:
         return GridCoord(tp=tp, pp=pp, dp=dp, cp=cp)
 
     def num_slots(self, is_expert: bool) -> int:
-        """Into how many shards a parameter of one stage is cut."""
+        """Into how many shards a parameter of one stage is split."""
         return self.expert * self.expert_tensor if is_expert else self.tensor
 
     def slot(self, rank: int, is_expert: bool) -> tuple[int, int]:

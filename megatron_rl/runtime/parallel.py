@@ -126,7 +126,7 @@ def _join_world(backend: Backend) -> None:
 
 
 def _build_trainer_groups(backend: Backend, grid: Grid) -> None:
-    """An expert is never cut: gloo cannot gather the uneven numbers of tokens that this takes."""
+    """An expert is never split: gloo cannot gather the uneven numbers of tokens that this takes."""
     from megatron.core import parallel_state, tensor_parallel
 
     assert grid.expert_tensor == 1

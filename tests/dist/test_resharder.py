@@ -268,7 +268,7 @@ def _sync_into_engine_elsewhere(rank: int, folder: Path, trainer: Grid, engine: 
     ("trainer", "engine"),
     [
         (Grid(2, tensor=2), Grid(2, first_rank=2, tensor=2)),
-        pytest.param(Grid(4, tensor=2, pipeline=2), Grid(4, first_rank=4, tensor=2), marks=pytest.mark.full),
+        (Grid(4, tensor=2, pipeline=2), Grid(4, first_rank=4, tensor=2)),
     ],
 )
 def test_a_live_engine_on_ranks_of_its_own_holds_what_vllm_loads(trainer: Grid, engine: Grid, numbered, oracle) -> None:
