@@ -158,7 +158,7 @@ class Step:
 
     def every_pass(self) -> None:
         """The rollout encodes each prompt's video; the training passes do it again for every response."""
-        for video in self.videos[self._mesh.here.dp :: self._mesh.data]:
+        for video in self.videos[self._mesh.here.dp :: self._mesh.trainer.data]:
             self._encode_whole(video.key)
         made = EncodedOnUse(self._encode_whole, [v.key for v in self.videos])
         self._train(self._pack(share_prefix=False), made, scores_old=True)

@@ -80,7 +80,7 @@ def test_every_token_gets_its_own_advantage_wherever_it_is_computed(context):
     advantages = per_token(advantage_inputs(groups))
     found = []
     for rank in range(context):
-        mesh = ParallelMesh(rank, context, 1, 1, context, 1)
+        mesh = ParallelMesh(rank, Grid(context, context=context), Grid(context))
         for update in pack(make_samples(groups, "mask"), 2, 4096, PROVIDER, mesh):
             for part in update.with_advantages(advantages).scored:
                 found += part.advantages.tolist()
