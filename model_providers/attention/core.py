@@ -2,7 +2,7 @@
 """Megatron-core's `core_attention`, ours: packed segments, shared prefixes and context parallelism, all composing.
 
 The layout of a micro-batch travels as `packed_seq_params`, never as module state: recomputation and 1F1B interleave
-micro-batches. Shapes: T this rank's rows, A heads, G key/value heads, D head dimension, n video tokens here, R response
+micro-batches. Shapes: T this rank's rows, A heads, G key/value heads, D head dimension, n media tokens here, R response
 tokens predicted here by K rows. The batch dimension is 1.
 """
 
@@ -26,7 +26,7 @@ from model_providers.attention.kernels import KERNELS, FlashKernel
 from model_providers.attention.segments import AttentionPlan
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BatchLayout(PackedSeqParams):
     """What the model must know about this rank's part of a micro-batch beyond token ids and positions.
 
@@ -35,17 +35,28 @@ class BatchLayout(PackedSeqParams):
     predicting_rows [K]: those rows, ascending
     predictors [R]: which of them predicts each response token (the last token of a shared prompt predicts the first
         token of every response); targets [R]: those tokens
-    video_rows [n]: rows that hold video tokens; video_embeds [n, H]: what stands there (first stage only)
+    media_rows [n]: rows that hold media tokens; media_embeds [n, H * (1 + levels)]: what stands there, and the features
+        that the first layers add (deepstack.py). On the first stage only, and only where there are media
     """
 
     qkv_format: str = "sbhd"
-    attention: AttentionPlan | None = None
-    last_attention: AttentionPlan | None = None
-    predicting_rows: Tensor | None = None
-    predictors: Tensor | None = None
-    targets: Tensor | None = None
-    video_rows: Tensor | None = None
-    video_embeds: Tensor | None = None
+    attention: AttentionPlan
+    last_attention: AttentionPlan
+    predicting_rows: Tensor
+    predictors: Tensor
+    targets: Tensor
+    media_rows: Tensor | None = None
+    media_embeds: Tensor | None = None
+
+    def media_columns(self, part: int, first: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the rows from `first` on that `hidden` [T/tp, 1, H] holds: those of media, as an index for `scatter`, and
+        the columns [part * H, (part + 1) * H) of what stands there. Both [rows, 1, H]."""
+        assert self.media_rows is not None and self.media_embeds is not None
+        num_rows, _, width = hidden.shape
+        mine = (self.media_rows >= first) & (self.media_rows < first + num_rows)
+        rows = (self.media_rows[mine] - first)[:, None, None].expand(-1, 1, width)
+        values = self.media_embeds[:, part * width : (part + 1) * width][mine]
+        return rows, values.unsqueeze(1).to(hidden.dtype)
 
 
 def core_attention(kernel_name: str, last_layer: bool = False) -> type[PlannedAttention]:
