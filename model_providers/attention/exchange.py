@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -175,7 +176,7 @@ class TokensToHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, chosen: Sequence[Sequence[int]], row_counts: Sequence[int], group: dist.ProcessGroup
+        ctx: Any, x: Tensor, chosen: Sequence[Sequence[int]], row_counts: Sequence[int], group: dist.ProcessGroup
     ) -> Tensor:
         ctx.chosen, ctx.row_counts, ctx.group, ctx.shape = chosen, row_counts, group, x.shape
         leaving = torch.cat([x[:, list(heads)].flatten() for heads in chosen])
@@ -185,7 +186,7 @@ class TokensToHeads(torch.autograd.Function):
         return _all_to_all(leaving, sent, received, group).view(-1, mine, width)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         num_rows, _, width = ctx.shape
         mine = len(ctx.chosen[ctx.group.rank()])
         sent = [count * mine * width for count in ctx.row_counts]
@@ -202,7 +203,7 @@ class HeadsToTokens(torch.autograd.Function):
     """The way back: some heads of all rows -> all heads of this rank's rows."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, num_heads: int, row_counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, num_heads: int, row_counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
         ctx.row_counts, ctx.group, ctx.shape = row_counts, group, x.shape
         own_rows = row_counts[group.rank()]
         _, mine, width = x.shape
@@ -212,7 +213,7 @@ class HeadsToTokens(torch.autograd.Function):
         return arrived.view(group.size(), own_rows, mine, width).transpose(0, 1).reshape(own_rows, num_heads, width)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         _, mine, width = ctx.shape
         own_rows, size = len(grad), ctx.group.size()
         leaving = grad.view(own_rows, size, mine, width).transpose(0, 1).reshape(-1)
