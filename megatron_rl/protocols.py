@@ -5,21 +5,30 @@ exist."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from megatron_rl.media.encoder import EncoderCounts
     from megatron_rl.runtime.device import Backend
     from megatron_rl.runtime.parallel import ParallelMesh
     from megatron_rl.types import (
+        AdvantageInputs,
+        Advantages,
         Completion,
+        Corrected,
+        Group,
         LossInputs,
         LossOutput,
+        MediaEmbeds,
         MediaItem,
         Prompt,
+        RolloutBatch,
         Sampling,
+        SyncReport,
         VideoInfo,
         VisionPart,
     )
@@ -106,6 +115,44 @@ class EmbeddingStore(Protocol):
         """Called after the writes of a step. Collective."""
 
 
+class StepEncoder(Protocol):
+    """The embeddings of the media of one step: made once by all ranks together, fetched by who needs them. All methods
+    but `close` and `take_counts` are collective."""
+
+    def forget(self) -> None:
+        """Drop all embeddings: the step they were made for is over."""
+
+    def prefetch(self, media: Sequence[MediaItem]) -> None:
+        """Begin to read the media of a batch to come, instead of any before."""
+
+    def encode(self, media: Sequence[MediaItem]) -> dict[str, str]:
+        """Encode what is not there yet. Returns {key: reason} of those items that cannot be used."""
+
+    def fetch(self, media: Sequence[MediaItem]) -> dict[str, Tensor]:
+        """{key: [num_tokens, width]} of the items that this rank asks for, in host memory."""
+
+    def fetch_tokens(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> MediaEmbeds:
+        """The runs of tokens [start, stop) that this rank asks for, by item; with gradients where these are wanted."""
+
+    def refreshed(self, embeds: MediaEmbeds) -> MediaEmbeds:
+        """`embeds` itself or, if the encoder has changed since, the same tokens of the encoder as it is."""
+
+    def backward(self, embeds: MediaEmbeds) -> None:
+        """Take the gradients of `embeds` through the encoder."""
+
+    def release(self) -> None:
+        """Nobody will fetch any more in this step."""
+
+    def blanked(self) -> StepEncoder:
+        """Another one over the same encoder, which sees nothing: black frames, silence."""
+
+    def take_counts(self) -> EncoderCounts:
+        """What this rank did since the last call."""
+
+    def close(self) -> None:
+        """Nothing more will be encoded."""
+
+
 class ModelProvider(Protocol):
     """Everything the system asks of a model family; one per package in model_providers/, opened by its registry."""
 
@@ -164,6 +211,9 @@ class RolloutEngine(Protocol):
 
     def sleep(self) -> None: ...
 
+    def close(self) -> None:
+        """Free what it holds. Nothing may be asked of it afterwards."""
+
     def wake(self, what: str) -> None:
         """`what`: "weights" before a sync, "kv_cache" before generation."""
 
@@ -179,9 +229,44 @@ class RewardFunction(Protocol):
 
 
 class AdvantageEstimator(Protocol):
-    def __call__(self, rewards: Sequence[float]) -> list[float]:
-        """Advantages of one group, same length as its rewards."""
+    def __call__(self, inputs: AdvantageInputs) -> Advantages:
+        """Advantages of every token of the global batch; the same on every rank."""
 
 
 class PolicyLoss(Protocol):
     def __call__(self, inputs: LossInputs) -> LossOutput: ...
+
+
+class Correction(Protocol):
+    """Makes up for the difference between the trainer's and the engine's probabilities of the sampled tokens."""
+
+    def __call__(self, old_logprobs: Tensor, rollout_logprobs: Tensor) -> Corrected:
+        """fp32 [R] each: what the trainer and what the engine says of the tokens, at the weights that sampled."""
+
+
+class Learner(Protocol):
+    """Makes optimizer updates from groups of scored responses. Every method is collective."""
+
+    @property
+    def version(self) -> int:
+        """Counts the optimizer updates; the weights of a version are what a weight sync brings to the engine."""
+
+    def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        """Learn from the groups of one step. Returns the metrics of all ranks together."""
+
+    def offloaded(self) -> AbstractContextManager[None]:
+        """Gradients and optimizer state leave the device for the length of the block: the engine needs the room."""
+
+
+class WeightSync(Protocol):
+    """Brings the learner's weights into the engine's parameters."""
+
+    def sync(self, version: int, verify: bool = False) -> SyncReport:
+        """Write the weights of `version`. `verify` compares checksums afterwards. Collective."""
+
+
+class GroupSource(Protocol):
+    """Where the groups of a step come from: the engine beside the trainer, or the rollouts of an earlier run."""
+
+    def next_batch(self, step: int) -> RolloutBatch:
+        """The groups of step `step` (from 0). Collective; all ranks get all groups."""

@@ -62,7 +62,6 @@ class MicroBatch:
     predicting_rows: Tensor
     predictors: Tensor
     targets: Tensor
-    advantages: Tensor
     rollout_logprobs: Tensor
     weights: Tensor
     response_index: Tensor
@@ -87,7 +86,6 @@ class _Packed:
     predictors: list[int] = field(default_factory=list)
     """Packed position of the token that predicts each response token."""
     targets: list[int] = field(default_factory=list)
-    advantages: list[float] = field(default_factory=list)
     rollout_logprobs: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     videos: list[tuple[MediaItem, int]] = field(default_factory=list)
@@ -114,7 +112,6 @@ class _Packed:
         self.tokens.extend(sample.response_ids)
         self.predictors += [last_prompt_token, *range(first, first + count - 1)][:count]
         self.targets.extend(sample.response_ids)
-        self.advantages += [sample.advantage] * count
         self.rollout_logprobs.extend(sample.rollout_logprobs)
         self.weights += [sample.weight] * count
 
@@ -159,7 +156,6 @@ def build_microbatch(
         predicting_rows=predicting_rows,
         predictors=predictors,
         targets=torch.tensor(packed.targets, dtype=torch.int64)[mine],
-        advantages=torch.tensor(packed.advantages, dtype=torch.float32)[mine],
         rollout_logprobs=torch.tensor(packed.rollout_logprobs, dtype=torch.float32)[mine],
         weights=torch.tensor(packed.weights, dtype=torch.float32)[mine],
         response_index=mine,

@@ -42,9 +42,9 @@ from megatron_rl.algorithms.losses import PpoClip
 from megatron_rl.media.encoder import ParallelEncoder
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
-from megatron_rl.training.batch import pack
+from megatron_rl.training.batch import ScoredBatch, pack
 from megatron_rl.training.microbatch import MicroBatch, localize
-from megatron_rl.training.policy import Hyperparameters, Policy, ScoredBatch
+from megatron_rl.training.policy import Hyperparameters, Policy
 from megatron_rl.types import MediaItem
 from model_providers.registry import open_provider
 from scripts.bench.vision_parts import RESPONSE_TOKENS, EncodedOnUse, Frames, artifact, make_groups, write_checkpoint
@@ -98,7 +98,7 @@ def encode_one_video(rank: int, world: int, port: int, folder: str, video: Media
     tower = provider.build_vision(backend, torch.device("cpu"))
     frames = FramePrefetcher(open_video_decoder(backend.decoder_device, 1), 0)
     cache = ParallelEncoder(tower, frames, provider.shape.hidden_size)
-    [batches] = pack(make_groups(provider, [video], 2), 1, 1 << 20, provider, mesh)
+    batches = pack(make_groups(provider, [video], 2), 1, 1 << 20, provider, mesh)[0].batches
     _, wanted = localize(batches)
     dist.barrier()
     start = time.perf_counter()
@@ -180,14 +180,15 @@ class Step:
     def _pack(self, share_prefix: bool) -> list[MicroBatch]:
         longest = max(s.num_tokens for group in self._groups for s in group)
         budget = longest + (len(self._groups[0]) - 1) * RESPONSE_TOKENS if share_prefix else longest
-        [batches] = pack(self._groups, 1, budget, self._provider, self._mesh, share_prefix=share_prefix)
-        return batches
+        return pack(self._groups, 1, budget, self._provider, self._mesh, share_prefix=share_prefix)[0].batches
 
     def _train(self, batches: Sequence[MicroBatch], embeds: Mapping[str, Tensor], scores_old: bool) -> None:
         """Old (where the update does not give it), reference, update."""
         ref = self._policy.logprobs(batches, embeds)
         old = self._policy.logprobs(batches, embeds) if scores_old else [None] * len(batches)
-        scored = [ScoredBatch(*parts) for parts in zip(batches, old, ref, strict=True)]
+        scored = [
+            ScoredBatch(b, o, r, torch.ones_like(b.rollout_logprobs)) for b, o, r in zip(batches, old, ref, strict=True)
+        ]
         self._policy.train(scored, embeds, PpoClip(kl_coef=0.1), step=0)
 
     def _encode_whole(self, key: str) -> Tensor:

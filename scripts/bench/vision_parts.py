@@ -52,7 +52,7 @@ def make_groups(provider: Any, videos: Sequence[MediaItem], num_responses: int) 
 
 def _response(rng: random.Random, prompt: Prompt) -> TrainSample:
     ids = tuple(rng.randrange(256) for _ in range(RESPONSE_TOKENS))
-    return TrainSample(prompt, ids, rng.uniform(-1, 1), tuple(rng.uniform(-6.5, -5.0) for _ in ids))
+    return TrainSample(prompt, ids, tuple(rng.uniform(-6.5, -5.0) for _ in ids))
 
 
 class Frames:

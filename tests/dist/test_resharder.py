@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.errors import WeightMismatch
+from megatron_rl.rl_session import open_engine
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
 from megatron_rl.runtime.parallel import ParallelMesh
-from megatron_rl.session import open_engine, open_session
+from megatron_rl.session import open_session
 from megatron_rl.types import SyncReport
 from megatron_rl.weight_sync.plan import Holder, Layouts, ReshardPlan, Transfer, make_plan
 from megatron_rl.weight_sync.resharder import Resharder
@@ -230,8 +231,9 @@ def test_context_parallel_ranks_hold_the_same_weights(numbered, oracle) -> None:
 
 
 def _sync_into_engine(rank: int, folder: Path, run_dir: Path) -> tuple[Params, dict[str, bool]]:
-    with open_session(small_config(folder, run_dir, tensor=2, rollout_tensor=2), temperature=1.0) as session:
-        engine, resharder = open_engine(session)
+    cfg = small_config(folder, run_dir, tensor=2, rollout_tensor=2)
+    with open_session(cfg, temperature=1.0) as session:
+        engine, resharder = open_engine(cfg, session)
         before = {name: p.data_ptr() for name, p in engine.parameters().items()}
         resharder.sync(0)
         after = engine.parameters()
