@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from model_providers.attention.blockwise import Backward, Forward
-from model_providers.attention.exchange import EXCHANGES, HeadsToTokens, TokensToHeads, heads_of_rank, take_home
+from model_providers.attention.exchange import EXCHANGES, HeadsToTokens, TokensToHeads, add_own_gradient, heads_of_rank
 from model_providers.attention.kernels import KERNELS, FlashKernel
 from model_providers.attention.segments import AttentionPlan
 
@@ -122,7 +122,7 @@ def padded_count(num_rows: int, multiple: int) -> int:
 def _attend_by_heads(
     kernel: FlashKernel, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: dist.ProcessGroup
 ) -> Tensor:
-    """Some heads of all tokens on each rank; padding rows stay at home and get zeros."""
+    """q [T,A,D], k and v [T,G,D] -> [T,A,D]: each rank computes some heads of all tokens; padding rows get zeros."""
     num_queries, num_rows, num_heads = plan.query_sizes[group.rank()], plan.rank_sizes[group.rank()], q.shape[1]
     chosen = [heads_of_rank(num_heads, k.shape[1], rank, group.size()) for rank in range(group.size())]
     heads, kv_heads = [list(c[0]) for c in chosen], [c[1] for c in chosen]
@@ -134,7 +134,8 @@ def _attend_by_heads(
 
 
 class _SoftmaxAttention(torch.autograd.Function):
-    """Own rows first, then the block of each other rank as it arrives. `group` None: there is no other rank."""
+    """q [T,A,D], k and v [T,G,D] -> [T,A,D]: own rows first, then the block of each other rank when it is received.
+    `group` None: there is no other rank."""
 
     @staticmethod
     def forward(
@@ -169,5 +170,5 @@ class _SoftmaxAttention(torch.autograd.Function):
             own = exchange.own_block(k, v)
             for rank, block, gradient in exchange.blocks_and_gradients(own, lse.dtype):
                 work.attend(block[:, 0], block[:, 1], gradient[:, 0], gradient[:, 1], plan.blocks[rank])
-            take_home(work.dk, work.dv, exchange.gradient, plan, group.rank())
+            add_own_gradient(work.dk, work.dv, exchange.gradient, plan, group.rank())
         return work.dq.to(q.dtype), work.dk.to(k.dtype), work.dv.to(v.dtype), None, None, None, None
