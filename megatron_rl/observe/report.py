@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -106,13 +104,6 @@ def rollout_table(rollouts: Sequence[SampleRollout]) -> Table:
         texts = (Text(text.strip()) for text in (rollout.question, rollout.response, rollout.answer))
         table.add_row(*texts, f"{rollout.reward:.3f}")
     return table
-
-
-def as_text(table: Table, width: int = 120) -> str:
-    """The table as plain text, for a file or a log."""
-    stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(table)
-    return stream.getvalue()
 
 
 def write_summary(run_dir: str | Path, values: Mapping[str, object]) -> Path:
