@@ -41,7 +41,7 @@ from model_providers.deepstack import place_embeddings
 from model_providers.last_layer import LastLayer
 from model_providers.layer import Layer, first_row
 from model_providers.rotary import Rotary, set_attention_factor
-from model_providers.shape import TransformerShape, deepstack_problems
+from model_providers.shape import TransformerShape
 from model_providers.weight_map import canonical_name, padded_vocab
 
 
@@ -276,7 +276,7 @@ def build_language_model(
     shape: TransformerShape, backend: Backend, mesh: ParallelMesh, tokens: TokenPolicy, recompute: str = "none"
 ) -> LanguageModel | ChunkedStage:
     """This rank's stage, uninitialised, on its device."""
-    raise_all(deepstack_problems(shape, mesh.pipeline, mesh.virtual), "model")
+    raise_all([problem.told("parallel.", {}) for problem in mesh.trainer.deepstack_problems(shape)], "model")
     with backend.mcore_scope():
         config = transformer_config(shape, backend, mesh, recompute)
         set_attention_factor(config, shape.rope)

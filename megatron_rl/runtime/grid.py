@@ -132,6 +132,7 @@ class Grid:
         ffn_split = "expert_tensor" if shape.num_experts else "tensor"
         return [
             *self._layers(shape.num_layers),
+            *self.deepstack_problems(shape),
             *self._heads(shape),
             *self._divides(("tensor",), shape.hidden_size, "hidden units"),
             *self._divides((ffn_split,), shape.ffn_hidden_size, "feed-forward columns"),
@@ -159,6 +160,14 @@ class Grid:
             *self._heads(shape),
             *self._divides(("tensor",), shape.ffn_hidden_size, "feed-forward columns"),
         ]
+
+    def deepstack_problems(self, shape: TransformerShape) -> list[GridProblem]:
+        """Layers that take media features must be in the first part of the pipeline: the only one that is given any."""
+        num_first = shape.num_layers // (self.pipeline * self.virtual)
+        if num_first >= shape.deepstack_levels:
+            return []
+        why = f"the first stage holds {num_first} of the {shape.deepstack_levels} layers that take media features"
+        return [GridProblem(("pipeline",), self.pipeline, f"{why}; use fewer stages or virtual chunks")]
 
     def _divides(self, names: tuple[str, ...], total: int, what: str) -> Iterator[GridProblem]:
         sizes = {name: getattr(self, name) for name in names if getattr(self, name) > 1}
