@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_rl.runtime.grid import Grid, GridCoord
-from model_providers.shape import TransformerShape
+from model_providers.shape import RopeSettings, TransformerShape
 
 REPO = Path(__file__).parents[2]
 
@@ -25,8 +25,7 @@ SHAPE = TransformerShape(
     head_dim=4,
     vocab_size=300,
     rms_eps=1e-6,
-    rope_theta=1e4,
-    mrope_section=(2, 0, 0),
+    rope=RopeSettings(1e4, dim=4),
     qkv_bias=False,
     tied_embeddings=False,
     max_positions=64,
