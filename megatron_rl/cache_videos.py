@@ -40,6 +40,7 @@ def fill_cache(cfg: CacheConfig) -> dict[str, float]:
     from megatron_rl.observe.step_metrics import media_metrics
     from megatron_rl.runtime import parallel
     from megatron_rl.runtime.device import choose_backend
+    from megatron_rl.runtime.grid import Grid
     from megatron_rl.runtime.watchdog import watch_world
     from megatron_rl.session import (
         load_tokenizer,
@@ -52,7 +53,8 @@ def fill_cache(cfg: CacheConfig) -> dict[str, float]:
     )
 
     backend = choose_backend(cfg.device, cfg.model.dtype)
-    mesh = parallel.initialize(backend, tensor=1, pipeline=1, context=1, rollout_tensor=1)
+    alone = Grid(parallel.world_size())  # every rank encodes by itself
+    mesh = parallel.initialize(backend, alone, alone)
     with watch_world():
         provider = open_model(cfg)
         decoder = open_decoder(cfg, backend)

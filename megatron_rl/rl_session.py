@@ -22,7 +22,7 @@ from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_rl.session import Session, usable_rows
 from megatron_rl.training.token_learner import TokenLearner
 from megatron_rl.types import Sampling
-from megatron_rl.weight_sync.plan import Layouts, make_plan
+from megatron_rl.weight_sync.plan import make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.weight_map import WeightMap
@@ -134,28 +134,10 @@ def open_engine(cfg: RlConfig, session: Session) -> tuple[VllmEngine, Resharder]
         provider.engine_prompt,
         lambda ids: str(session.tokenizer.decode(list(ids), skip_special_tokens=True)),
     )
-    layouts = Layouts(
-        mesh.world,
-        mesh.tensor,
-        mesh.pipeline,
-        mesh.context,
-        mesh.rollout_tensor,
-        virtual=mesh.virtual,
-        expert=mesh.expert,
-    )
-    plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
+    plan = make_plan(provider.weight_map, provider.shape.num_layers, mesh.trainer, mesh.engine)
     source = {name: param.data for name, param in session.policy.language_model.named_weights().items()}
     target = engine.parameters()
-    check_fit(
-        provider.weight_map,
-        mesh.here.tp,
-        mesh.tensor,
-        mesh.rollout_tp_rank,
-        mesh.rollout_tensor,
-        source,
-        target,
-        mesh.slot(is_expert=True),
-    )
+    check_fit(provider.weight_map, mesh.trainer, mesh.engine, mesh.rank, source, target)
     frozen = frozen_in_engine(provider.weight_map, cfg.model.freeze)
     return engine, Resharder(plan, mesh.rank, source, target, cfg.rollout.sync_buffer_mib * 2**20, frozen)
 

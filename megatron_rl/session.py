@@ -36,6 +36,7 @@ from megatron_rl.config.schema import (
     SftConfig,
     TrainConfig,
 )
+from megatron_rl.config.sizes import trainer_grid
 from megatron_rl.media.embedding_store import DiskStore
 from megatron_rl.media.encoder import ParallelEncoder
 from megatron_rl.media.prompt_prefetcher import PromptPrefetcher
@@ -46,6 +47,7 @@ from megatron_rl.protocols import MediaEncoder, ModelProvider, PolicyLoss, Video
 from megatron_rl.run_state import RunState, SavePlan
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import Backend, choose_backend, define_torchvision_operators
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.runtime.signals import StopFlag
 from megatron_rl.runtime.watchdog import Watchdog, watch_world
@@ -87,17 +89,10 @@ def open_session(cfg: JobConfig, temperature: float) -> Iterator[Session]:
     """
     stop = StopFlag()
     backend = choose_backend(cfg.device, cfg.model.dtype)
-    sizes = cfg.parallel
-    mesh = parallel.initialize(
-        backend,
-        sizes.tensor,
-        sizes.pipeline,
-        sizes.context,
-        cfg.rollout.tensor if isinstance(cfg, RlConfig) else 1,
-        sizes.expert,
-        sizes.virtual_pipeline,
-        sizes.context_comm,
-    )
+    world = parallel.world_size()
+    trainer = trainer_grid(cfg.parallel, world)
+    engine = Grid(world, tensor=cfg.rollout.tensor if isinstance(cfg, RlConfig) else 1)
+    mesh = parallel.initialize(backend, trainer, engine, cfg.parallel.context_comm)
     with watch_world() as watchdog, ExitStack() as stack:
         yield _build_session(cfg, temperature, backend, mesh, watchdog, stop, stack)
     parallel.shut_down()

@@ -21,8 +21,11 @@ from data.rows.prompts import template_problems
 from data.rows.sources import source_names, source_problems
 from data.video.frames import FrameSettings
 from megatron_rl.config.schema import JobConfig, RlConfig
+from megatron_rl.config.sizes import rank_problems, size_problems, trainer_grid
 from megatron_rl.errors import raise_all
 from megatron_rl.rewards.registry import load_reward
+from megatron_rl.runtime.grid import Grid
+from model_providers.shape import TransformerShape
 from model_providers.tables import TABLES
 
 Job = Literal["rl", "sft", "cache"]
@@ -67,7 +70,7 @@ def check(cfg: JobConfig, world_size: int, job: Job, require_files: bool = True)
     problems = [
         *_ranges(cfg),
         *_data(cfg),
-        *(_cache(cfg) if job == "cache" else _parallel(cfg, world_size, job)),
+        *(_cache(cfg) if job == "cache" else _parallel(cfg, world_size)),
         *_lengths(cfg),
         *_log(cfg),
     ]
@@ -137,18 +140,9 @@ def _cache(cfg: JobConfig) -> Iterator[str]:
         yield "data.cache_dir=: there is nothing to fill; set it to a folder"
 
 
-def _parallel(cfg: JobConfig, world_size: int, job: Job) -> Iterator[str]:
-    parallel = cfg.parallel
-    size = parallel.tensor * parallel.pipeline * parallel.context
-    if size > 0 and world_size % size:
-        product = f"{parallel.tensor} * {parallel.pipeline} * {parallel.context}"
-        fix = f"start a multiple of {size} processes or change the parallel sizes"
-        yield f"parallel.tensor * pipeline * context={product}: does not divide {world_size} ranks; {fix}"
-    elif size > 0 and parallel.expert > 0 and world_size // parallel.pipeline % parallel.expert:
-        ranks = world_size // parallel.pipeline
-        yield _problem(cfg, "parallel.expert", f"does not divide the {ranks} ranks of a stage; use a divisor")
-    if isinstance(cfg, RlConfig) and cfg.rollout.tensor > 0 and world_size % cfg.rollout.tensor:
-        yield _problem(cfg, "rollout.tensor", f"does not divide {world_size} ranks; use a divisor")
+def _parallel(cfg: JobConfig, world_size: int) -> Iterator[str]:
+    engine = Grid(world_size, tensor=cfg.rollout.tensor) if isinstance(cfg, RlConfig) else None
+    yield from rank_problems(trainer_grid(cfg.parallel, world_size), engine)
 
 
 def _lengths(cfg: JobConfig) -> Iterator[str]:
@@ -233,32 +227,31 @@ def _model(cfg: JobConfig, job: Job) -> Iterator[str]:
     if missing:
         yield _problem(cfg, "model.hf", f"config.json lacks {', '.join(missing)}; is it a language model?")
         return
-    yield from _fits_model(cfg, text)
-    yield from _fits_provider(cfg, hf)
+    yield from _fits_positions(cfg, text["max_position_embeddings"])
+    yield from _fits_provider(cfg, hf, job)
     if not cfg.model.freeze_vision and "vision_config" not in hf:
         yield _problem(cfg, "model.freeze_vision", "the model has no vision tower that could be trained; use true")
     patch = hf.get("vision_config", {}).get("temporal_patch_size", 1)
     if cfg.data.num_frames > 0:
         yield from FrameSettings(cfg.data.num_frames).problems(patch)
-    if job == "rl":
-        assert isinstance(cfg, RlConfig)
-        yield from _fits_engine(cfg, text)
 
 
-def _fits_provider(cfg: JobConfig, hf: dict[str, Any]) -> Iterator[str]:
+def _fits_provider(cfg: JobConfig, hf: dict[str, Any], job: Job) -> Iterator[str]:
     """What the model's own weight table has to say."""
     if hf.get("model_type") not in TABLES:
         yield _problem(cfg, "model.hf", f"no provider for model_type={hf.get('model_type')}; one of {sorted(TABLES)}")
         return
     shape_of, weight_map = TABLES[hf["model_type"]]
     try:
-        names = list(weight_map(shape_of(hf)).entries)
+        shape = shape_of(hf)
+        names = list(weight_map(shape).entries)
     except KeyError as error:
         yield _problem(cfg, "model.hf", f"config.json lacks {error}; download it again")
         return
     except ValueError as error:
         yield from str(error).splitlines()[1:]
         return
+    yield from _fits_sizes(cfg, shape, job)
     for pattern in cfg.model.freeze:
         if not fnmatch.filter(names, pattern):
             yield f"model.freeze={pattern}: matches no parameter; names look like {names[0]}"
@@ -267,68 +260,19 @@ def _fits_provider(cfg: JobConfig, hf: dict[str, Any]) -> Iterator[str]:
         yield _problem(cfg, "model.freeze", "nothing is left to train; freeze less")
 
 
-def size_problems(cfg: RlConfig, text: dict[str, int]) -> list[str]:
-    """Sizes of trainer and engine that do not go with the model's, whose config.json holds the integers `text`."""
-    return [*_fits_model(cfg, text), *_fits_engine(cfg, text)]
-
-
-def _fits_model(cfg: JobConfig, text: dict[str, int]) -> Iterator[str]:
-    for key in ("num_attention_heads", "hidden_size", "intermediate_size"):
-        yield from _divides(cfg, "parallel.tensor", key, text)
-    yield from _divides(cfg, "parallel.pipeline", "num_hidden_layers", text)
-    yield from _chunks(cfg, text["num_hidden_layers"])
-    yield from _heads(cfg, text["num_attention_heads"])
-    yield from _experts(cfg, text.get("num_experts", text.get("num_local_experts", 0)))
-    yield from _kv_heads(cfg, "parallel.tensor", text)
-    if cfg.max_model_len > text["max_position_embeddings"]:
-        longest = text["max_position_embeddings"]
+def _fits_positions(cfg: JobConfig, longest: int) -> Iterator[str]:
+    if cfg.max_model_len > longest:
         why = f"prompt + response may have {cfg.max_model_len} tokens, the model takes {longest}; lower it"
         is_set = isinstance(cfg, RlConfig) and cfg.rollout.max_model_len
         yield _problem(cfg, "rollout.max_model_len" if is_set else "data.max_prompt_tokens", why)
 
 
-def _heads(cfg: JobConfig, num_heads: int) -> Iterator[str]:
-    parallel = cfg.parallel
-    if parallel.context_comm != "a2a" or parallel.context <= 1 or num_heads % (parallel.tensor * parallel.context) == 0:
-        return
-    why = f"{num_heads} heads / tensor={parallel.tensor} do not divide over context={parallel.context} ranks"
-    yield _problem(cfg, "parallel.context_comm", f"{why}; use all_gather or p2p")
-
-
-def _chunks(cfg: JobConfig, num_layers: int) -> Iterator[str]:
-    stages, chunks = cfg.parallel.pipeline, cfg.parallel.virtual_pipeline
-    if chunks > 1 and stages <= 2:  # between two stages, Megatron-core's two directions of messages get mixed up
-        yield _problem(cfg, "parallel.virtual_pipeline", "needs parallel.pipeline above 2; use 1")
-    elif chunks > 1 and num_layers % (stages * chunks):
-        why = f"{stages} stages times {chunks} chunks do not divide the model's {num_layers} layers; use a divisor"
-        yield _problem(cfg, "parallel.virtual_pipeline", why)
-
-
-def _experts(cfg: JobConfig, num_experts: int) -> Iterator[str]:
-    if cfg.parallel.expert > 1 and (not num_experts or num_experts % cfg.parallel.expert):
-        yield _problem(cfg, "parallel.expert", f"does not divide the model's {num_experts} experts; use a divisor")
-    if num_experts and cfg.checkpoint.export_hf:
+def _fits_sizes(cfg: JobConfig, shape: TransformerShape, job: Job) -> Iterator[str]:
+    """Parallel sizes against the model's; the number of ranks is not asked here."""
+    engine = Grid(1, tensor=cfg.rollout.tensor) if job == "rl" and isinstance(cfg, RlConfig) else None
+    yield from size_problems(trainer_grid(cfg.parallel, 1), engine, shape, cfg.parallel.context_comm)
+    if shape.num_experts and cfg.checkpoint.export_hf:
         yield _problem(cfg, "checkpoint.export_hf", "exporting experts is not built yet; use false")
-
-
-def _fits_engine(cfg: RlConfig, text: dict[str, int]) -> Iterator[str]:
-    for key in ("num_attention_heads", "intermediate_size"):
-        yield from _divides(cfg, "rollout.tensor", key, text)
-    yield from _kv_heads(cfg, "rollout.tensor", text)
-
-
-def _divides(cfg: JobConfig, path: str, key: str, text: dict[str, int]) -> Iterator[str]:
-    size = _at(cfg, path)
-    if size > 0 and text[key] % size:
-        yield _problem(cfg, path, f"does not divide the model's {key} {text[key]}; use a divisor")
-
-
-def _kv_heads(cfg: JobConfig, path: str, text: dict[str, int]) -> Iterator[str]:
-    size, heads = _at(cfg, path), text.get("num_key_value_heads", text["num_attention_heads"])
-    if size > 0 and size % heads and heads % size:
-        yield _problem(
-            cfg, path, f"neither divides nor is a multiple of the model's {heads} key-value heads; change it"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------- logging

@@ -14,9 +14,9 @@ from megatron_rl.planner.gpus import GIB, Gpu
 from megatron_rl.planner.layout import BYTES
 from megatron_rl.planner.model import PlannedModel, engine_params
 from megatron_rl.planner.workload import Workload
+from megatron_rl.runtime.chunks import GPU_PREFILL_TOKENS
 from model_providers.shape import TransformerShape
 
-PREFILL_TOKENS = 8192  # device.Backend.prefill_tokens of a GPU, whose import would load torch
 CUDA_GRAPHS = GIB  # assumed, unless rollout.enforce_eager
 
 
@@ -71,7 +71,7 @@ def engine_need(cfg: RlConfig, model: PlannedModel, gpu: Gpu, work: Workload) ->
 
 
 def _batched_tokens(cfg: RlConfig) -> int:
-    return max(cfg.rollout.max_num_seqs, PREFILL_TOKENS)
+    return max(cfg.rollout.max_num_seqs, GPU_PREFILL_TOKENS)
 
 
 def _working(cfg: RlConfig, shape: TransformerShape, element: int) -> float:

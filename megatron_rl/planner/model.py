@@ -21,14 +21,13 @@ from model_providers.weight_map import Entry, WeightMap
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedModel:
-    """`source` says where the numbers are from; `sizes` holds the integers of the language model's config.json."""
+    """`source` says where the numbers are from."""
 
     name: str
     source: str
     shape: TransformerShape
     weights: WeightMap
     tower: Tower | None
-    sizes: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +66,7 @@ def planned_model(name: str, source: str, config: Mapping[str, Any]) -> PlannedM
         tower = tower_of(config)
     except KeyError as error:
         raise ValueError(f"model.hf={name}: config.json has no {error.args[0]!r}; give a complete one") from error
-    text = config.get("text_config") or config
-    sizes = {key: value for key, value in text.items() if type(value) is int} | {"num_experts": shape.num_experts}
-    return PlannedModel(name, source, shape, table_of(shape), tower, sizes)
+    return PlannedModel(name, source, shape, table_of(shape), tower)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -9,16 +9,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_rl.config.checks import size_problems
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.config.sizes import rank_problems, size_problems, trainer_grid
 from megatron_rl.errors import raise_all
 from megatron_rl.planner.engine import kv_bytes
 from megatron_rl.planner.gpus import GIB, GPUS_PER_NODE, Gpu
-from megatron_rl.planner.layout import BYTES, Layout, layout_of
+from megatron_rl.planner.layout import BYTES, layout_name
 from megatron_rl.planner.memory import Case, Memory, plan_memory, updates_beside_state
 from megatron_rl.planner.model import PlannedModel
 from megatron_rl.planner.times import Times, predict
 from megatron_rl.planner.workload import Assumptions, pack_step, workload_of, workload_problems
+from megatron_rl.runtime.grid import Grid
 
 MAX_FRAMES = 1 << 17
 SAME_TIME = 0.03  # predictions that differ by less than this part are taken for equal
@@ -43,8 +44,9 @@ class Option:
     times: Times
 
     @property
-    def layout(self) -> Layout:
-        return self.case.layout
+    def layout(self) -> str:
+        """Both grids, for people."""
+        return layout_name(self.case.trainer, self.case.engine)
 
     @property
     def shortage(self) -> float:
@@ -87,17 +89,20 @@ def evaluate(cfg: RlConfig, model: PlannedModel, machine: Machine) -> Option:
 
 
 def _case(cfg: RlConfig, model: PlannedModel, machine: Machine) -> Case | None:
-    work, layout, train = workload_of(cfg, model, machine.assumed), layout_of(cfg, machine.world), cfg.train
+    work, train = workload_of(cfg, model, machine.assumed), cfg.train
+    trainer, engine = trainer_grid(cfg.parallel, machine.world), Grid(machine.world, tensor=cfg.rollout.tensor)
     packing = pack_step(
         work,
         train.max_tokens_per_microbatch,
-        layout.data,
+        trainer.data,
         model.shape.hidden_size,
         train.share_prefix,
         train.updates_per_step,
-        layout.pipeline if layout.virtual > 1 else 1,
+        trainer.pipeline if trainer.virtual > 1 else 1,
     )
-    return Case(cfg, model, machine.gpu, layout, work, packing, machine.assumed) if packing is not None else None
+    if packing is None:
+        return None
+    return Case(cfg, model, machine.gpu, trainer, engine, work, packing, machine.assumed)
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
@@ -105,18 +110,9 @@ def _case(cfg: RlConfig, model: PlannedModel, machine: Machine) -> Case | None:
 
 def parallel_problems(cfg: RlConfig, model: PlannedModel, world: int) -> list[str]:
     """What the checks of a recipe say about its parallel sizes; the length of the context is not asked here."""
-    parallel, rollout = cfg.parallel, cfg.rollout
-    size = parallel.tensor * parallel.pipeline * parallel.context
-    problems = [p for p in size_problems(cfg, dict(model.sizes)) if p.startswith(("parallel.", "rollout.tensor="))]
-    if world % size:
-        problems.append(
-            f"parallel.tensor * pipeline * context={size}: does not divide {world} GPUs; change the sizes or --gpus"
-        )
-    elif world // parallel.pipeline % parallel.expert:
-        problems.append(f"parallel.expert={parallel.expert}: does not divide the GPUs of a stage; use a divisor")
-    if world % rollout.tensor:
-        problems.append(f"rollout.tensor={rollout.tensor}: does not divide {world} GPUs; use a divisor")
-    return problems
+    trainer, engine = trainer_grid(cfg.parallel, world), Grid(world, tensor=cfg.rollout.tensor)
+    of_model = size_problems(trainer, engine, model.shape, cfg.parallel.context_comm)
+    return [*of_model, *rank_problems(trainer, engine)]
 
 
 def layouts(cfg: RlConfig, model: PlannedModel, world: int) -> Iterator[RlConfig]:

@@ -182,8 +182,8 @@ class Policy:
             targets=batch.targets.to(self.device),
         )
         if self.mesh.is_first_stage and batch.videos:
-            layout.video_rows = batch.video_rows.to(self.device)
-            layout.video_embeds = gather_embeds(batch, embeds).to(self.device)
+            layout.media_rows = batch.video_rows.to(self.device)
+            layout.media_embeds = gather_embeds(batch, embeds).to(self.device)
         return layout
 
     @contextmanager

@@ -148,7 +148,7 @@ class TokenLearner:
         self._advised = True
         shape, settings, mesh = self._provider.shape, self._packing, self._mesh
         bundles = make_bundles(updates[0].samples, settings.max_tokens, shape.hidden_size, settings.share_prefix)
-        advice = advise(bundles, shape, mesh.context, mesh.context_comm, mesh.data, settings.max_tokens)
+        advice = advise(bundles, shape, mesh.trainer.context, mesh.context_comm, mesh.trainer.data, settings.max_tokens)
         if advice is not None:
             warnings.warn(advice, SmallerContext, stacklevel=2)
 

@@ -38,6 +38,7 @@ from megatron_rl.algorithms.losses import NllLoss
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
 from megatron_rl.runtime.files import write_atomically
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.training.batch import ScoredBatch, pack
 from megatron_rl.training.microbatch import MicroBatch
 from megatron_rl.training.policy import Hyperparameters, Policy
@@ -114,7 +115,8 @@ class Trainer:
 
     def __init__(self, folder: Path, comm: str):
         backend = choose_backend("cpu", "float32")
-        self.mesh = parallel.initialize(backend, 1, 1, dist.get_world_size(), 1, context_comm=comm)
+        world = dist.get_world_size()
+        self.mesh = parallel.initialize(backend, Grid(world, context=world), Grid(world), comm)
         self.provider = open_provider(folder)
         model = self.provider.build_language(backend, self.mesh)
         self.provider.load_language(model, self.mesh)

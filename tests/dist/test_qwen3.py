@@ -26,7 +26,8 @@ from megatron_rl.config.schema import (
     RlConfig,
 )
 from megatron_rl.runtime import parallel
-from megatron_rl.weight_sync.plan import Layouts, make_plan
+from megatron_rl.runtime.grid import Grid
+from megatron_rl.weight_sync.plan import make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.qwen3.weights import shape_of
@@ -37,8 +38,13 @@ from tests.world import run_world
 
 pytestmark = pytest.mark.usefixtures("heavy_imports")
 
-KINDS = ("qwen3", "qwen3_tied", "qwen2", "qwen3_moe")
+KINDS = ("qwen3", "qwen3_tied", "qwen2", "qwen3_moe", "qwen2_llama3", "qwen3_yarn")
 DENSE = KINDS[:3]
+ORIGINAL_POSITIONS = 64  # of pretraining: so few that scaling changes most frequencies
+SCALINGS: dict[str, dict[str, Any]] = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {"factor": 64.0},
+}
 TOLERANCE = 1e-4
 SAME = 1e-5
 
@@ -53,8 +59,12 @@ def write_text_checkpoint(folder: Path, kind: str) -> Path:
 
     tokenizer = make_tokenizer()
     settings = tiny(VOCAB_SIZE) | {"eos_token_id": tokenizer.eos_token_id, "tie_word_embeddings": "tied" in kind}
+    scaling = kind.rpartition("_")[2]
+    if scaling in SCALINGS:
+        kept = {"rope_theta": 1e4, "original_max_position_embeddings": ORIGINAL_POSITIONS}
+        settings["rope_parameters"] = {"rope_type": scaling, **SCALINGS[scaling], **kept}
     torch.manual_seed(5)
-    if kind == "qwen2":
+    if kind.startswith("qwen2"):
         model: Any = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings))
     elif kind == "qwen3_moe":
         settings |= {"hidden_size": 96, "head_dim": HEAD_DIM, "norm_topk_prob": True}
@@ -157,7 +167,7 @@ def test_logprobs_and_gradients_are_those_of_transformers(checkpoints: dict[str,
     """Also of a q norm, which every tensor parallel rank holds whole and uses on its own heads only."""
     folder = checkpoints[kind]
     logprobs, truth = _reference(folder)
-    assert any("q_norm" in name for name in truth) == (kind != "qwen2")
+    assert any("q_norm" in name for name in truth) == kind.startswith("qwen3")
     gradients = {}
     for layout in LAYOUTS + WITH_EXPERTS if "moe" in kind else LAYOUTS:
         tensor, pipeline, _, expert = layout
@@ -176,17 +186,17 @@ def test_logprobs_and_gradients_are_those_of_transformers(checkpoints: dict[str,
 
 def _sync(rank: int, folder: Path, tensor: int, pipeline: int, rollout: int, expert: int) -> list[str]:
     """Names of parameters in which a sync and vLLM's own loader differ, both from random weights."""
-    mesh = parallel.initialize(tp.BACKEND, tensor, pipeline, 1, rollout, expert)
+    world = parallel.world_size()
+    trainer = Grid(world, tensor=tensor, pipeline=pipeline, expert=expert)
+    mesh = parallel.initialize(tp.BACKEND, trainer, Grid(world, tensor=rollout))
     provider = open_provider(folder)
     model = provider.build_language(tp.BACKEND, mesh)
     provider.load_language(model, mesh)
     source = {name: p.data for name, p in model.named_weights().items()}
     engine = open_plain_engine(folder, rollout)
     target = engine.parameters()
-    slot = mesh.slot(is_expert=True)
-    check_fit(provider.weight_map, mesh.here.tp, tensor, mesh.rollout_tp_rank, rollout, source, target, slot)
-    layouts = Layouts(mesh.world, tensor, pipeline, 1, rollout, expert=expert)
-    plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
+    check_fit(provider.weight_map, mesh.trainer, mesh.engine, rank, source, target)
+    plan = make_plan(provider.weight_map, provider.shape.num_layers, mesh.trainer, mesh.engine)
     for parameter in target.values():
         parameter.normal_()
     Resharder(plan, rank, source, target, 1 << 20).sync(0)
@@ -231,8 +241,8 @@ def test_round_trip_keeps_every_key_and_bit(checkpoints: dict[str, Path], tmp_pa
 @pytest.mark.parametrize(
     ("setting", "why"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type=yarn"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_type=linear"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 1e4}, "rope_type=yarn: original_max_pos"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type=longrope"),
         ({"use_sliding_window": True}, "use_sliding_window=true"),
         ({"attention_bias": True}, "attention_bias=true"),
     ],
@@ -275,7 +285,15 @@ def _run_job(rank: int, cfg: RlConfig, job: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "job"), [("qwen3", "rl"), ("qwen2", "rl"), ("qwen3_tied", "sft"), ("qwen3_moe", "rl")]
+    ("kind", "job"),
+    [
+        ("qwen3", "rl"),
+        ("qwen2", "rl"),
+        ("qwen3_tied", "sft"),
+        ("qwen3_moe", "rl"),
+        ("qwen2_llama3", "rl"),
+        ("qwen3_yarn", "rl"),
+    ],
 )
 def test_text_rows_are_learned_and_a_video_is_refused(
     checkpoints: dict[str, Path], tmp_path: Path, kind: str, job: str

@@ -112,13 +112,13 @@ def test_one_mistake_one_message(make, override, expected):
 @pytest.mark.parametrize(
     ("overrides", "world_size", "expected"),
     [
-        (["parallel.tensor=2"], 3, "parallel.tensor * pipeline * context=2 * 1 * 1: does not divide 3 ranks"),
+        (["parallel.tensor=2"], 3, "parallel.tensor=2: does not divide 3 ranks"),
         (
             ["parallel.context=3", "parallel.context_comm=a2a"],
             3,
             "parallel.context_comm=a2a: 16 heads / tensor=1 do not divide over context=3 ranks; use all_gather or p2p",
         ),
-        (["parallel.pipeline=5"], 5, "parallel.pipeline=5: does not divide the model's num_hidden_layers 36"),
+        (["parallel.pipeline=5"], 5, "parallel.pipeline=5: does not divide 36 layers"),
         (["rollout.tensor=2"], 3, "rollout.tensor=2: does not divide 3 ranks"),
     ],
 )
@@ -130,7 +130,7 @@ def test_parallel_sizes_against_ranks_and_layers(make, overrides, world_size, ex
 def test_sizes_that_do_not_split_the_model(make):
     # 16 heads, hidden 2048, intermediate 11008 = 2**8 * 43, 2 key-value heads
     found = "\n".join(problems(make("parallel.tensor=3"), 3))
-    for name in ("num_attention_heads 16", "hidden_size 2048", "intermediate_size 11008", "2 key-value heads"):
+    for name in ("16 attention heads", "2048 hidden units", "11008 feed-forward columns", "2 KV heads"):
         assert name in found
     assert problems(make("parallel.tensor=16"), 16) == []
     found = problems(make("rollout.tensor=43"), 43)
@@ -142,7 +142,7 @@ def test_key_value_heads_that_neither_divide_nor_repeat(make, tmp_path):
     (tmp_path / "model/config.json").write_text(json.dumps(HF | heads))
     assert problems(make("rollout.tensor=3", "parallel.tensor=2"), 6) == []
     found = problems(make("rollout.tensor=4"), 4)
-    assert len(found) == 1 and "the model's 6 key-value heads" in found[0]
+    assert len(found) == 1 and "6 KV heads" in found[0]
 
 
 def test_the_language_model_may_be_nested(make, tmp_path):
@@ -223,22 +223,23 @@ def test_everything_wrong_is_said_at_once(make):
 
 def test_virtual_stages_need_three_real_ones_and_whole_layers(make):
     two, five = (problems(make(f"parallel.pipeline={p}", "parallel.virtual_pipeline=2"), world_size=p) for p in (2, 9))
-    assert two[0].startswith("parallel.virtual_pipeline=2: needs parallel.pipeline above 2")
+    assert two[0].startswith("parallel.virtual_pipeline=2: needs a pipeline of more than 2 stages")
     assert problems(make("parallel.pipeline=3", "parallel.virtual_pipeline=6"), world_size=3) == []
     assert problems(make("parallel.pipeline=9", "parallel.virtual_pipeline=2"), world_size=9) == five == []
     (uneven,) = problems(make("parallel.pipeline=4", "parallel.virtual_pipeline=2"), world_size=4)
-    assert "4 stages times 2 chunks do not divide the model's 36 layers" in uneven
+    assert "parallel.pipeline * virtual_pipeline=8: does not divide 36 layers" in uneven
 
 
 @pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])  # older and newer transformers
 def test_experts_are_shared_out_evenly(make, tmp_path, name):
     (problem,) = problems(make("parallel.expert=2"), world_size=2)
-    assert problem.startswith("parallel.expert=2: does not divide the model's 0 experts")
-    (tmp_path / "model/config.json").write_text(json.dumps(HF | {name: 6}))
+    assert problem.startswith("parallel.expert=2: the model has no experts")
+    moe = {"model_type": "qwen3_moe", "moe_intermediate_size": 768, "num_experts_per_tok": 2, name: 6}
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | moe))
     assert problems(make("parallel.expert=2"), world_size=4) == []
     ranks, experts, export = problems(make("parallel.expert=4", "checkpoint.export_hf=true"), world_size=2)
-    assert ranks.startswith("parallel.expert=4: does not divide the 2 ranks of a stage")
-    assert experts.startswith("parallel.expert=4: does not divide the model's 6 experts")
+    assert ranks.startswith("parallel.expert=4: does not divide 2 ranks of a stage")
+    assert experts.startswith("parallel.expert=4: does not divide 6 experts")
     assert export.startswith("checkpoint.export_hf=true: exporting experts is not built yet")
 
 
