@@ -18,7 +18,7 @@ from checkpoint_tools.mcore_file import Param, Place, place_of, write_mcore
 from checkpoint_tools.weights import HEAD, different_bits, full_shard, fuse, hf_dtype, stored_entries
 from megatron_rl.errors import WeightMismatch, raise_all
 from model_providers.hf_checkpoint import HfCheckpoint
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 from model_providers.shape import TransformerShape
 from model_providers.weight_map import Entry, WeightMap
 

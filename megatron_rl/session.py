@@ -27,11 +27,12 @@ from data.video.prefetch import FramePrefetcher
 from megatron_rl.config.schema import DataConfig, RunConfig
 from megatron_rl.media.embedding_store import DiskStore
 from megatron_rl.media.encoder import ParallelEncoder
+from megatron_rl.media.no_media import NoMedia
 from megatron_rl.media.prompt_prefetcher import PromptPrefetcher
 from megatron_rl.observe.metric_log import MetricLog
 from megatron_rl.observe.progress import Progress
 from megatron_rl.observe.quarantine import Quarantine
-from megatron_rl.protocols import MediaEncoder, ModelProvider, VideoDecoder
+from megatron_rl.protocols import MediaEncoder, ModelProvider, StepEncoder, VideoDecoder
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import Backend, choose_backend, define_torchvision_operators
 from megatron_rl.runtime.parallel import ParallelMesh
@@ -40,7 +41,7 @@ from megatron_rl.runtime.watchdog import Watchdog, watch_world
 from megatron_rl.training import checkpoint
 from megatron_rl.training.policy import Hyperparameters, Policy
 from megatron_rl.types import Row, VisionPart
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +62,7 @@ class Session:
     provider: ModelProvider
     tokenizer: PreTrainedTokenizerBase
     builder: PromptBuilder
-    vision: ParallelEncoder
+    vision: StepEncoder
     ahead: PromptPrefetcher
     policy: Policy
     quarantine: Quarantine
@@ -159,10 +160,8 @@ def open_builder(
 ) -> PromptBuilder:
     return PromptBuilder(
         tokenizer,
-        provider.video_spec,
+        provider.specs,
         decoder,
-        video_placeholder_id=provider.video_token_id,
-        image_placeholder_id=provider.image_token_id,
         format_prompt=data.format_prompt,
         frames=FrameSettings(data.num_frames, data.fps, data.min_frames, data.max_frames, data.frame_rule),
         max_prompt_tokens=data.max_prompt_tokens,
@@ -176,7 +175,7 @@ def open_tower(cfg: RunConfig, backend: Backend, provider: ModelProvider) -> Med
         ("tower", "projector") if cfg.model.train_vision == "all" else (cfg.model.train_vision,)
     )
     trained = frozenset(() if cfg.model.freeze_vision else parts)
-    tower = provider.build_vision(backend, backend.local_device(parallel.local_rank()), trained)
+    tower = provider.build_encoder(backend, backend.local_device(parallel.local_rank()), trained)
     if cfg.model.weights_from and tower is not None:
         checkpoint.load_tower(cfg.model.weights_from, tower)
     return tower
@@ -184,14 +183,17 @@ def open_tower(cfg: RunConfig, backend: Backend, provider: ModelProvider) -> Med
 
 def open_vision(
     cfg: RunConfig, tower: MediaEncoder | None, provider: ModelProvider, decoder: VideoDecoder
-) -> ParallelEncoder:
-    """What encodes the videos of a step, and what their embeddings are kept in."""
-    hidden, store = provider.shape.hidden_size, None
-    if cfg.data.cache_dir and tower is not None:
+) -> StepEncoder:
+    """What encodes the media of a step, and what their embeddings are kept in."""
+    if tower is None:
+        return NoMedia()
+    store = None
+    if cfg.data.cache_dir:
         max_bytes = int(cfg.data.cache_gib * 2**30)
-        store = DiskStore(cfg.data.cache_dir, max_bytes, tower.fingerprint(), tower.dtype, hidden)
-    frames = FramePrefetcher(decoder, cfg.data.prefetch_mib << 20, cfg.data.decode_threads)
-    return ParallelEncoder(tower, frames, hidden, frames_per_chunk=cfg.data.frames_per_chunk, store=store)
+        store = DiskStore(cfg.data.cache_dir, max_bytes, tower.fingerprint(), tower.dtype, tower.width)
+    sound = provider.specs.sound
+    frames = FramePrefetcher(decoder, cfg.data.prefetch_mib << 20, cfg.data.decode_threads, sound)
+    return ParallelEncoder(tower, frames, frames_per_chunk=cfg.data.frames_per_chunk, store=store)
 
 
 def _build_policy(
@@ -274,7 +276,7 @@ def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
 
     cfg, mesh, provider = session.cfg, session.mesh, session.provider
     settings = EngineSettings(
-        folder=cfg.model.hf,
+        model=provider.engine,
         tensor=cfg.rollout.tensor,
         max_model_len=cfg.max_model_len,
         max_num_seqs=cfg.rollout.max_num_seqs,
@@ -287,7 +289,7 @@ def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
         session.backend,
         provider.forbidden_tokens,
         session.eos_token_ids,
-        provider.engine_prompt,
+        provider.position_ids,
         lambda ids: session.tokenizer.decode(ids, skip_special_tokens=True),
     )
     layouts = Layouts(

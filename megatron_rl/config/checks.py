@@ -7,7 +7,6 @@ Everything that can be known before a GPU is touched is said here, in one messag
 from __future__ import annotations
 
 import fnmatch
-import json
 import netrc
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from data.video.frames import FrameSettings
 from megatron_rl.config.schema import RunConfig
 from megatron_rl.errors import raise_all
 from megatron_rl.rewards.registry import load_reward
-from model_providers.tables import TABLES
+from model_providers.family import Config, read_config, shape_and_weights, text_section
 
 Job = Literal["rl", "sft", "cache"]
 
@@ -201,16 +200,12 @@ def _files(cfg: RunConfig, job: Job) -> Iterator[str]:
 
 
 def _model(cfg: RunConfig, job: Job) -> Iterator[str]:
-    path = Path(cfg.model.hf) / "config.json"
-    if not path.is_file():
-        yield _problem(cfg, "model.hf", "has no config.json; give the folder of a Hugging Face checkpoint")
-        return
     try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
+        hf = read_config(cfg.model.hf)
     except ValueError as error:
-        yield _problem(cfg, "model.hf", f"config.json is not readable ({error}); download it again")
+        yield str(error)
         return
-    text = hf.get("text_config", hf) if isinstance(hf, dict) else {}
+    text = text_section(hf)
     keys = "num_attention_heads num_hidden_layers hidden_size intermediate_size max_position_embeddings".split()
     missing = [key for key in keys if not isinstance(text.get(key), int)]
     if missing:
@@ -227,19 +222,12 @@ def _model(cfg: RunConfig, job: Job) -> Iterator[str]:
         yield from _fits_engine(cfg, text)
 
 
-def _fits_provider(cfg: RunConfig, hf: dict[str, Any]) -> Iterator[str]:
+def _fits_provider(cfg: RunConfig, hf: Config) -> Iterator[str]:
     """What the model's own weight table has to say."""
-    if hf.get("model_type") not in TABLES:
-        yield _problem(cfg, "model.hf", f"no provider for model_type={hf.get('model_type')}; one of {sorted(TABLES)}")
-        return
-    shape_of, weight_map = TABLES[hf["model_type"]]
     try:
-        names = list(weight_map(shape_of(hf)).entries)
-    except KeyError as error:
-        yield _problem(cfg, "model.hf", f"config.json lacks {error}; download it again")
-        return
-    except ValueError as error:
-        yield from str(error).splitlines()[1:]
+        names = list(shape_and_weights(hf, cfg.model.hf)[1].entries)
+    except ValueError as error:  # one problem, or several below a heading
+        yield from str(error).splitlines()[1:] or [str(error)]
         return
     for pattern in cfg.model.freeze:
         if not fnmatch.filter(names, pattern):

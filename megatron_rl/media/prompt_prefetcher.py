@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from data.rows.prompts import PromptBuilder
 from megatron_rl.errors import BadSample
-from megatron_rl.media.encoder import ParallelEncoder
+from megatron_rl.protocols import StepEncoder
 from megatron_rl.runtime.parallel import ParallelMesh, gather_lists
 from megatron_rl.types import BadRow, Prompt, Row
 
@@ -18,7 +18,7 @@ Built = tuple[list[Prompt], list[BadRow]]
 class PromptPrefetcher:
     """Holds at most one batch. Every method is collective."""
 
-    def __init__(self, builder: PromptBuilder, mesh: ParallelMesh, vision: ParallelEncoder):
+    def __init__(self, builder: PromptBuilder, mesh: ParallelMesh, vision: StepEncoder):
         self._builder, self._mesh, self._vision = builder, mesh, vision
         self._pairs: list[tuple[int, Row]] = []
         self._built: Built = ([], [])
@@ -26,7 +26,7 @@ class PromptPrefetcher:
     def prepare(self, pairs: Pairs) -> None:
         """Build the prompts of a batch to come and begin to decode this rank's share of its frames."""
         self._pairs, self._built = list(pairs), build_prompts(pairs, self._builder, self._mesh)
-        self._vision.prefetch([video for prompt in self._built[0] for video in prompt.videos])
+        self._vision.prefetch([item for prompt in self._built[0] for item in prompt.media])
 
     def take(self, pairs: Pairs) -> Built:
         """The prompts of a batch, prepared or not."""
@@ -51,12 +51,12 @@ def build_prompts(
     return [p for p in built if isinstance(p, Prompt)], [b for b in built if isinstance(b, BadRow)]
 
 
-def encode_videos(prompts: Sequence[Prompt], vision: ParallelEncoder) -> tuple[list[Prompt], list[BadRow]]:
+def encode_videos(prompts: Sequence[Prompt], vision: StepEncoder) -> tuple[list[Prompt], list[BadRow]]:
     """Encode every video of the batch; prompts whose video turned out faulty come back as bad rows. Collective."""
-    failed = vision.encode([video for prompt in prompts for video in prompt.videos])
+    failed = vision.encode([item for prompt in prompts for item in prompt.media])
     good, bad = [], []
     for prompt in prompts:
-        reasons = [f"{video.path}: {failed[video.key]}" for video in prompt.videos if video.key in failed]
+        reasons = [f"{item.path}: {failed[item.key]}" for item in prompt.media if item.key in failed]
         if reasons:
             bad.append(BadRow(prompt.row.source, "; ".join(reasons), "media"))
         else:

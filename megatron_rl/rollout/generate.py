@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rl.media.encoder import ParallelEncoder
-from megatron_rl.protocols import RewardFunction, RolloutEngine
+from megatron_rl.protocols import RewardFunction, RolloutEngine, StepEncoder
 from megatron_rl.runtime.parallel import ParallelMesh, gather_lists
 from megatron_rl.types import Group, Prompt, Sampling, Scored
 
 
 def generate(
     prompts: Sequence[Prompt],
-    vision: ParallelEncoder,
+    vision: StepEncoder,
     engine: RolloutEngine,
     reward: RewardFunction,
     sampling: Sampling,
@@ -22,7 +21,7 @@ def generate(
     """Sample and score: replica d takes prompts d, d + D, ...; all ranks get all groups, in prompt order.
     Collective."""
     mine = list(prompts[mesh.replica :: mesh.num_replicas])
-    embeds = vision.fetch([video for prompt in mine for video in prompt.videos])
+    embeds = vision.fetch([item for prompt in mine for item in prompt.media])
     completions = engine.generate(mine, embeds, sampling)
     scored: list[Scored] = []
     if mesh.speaks_for_replica:

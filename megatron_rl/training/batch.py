@@ -79,10 +79,7 @@ def pack(
         if mesh.rank == 0:
             warn_once(bundles, provider.shape, mesh.context, mesh.context_comm, mesh.data, max_tokens)
         updates.append(
-            [
-                build_microbatch(samples, members, cut, provider.position_ids, provider.video_starts)
-                for members in plan.bins[mesh.here.dp]
-            ]
+            [build_microbatch(samples, members, cut, provider.position_ids) for members in plan.bins[mesh.here.dp]]
         )
     return updates
 

@@ -189,8 +189,8 @@ class Policy:
             predictors=batch.predictors.to(self.device),
             targets=batch.targets.to(self.device),
         )
-        if self.mesh.is_first_stage and batch.videos:
-            layout.video_rows = batch.video_rows.to(self.device)
+        if self.mesh.is_first_stage and batch.media:
+            layout.video_rows = batch.media_rows.to(self.device)
             layout.video_embeds = gather_embeds(batch, embeds).to(self.device)
         return layout
 

@@ -46,7 +46,7 @@ from megatron_rl.training.batch import pack
 from megatron_rl.training.microbatch import MicroBatch, localize
 from megatron_rl.training.policy import Hyperparameters, Policy, ScoredBatch
 from megatron_rl.types import MediaItem
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 from scripts.bench.vision_parts import RESPONSE_TOKENS, EncodedOnUse, Frames, artifact, make_groups, write_checkpoint
 from scripts.bench.world import enter, fork_world
 from scripts.make_videos import encode as write_video

@@ -33,8 +33,8 @@ from megatron_rl.weight_sync.plan import Holder, Layouts, ReshardPlan, Transfer,
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.hf_checkpoint import canonical_hf_name
+from model_providers.provider import open_provider
 from model_providers.qwen2_5_vl.provider import Qwen2_5_VL
-from model_providers.registry import open_provider
 from model_providers.weight_map import Block
 from tests.rollout_parts import fill_with_hf_weights, open_plain_engine, small_config
 from tests.world import run_world

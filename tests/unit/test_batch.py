@@ -10,12 +10,12 @@ import torch
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.batch import make_samples, pack
 from megatron_rl.types import Completion, Group, Prompt, Row, Scored, TrainSample
+from model_providers.positions import text_positions
 
 MESH = ParallelMesh(rank=0, world=1, tensor=1, pipeline=1, context=1, rollout_tensor=1)
 PROVIDER = SimpleNamespace(
     shape=SimpleNamespace(hidden_size=64),
-    position_ids=lambda ids, videos: torch.arange(len(ids)).expand(3, -1),
-    video_starts=lambda ids, videos: [],
+    position_ids=text_positions,
 )
 PROMPT = Prompt(0, Row("rows.jsonl:1", "question", "answer"), (1, 2, 3), ())
 
