@@ -22,12 +22,17 @@ def main(argv: Sequence[str]) -> None:
     run_job(argv, "cache", "python -m megatron_rl.cache_videos", summary, run)
 
 
-def run(cfg: RunConfig) -> dict[str, float]:
-    """The whole job on this rank; returns the counts of all ranks together."""
+def run(cfg: RunConfig) -> None:
+    """The whole job on this rank."""
+    fill_cache(cfg)
+
+
+def fill_cache(cfg: RunConfig) -> dict[str, float]:
+    """Encode what is not in the cache; returns the counts of all ranks together. Collective."""
     from checkpoint_tools.console import follow, note
-    from megatron_rl.media.prompt_prefetcher import build_prompts, encode_videos
+    from megatron_rl.media.prompt_prefetcher import build_prompts, encode_media
     from megatron_rl.observe.quarantine import Quarantine
-    from megatron_rl.observe.step_metrics import vision_metrics
+    from megatron_rl.observe.step_metrics import media_metrics
     from megatron_rl.runtime import parallel
     from megatron_rl.runtime.device import choose_backend
     from megatron_rl.runtime.watchdog import watch_world
@@ -35,9 +40,9 @@ def run(cfg: RunConfig) -> dict[str, float]:
         load_tokenizer,
         open_builder,
         open_decoder,
+        open_encoder,
         open_model,
         open_tower,
-        open_vision,
         usable_rows,
     )
 
@@ -47,7 +52,7 @@ def run(cfg: RunConfig) -> dict[str, float]:
         provider = open_model(cfg)
         decoder = open_decoder(cfg, backend)
         builder = open_builder(cfg.data, load_tokenizer(cfg.model.hf), provider, decoder)
-        vision = open_vision(cfg, open_tower(cfg, backend, provider), provider, decoder)
+        encoder = open_encoder(cfg, open_tower(cfg, backend, provider), provider, decoder)
         quarantine = Quarantine(Path(cfg.run_dir) / FOLDER, mesh.rank == 0, max_fraction=1.0)
         files = [(path, name) for path, name in ((cfg.data.train, "data.train"), (cfg.data.eval, "data.eval")) if path]
         datasets = [part for files, name in files for part in usable_rows(files, cfg.data.media_root, name, quarantine)]
@@ -56,10 +61,10 @@ def run(cfg: RunConfig) -> dict[str, float]:
         for start in follow(starts, len(starts), "encoding") if mesh.rank == 0 else starts:
             pairs = list(enumerate(rows))[start : start + cfg.train.prompts_per_step]
             prompts, bad_rows = build_prompts(pairs, builder, mesh)
-            _, bad_videos = encode_videos(prompts, vision)
+            _, bad_videos = encode_media(prompts, encoder)
             quarantine.add([*bad_rows, *bad_videos], len(pairs), cfg.data.train)
-            vision.forget()
-        counts = vision_metrics(vision.take_counts())
+            encoder.forget()
+        counts = media_metrics(encoder.take_counts())
     parallel.shut_down()
     if mesh.rank == 0:
         note(_report(cfg, len(rows), counts, quarantine.total))

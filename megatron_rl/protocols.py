@@ -5,6 +5,7 @@ exist."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -18,9 +19,13 @@ if TYPE_CHECKING:
     from megatron_rl.runtime.device import Backend
     from megatron_rl.runtime.parallel import ParallelMesh
     from megatron_rl.types import (
+        AdvantageInputs,
+        Advantages,
         Completion,
+        Corrected,
         EncodedMedia,
         EngineModel,
+        Group,
         LossInputs,
         LossOutput,
         MediaEmbeds,
@@ -28,8 +33,10 @@ if TYPE_CHECKING:
         MediaKind,
         Placeholder,
         Prompt,
+        RolloutBatch,
         Run,
         Sampling,
+        SyncReport,
         VideoInfo,
         VisionPart,
     )
@@ -256,6 +263,9 @@ class RolloutEngine(Protocol):
 
     def sleep(self) -> None: ...
 
+    def close(self) -> None:
+        """Free what it holds. Nothing may be asked of it afterwards."""
+
     def wake(self, what: str) -> None:
         """`what`: "weights" before a sync, "kv_cache" before generation."""
 
@@ -271,9 +281,44 @@ class RewardFunction(Protocol):
 
 
 class AdvantageEstimator(Protocol):
-    def __call__(self, rewards: Sequence[float]) -> list[float]:
-        """Advantages of one group, same length as its rewards."""
+    def __call__(self, inputs: AdvantageInputs) -> Advantages:
+        """Advantages of every token of the global batch; the same on every rank."""
 
 
 class PolicyLoss(Protocol):
     def __call__(self, inputs: LossInputs) -> LossOutput: ...
+
+
+class Correction(Protocol):
+    """Makes up for the difference between the trainer's and the engine's probabilities of the sampled tokens."""
+
+    def __call__(self, old_logprobs: Tensor, rollout_logprobs: Tensor) -> Corrected:
+        """fp32 [R] each: what the trainer and what the engine says of the tokens, at the weights that sampled."""
+
+
+class Learner(Protocol):
+    """Makes optimizer updates from groups of scored responses. Every method is collective."""
+
+    @property
+    def version(self) -> int:
+        """Counts the optimizer updates; the weights of a version are what a weight sync brings to the engine."""
+
+    def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        """Learn from the groups of one step. Returns the metrics of all ranks together."""
+
+    def offloaded(self) -> AbstractContextManager[None]:
+        """Gradients and optimizer state leave the device for the length of the block: the engine needs the room."""
+
+
+class WeightSync(Protocol):
+    """Brings the learner's weights into the engine's parameters."""
+
+    def sync(self, version: int, verify: bool = False) -> SyncReport:
+        """Write the weights of `version`. `verify` compares checksums afterwards. Collective."""
+
+
+class GroupSource(Protocol):
+    """Where the groups of a step come from: the engine beside the trainer, or the rollouts of an earlier run."""
+
+    def next_batch(self, step: int) -> RolloutBatch:
+        """The groups of step `step` (from 0). Collective; all ranks get all groups."""

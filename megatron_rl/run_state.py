@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the jobs share around their steps: resume, log, evaluate, save, and the summary at the end."""
+"""What the jobs share around their steps: resume, log, save, and the summary at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,94 +12,122 @@ import torch.distributed as dist
 from rich.console import Console
 
 from data.rows.loader import RowLoader
-from megatron_rl.observe.metric_log import METRICS_FILE, read_metrics
+from megatron_rl.observe.metric_log import METRICS_FILE, MetricLog, read_metrics
+from megatron_rl.observe.progress import Progress
 from megatron_rl.observe.report import SampleRollout, plot_curves, rollout_table, write_summary
-from megatron_rl.session import Session
+from megatron_rl.runtime.parallel import ParallelMesh
+from megatron_rl.runtime.signals import StopFlag
 from megatron_rl.training import checkpoint
+from megatron_rl.training.policy import Policy
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class SavePlan:
+    """When a run saves: every so many steps (0: not between), at the end, and where a metric reaches a new height; how
+    many checkpoints it keeps besides the best; whether it goes on from the newest one."""
+
+    every: int
+    at_end: bool
+    best_metric: str
+    keep: int
+    resume: bool
+
+
 class RunState:
-    """Logging and checkpoints of one job. `best` is (value, step) of `checkpoint.best_metric`."""
+    """Logging and checkpoints of one run. `hf_source` is the folder whose configuration and tokenizer go with them.
 
-    session: Session
-    loader: RowLoader | None
-    best: tuple[float, int] | None = None
-    pending: dict[str, float] = field(default_factory=dict)
-    """Metrics measured between steps; logged with the next one."""
-    stopped: bool = False
-    """Someone asked the job to stop (SIGTERM, SIGUSR1): it has saved and is about to leave."""
+    `best` is (value, step) of the metric that marks the best checkpoint; `pending` holds metrics measured between
+    steps, logged with the next one; `stopped`: someone asked the job to stop (SIGTERM, SIGUSR1), it has saved and is
+    about to leave. Every method but `close` is collective.
+    """
 
-    def resume(self) -> int:
-        """The step to go on from: that of the newest checkpoint of this run, or 0. Collective."""
-        cfg, steps = self.session.cfg, checkpoint.list_steps(self.session.checkpoints)
-        if not (cfg.checkpoint.resume and steps):
-            self.session.log.resume_from(0)
+    def __init__(
+        self,
+        run_dir: Path,
+        num_steps: int,
+        hf_source: str,
+        policy: Policy,
+        mesh: ParallelMesh,
+        plan: SavePlan,
+        log: MetricLog,
+        progress: Progress,
+        stop: StopFlag,
+    ):
+        self.run_dir, self.progress = run_dir, progress
+        self._num_steps, self._hf_source, self._policy, self._mesh = num_steps, hf_source, policy, mesh
+        self._plan, self._log, self._stop = plan, log, stop
+        self._loader: RowLoader | None = None
+        self.best: tuple[float, int] | None = None
+        self.pending: dict[str, float] = {}
+        self.stopped = False
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    def resume(self, loader: RowLoader | None) -> int:
+        """The step to go on from: that of the newest checkpoint of this run, or 0. The place of `loader` in its rows is
+        restored now and saved later."""
+        self._loader, steps = loader, checkpoint.list_steps(self.checkpoints)
+        if not (self._plan.resume and steps):
+            self._log.resume_from(0)
             return 0
-        folder = checkpoint.step_folder(self.session.checkpoints, steps[-1])
-        state = checkpoint.load(folder, self.session.policy, self.session.mesh)
-        if self.loader is not None:
-            self.loader.load_state_dict(state["loader"])
+        state = checkpoint.load(checkpoint.step_folder(self.checkpoints, steps[-1]), self._policy, self._mesh)
+        if loader is not None:
+            loader.load_state_dict(state["loader"])
         self.best = tuple(state["best"]) if state["best"] else None
-        self.session.log.resume_from(state["step"])
-        return state["step"]
+        self._log.resume_from(state["step"])
+        return int(state["step"])
 
     def end_step(self, step: int, metrics: Mapping[str, float], note: str) -> None:
-        """Log step `step` (from 0) and save if it is time, or if the job was asked to stop. Collective."""
-        cfg = self.session.cfg.checkpoint
+        """Log step `step` (from 0) and save if it is time, or if the job was asked to stop."""
         values = {**self.pending, **metrics}
         self.pending = {}
         done = step + 1
-        metric = values.get(cfg.best_metric)
-        if metric is not None and (self.best is None or metric > self.best[0]):
-            self.best = (metric, done)
-        is_best = self.best is not None and self.best[1] == done
-        last = done == self.session.cfg.train.num_steps
-        self.stopped = self.session.stop.agreed() and not last
-        due = (cfg.every and done % cfg.every == 0) or (last and cfg.save_at_end)
-        learned = self.session.policy.version > 0  # rollouts alone change nothing that could be saved
+        is_best, is_last = self._is_best(values.get(self._plan.best_metric), done), done == self._num_steps
+        self.stopped = self._stop.agreed() and not is_last
+        due = (self._plan.every and done % self._plan.every == 0) or (is_last and self._plan.at_end)
+        learned = self._policy.version > 0  # rollouts alone change nothing that could be saved
         note += "; asked to stop: run the same command again to resume" if self.stopped else ""
-        values |= self.session.progress.end_step(step, note)
+        values |= self.progress.end_step(step, note)
         # Before the save: a resume forgets rows of steps that will be made again, but cannot invent one.
-        self.session.log.log(step, values)
-        if learned and (due or (is_best and cfg.every) or self.stopped):
-            with self.session.progress.phase(step, "save_checkpoint"):
+        self._log.log(step, values)
+        if learned and (due or (is_best and self._plan.every) or self.stopped):
+            with self.progress.phase(step, "save_checkpoint"):
                 self.save(done)
 
+    def _is_best(self, metric: float | None, done: int) -> bool:
+        if metric is not None and (self.best is None or metric > self.best[0]):
+            self.best = (metric, done)
+        return self.best is not None and self.best[1] == done
+
     def save(self, done: int) -> Path:
-        state: dict[str, Any] = {"best": self.best, "loader": self.loader.state_dict() if self.loader else None}
-        session = self.session
-        folder = checkpoint.save(
-            session.checkpoints, done, session.policy, session.mesh, state, hf_source=session.cfg.model.hf
-        )
-        if session.mesh.rank == 0:
-            checkpoint.prune(session.checkpoints, session.cfg.checkpoint.keep, self.best[1] if self.best else None)
+        """Write the checkpoint of `done` steps, then remove those that are no longer kept."""
+        state: dict[str, Any] = {"best": self.best, "loader": self._loader.state_dict() if self._loader else None}
+        folder = checkpoint.save(self.checkpoints, done, self._policy, self._mesh, state, self._hf_source)
+        if self._mesh.rank == 0:
+            checkpoint.prune(self.checkpoints, self._plan.keep, self.best[1] if self.best else None)
         return folder
 
     def export_hf(self) -> str:
-        """The newest checkpoint as a Hugging Face folder; empty unless `checkpoint.export_hf`. Collective."""
-        cfg = self.session.cfg
-        if not cfg.checkpoint.export_hf:
-            return ""
+        """The newest checkpoint as a Hugging Face folder in the run's; returns its path."""
         from checkpoint_tools.mcore_to_hf import mcore_to_hf
 
-        target = Path(cfg.run_dir) / "hf"
-        if self.session.mesh.rank == 0:
-            steps = checkpoint.list_steps(self.session.checkpoints)
-            mcore_to_hf(checkpoint.step_folder(self.session.checkpoints, steps[-1]), target, force=True)
+        target = self.run_dir / "hf"
+        if self._mesh.rank == 0:
+            steps = checkpoint.list_steps(self.checkpoints)
+            mcore_to_hf(checkpoint.step_folder(self.checkpoints, steps[-1]), target, force=True)
         dist.barrier()
         return str(target)
 
     def close(self, summary: Mapping[str, Any], rollouts: list[SampleRollout]) -> None:
         """Write summary.json and the curves, show sample rollouts, close the logs. Only rank 0 does anything."""
-        session = self.session
-        session.log.close()
-        if session.mesh.rank != 0:
+        self._log.close()
+        if self._mesh.rank != 0:
             return
-        run_dir = Path(session.cfg.run_dir)
-        rows = read_metrics(run_dir / METRICS_FILE)
-        write_summary(run_dir, {"num_steps": session.cfg.train.num_steps, **summary, "seconds": _seconds(rows)})
-        plot_curves(run_dir)
+        rows = read_metrics(self.run_dir / METRICS_FILE)
+        write_summary(self.run_dir, {"num_steps": self._num_steps, **summary, "seconds": _seconds(rows)})
+        plot_curves(self.run_dir)
         if rollouts:
             Console().print(rollout_table(rollouts))
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the parts of a run from its configuration and holds them together. The loop composes them; they never meet.
+"""Builds the parts of a job from its configuration. The parts get the few values they need and never see RunConfig.
 
-The parts get the few values they need; only this module and the jobs read RunConfig.
+`open_session` joins the world and builds what every job has; the other `open_` functions build what a job needs
+besides. What only reinforcement learning has is in rl_session.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,7 +24,10 @@ from data.video.frames import FrameSettings
 from data.video.index_store import IndexStore
 from data.video.open_decoder import open_video_decoder
 from data.video.prefetch import FramePrefetcher
-from megatron_rl.config.schema import DataConfig, RunConfig
+from megatron_rl.algorithms.advantages import ADVANTAGES
+from megatron_rl.algorithms.correction import CORRECTIONS, CorrectedLoss
+from megatron_rl.algorithms.losses import LOSSES
+from megatron_rl.config.schema import AlgorithmConfig, DataConfig, RunConfig
 from megatron_rl.media.embedding_store import DiskStore
 from megatron_rl.media.encoder import ParallelEncoder
 from megatron_rl.media.no_media import NoMedia
@@ -32,66 +35,48 @@ from megatron_rl.media.prompt_prefetcher import PromptPrefetcher
 from megatron_rl.observe.metric_log import MetricLog
 from megatron_rl.observe.progress import Progress
 from megatron_rl.observe.quarantine import Quarantine
-from megatron_rl.protocols import MediaEncoder, ModelProvider, StepEncoder, VideoDecoder
+from megatron_rl.protocols import MediaEncoder, ModelProvider, PolicyLoss, StepEncoder, VideoDecoder
+from megatron_rl.run_state import RunState, SavePlan
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import Backend, choose_backend, define_torchvision_operators
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.runtime.signals import StopFlag
 from megatron_rl.runtime.watchdog import Watchdog, watch_world
 from megatron_rl.training import checkpoint
-from megatron_rl.training.policy import Hyperparameters, Policy
+from megatron_rl.training.answers import AnswerSource
+from megatron_rl.training.policy import Hyperparameters, Policy, Reference
+from megatron_rl.training.token_learner import Objective, PackingSettings, TokenLearner
 from megatron_rl.types import Row, VisionPart
 from model_providers.provider import open_provider
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megatron_rl.rollout.vllm_engine import VllmEngine
-    from megatron_rl.weight_sync.resharder import Resharder
     from model_providers.transformer import ChunkedStage, LanguageModel
-    from model_providers.weight_map import WeightMap
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The parts every job has: data, vision, policy, logs."""
+    """What every job has: its place in the world, the model, the data on its way into it, and the records of the run.
+    Only the modules that build parts and the jobs hold one."""
 
-    cfg: RunConfig
     backend: Backend
     mesh: ParallelMesh
     provider: ModelProvider
     tokenizer: PreTrainedTokenizerBase
-    builder: PromptBuilder
-    vision: StepEncoder
-    ahead: PromptPrefetcher
+    encoder: StepEncoder
+    prompts: PromptPrefetcher
     policy: Policy
     quarantine: Quarantine
-    log: MetricLog
-    progress: Progress
-    stop: StopFlag
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a response: the tokenizer's and those of generation_config.json."""
-        ids = {self.tokenizer.eos_token_id}
-        path = Path(self.cfg.model.hf) / "generation_config.json"
-        if path.is_file():
-            stated = json.loads(path.read_text()).get("eos_token_id", [])
-            ids |= {stated} if isinstance(stated, int) else set(stated)
-        return tuple(sorted(ids))
-
-    @property
-    def checkpoints(self) -> Path:
-        return Path(self.cfg.run_dir) / "checkpoints"
+    run_state: RunState
 
 
 @contextmanager
 def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
     """Join the world, build the model, fill it with weights; leave the world at the end of the block. Collective.
 
-    `temperature` is that at which the policy scores tokens: the one they are sampled at.
-
-    A rank that dies inside the block stops the others with a message that names it and its phase.
+    `temperature` is that at which the policy scores tokens: the one they are sampled at. Whatever happens in the block,
+    the logs are closed. A rank that dies inside it stops the others with a message that names it and its phase.
     """
     stop = StopFlag()
     backend = choose_backend(cfg.device, cfg.model.dtype)
@@ -106,19 +91,21 @@ def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
         sizes.virtual_pipeline,
         sizes.context_comm,
     )
-    with watch_world() as watchdog:
-        session = _build_session(cfg, temperature, backend, mesh, watchdog, stop)
-        try:
-            yield session
-        finally:
-            session.vision.close()  # else the interpreter would finish decoding before it ends
-        session.log.close()
+    with watch_world() as watchdog, ExitStack() as stack:
+        yield _build_session(cfg, temperature, backend, mesh, watchdog, stop, stack)
     parallel.shut_down()
 
 
 def _build_session(
-    cfg: RunConfig, temperature: float, backend: Backend, mesh: ParallelMesh, watchdog: Watchdog, stop: StopFlag
+    cfg: RunConfig,
+    temperature: float,
+    backend: Backend,
+    mesh: ParallelMesh,
+    watchdog: Watchdog,
+    stop: StopFlag,
+    stack: ExitStack,
 ) -> Session:
+    """What must be closed at the end goes onto `stack`."""
     torch.manual_seed(cfg.seed)
     provider = open_model(cfg)
     tower = open_tower(cfg, backend, provider)
@@ -126,23 +113,32 @@ def _build_session(
     decoder = open_decoder(cfg, backend)
     tokenizer = load_tokenizer(cfg.model.hf)
     builder = open_builder(cfg.data, tokenizer, provider, decoder)
-    vision = open_vision(cfg, tower, provider, decoder)
+    # Closed, or the interpreter would finish decoding before it ends.
+    encoder = stack.enter_context(closing(open_encoder(cfg, tower, provider, decoder)))
+    quarantine = Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction)
+    log = stack.enter_context(closing(_open_log(cfg, mesh)))
+    progress = Progress(
+        cfg.train.num_steps, enabled=mesh.rank == 0, on_phase=watchdog.set_phase, synchronize=backend.synchronize
+    )
+    plan = SavePlan(
+        every=cfg.checkpoint.every,
+        at_end=cfg.checkpoint.save_at_end,
+        best_metric=cfg.checkpoint.best_metric,
+        keep=cfg.checkpoint.keep,
+        resume=cfg.checkpoint.resume,
+    )
     return Session(
-        cfg=cfg,
         backend=backend,
         mesh=mesh,
         provider=provider,
         tokenizer=tokenizer,
-        builder=builder,
-        vision=vision,
-        ahead=PromptPrefetcher(builder, mesh, vision),
+        encoder=encoder,
+        prompts=PromptPrefetcher(builder, mesh, encoder, quarantine),
         policy=policy,
-        quarantine=Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction),
-        log=_open_log(cfg, mesh),
-        progress=Progress(
-            cfg.train.num_steps, enabled=mesh.rank == 0, on_phase=watchdog.set_phase, synchronize=backend.synchronize
+        quarantine=quarantine,
+        run_state=RunState(
+            Path(cfg.run_dir), cfg.train.num_steps, cfg.model.hf, policy, mesh, plan, log, progress, stop
         ),
-        stop=stop,
     )
 
 
@@ -181,7 +177,7 @@ def open_tower(cfg: RunConfig, backend: Backend, provider: ModelProvider) -> Med
     return tower
 
 
-def open_vision(
+def open_encoder(
     cfg: RunConfig, tower: MediaEncoder | None, provider: ModelProvider, decoder: VideoDecoder
 ) -> StepEncoder:
     """What encodes the media of a step, and what their embeddings are kept in."""
@@ -230,12 +226,6 @@ def freeze(model: LanguageModel | ChunkedStage, patterns: Sequence[str]) -> None
             param.requires_grad_(False)
 
 
-def frozen_in_engine(weights: WeightMap, patterns: Sequence[str]) -> frozenset[str]:
-    """Engine parameters all of whose trainer parameters are frozen: the same on every rank."""
-    trained = {e.engine for name, e in weights.entries.items() if not any(fnmatchcase(name, p) for p in patterns)}
-    return frozenset(e.engine for e in weights.entries.values()) - trained
-
-
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     define_torchvision_operators()
     from transformers import AutoTokenizer
@@ -255,64 +245,50 @@ def usable_rows(setting: str, media_root: str, field: str, quarantine: Quarantin
     return [rows for rows, _ in found]
 
 
-def open_loader(session: Session) -> RowLoader:
-    cfg = session.cfg
-    rows = usable_rows(cfg.data.train, cfg.data.media_root, "data.train", session.quarantine)
+def open_loader(cfg: RunConfig, quarantine: Quarantine) -> RowLoader:
+    rows = usable_rows(cfg.data.train, cfg.data.media_root, "data.train", quarantine)
     return RowLoader(rows, cfg.train.prompts_per_step, cfg.seed, cfg.data.shuffle, cfg.data.weights)
 
 
-def read_eval_rows(session: Session) -> list[Row]:
-    cfg = session.cfg.data
-    found = usable_rows(cfg.eval, cfg.media_root, "data.eval", session.quarantine) if cfg.eval else []
-    return [row for rows in found for row in rows]
+# ------------------------------------------------------------------------------------------------------------ learning
 
 
-def open_engine(session: Session) -> tuple[VllmEngine, Resharder]:
-    """A vLLM replica over this rank's rollout group, and the plan that fills it. Collective."""
-    from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
-    from megatron_rl.weight_sync.plan import Layouts, make_plan
-    from megatron_rl.weight_sync.resharder import Resharder
-    from megatron_rl.weight_sync.shape_check import check_fit
+def open_learner(cfg: RunConfig, session: Session) -> TokenLearner:
+    """Before a resume: the reference is the weights that the run starts from."""
+    algorithm, train = cfg.algorithm, cfg.train
+    packing = PackingSettings(
+        train.updates_per_step, train.max_tokens_per_microbatch, train.share_prefix, algorithm.loss_average
+    )
+    return TokenLearner(
+        session.policy,
+        Reference(session.policy) if algorithm.kl_coef else None,
+        session.encoder,
+        session.provider,
+        session.mesh,
+        packing,
+        Objective(ADVANTAGES[algorithm.advantage], build_loss(algorithm), cfg.rollout.truncated),
+        session.run_state.progress,
+    )
 
-    cfg, mesh, provider = session.cfg, session.mesh, session.provider
-    settings = EngineSettings(
-        model=provider.engine,
-        tensor=cfg.rollout.tensor,
-        max_model_len=cfg.max_model_len,
-        max_num_seqs=cfg.rollout.max_num_seqs,
-        kv_cache_bytes=int(cfg.rollout.kv_cache_gib * 2**30),
-        gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
-        enforce_eager=cfg.rollout.enforce_eager,
+
+def build_loss(algorithm: AlgorithmConfig) -> PolicyLoss:
+    """The loss of a recipe, corrected for the mismatch of trainer and engine if it says so."""
+    loss = LOSSES[algorithm.loss](algorithm)
+    if algorithm.correction == "none":
+        return loss
+    return CorrectedLoss(loss, CORRECTIONS[algorithm.correction](algorithm))
+
+
+def open_answers(cfg: RunConfig, session: Session, loader: RowLoader) -> AnswerSource:
+    tokenizer = session.tokenizer
+    return AnswerSource(
+        loader,
+        session.prompts,
+        session.encoder,
+        session.quarantine,
+        session.run_state.progress,
+        cfg.train.num_steps,
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        tokenizer.eos_token_id,
+        cfg.rollout.max_response_tokens,
     )
-    engine = VllmEngine(
-        settings,
-        session.backend,
-        provider.forbidden_tokens,
-        session.eos_token_ids,
-        provider.position_ids,
-        lambda ids: session.tokenizer.decode(ids, skip_special_tokens=True),
-    )
-    layouts = Layouts(
-        mesh.world,
-        mesh.tensor,
-        mesh.pipeline,
-        mesh.context,
-        mesh.rollout_tensor,
-        virtual=mesh.virtual,
-        expert=mesh.expert,
-    )
-    plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
-    source = {name: param.data for name, param in session.policy.language_model.named_weights().items()}
-    target = engine.parameters()
-    check_fit(
-        provider.weight_map,
-        mesh.here.tp,
-        mesh.tensor,
-        mesh.rollout_tp_rank,
-        mesh.rollout_tensor,
-        source,
-        target,
-        mesh.slot(is_expert=True),
-    )
-    frozen = frozen_in_engine(provider.weight_map, cfg.model.freeze)
-    return engine, Resharder(plan, mesh.rank, source, target, cfg.rollout.sync_buffer_mib * 2**20, frozen)

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reinforcement learning from a recipe: `scripts/launch.sh megatron_rl.train RECIPE.yaml key.path=value ...`.
 
-Composes the parts, runs the steps, leaves a summary. The algorithm itself is in megatron_rl/loop.py.
+Runs the steps and leaves a summary. The algorithm itself is in loop.py; session.py and rl_session.py build the parts.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from megatron_rl.config.command_line import run_job
-from megatron_rl.config.schema import AlgorithmConfig, RunConfig
+from megatron_rl.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from megatron_rl.evaluate import Evaluation
-    from megatron_rl.loop import Rollout
-    from megatron_rl.protocols import PolicyLoss
     from megatron_rl.run_state import RunState
-    from megatron_rl.session import Session
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,78 +25,41 @@ def main(argv: Sequence[str]) -> None:
 
 def run(cfg: RunConfig) -> None:
     """The whole job on this rank."""
-    from megatron_rl.session import open_session
+    from megatron_rl.loop import rl_step, sample_step
+    from megatron_rl.observe.step_metrics import media_metrics
+    from megatron_rl.rl_session import open_colocated, open_evaluation, open_source
+    from megatron_rl.session import open_learner, open_loader, open_session
 
-    with open_session(cfg, cfg.rollout.temperature) as session:
-        run_session(session)
-
-
-def run_session(session: Session) -> None:
-    from megatron_rl.evaluate import Evaluation
-    from megatron_rl.loop import replay_step, rl_step
-    from megatron_rl.rollout.store import RolloutStore
-    from megatron_rl.run_state import RunState
-    from megatron_rl.session import open_loader, read_eval_rows
-    from megatron_rl.training.policy import Reference
-
-    cfg = session.cfg
-    loss = build_loss(cfg.algorithm)
-    reference = Reference(session.policy) if cfg.algorithm.kl_coef else None  # before a resume: the starting weights
-    folder = cfg.rollout.replay_from or cfg.rollout.save_to
-    store = RolloutStore(folder, writes=session.mesh.rank == 0) if folder else None
-    replaying = bool(cfg.rollout.replay_from)
-    rollout = None if replaying else build_rollout(session)
-    loader = None if replaying else open_loader(session)
-    run_state = RunState(session, loader)
-    evaluation = Evaluation(session, rollout, read_eval_rows(session))
-    start = run_state.resume()
-    if start == 0:
-        run_state.pending |= evaluation.at_start()
-    for step in range(start, cfg.train.num_steps):
-        if replaying:
-            metrics = replay_step(session, loss, reference, store, step)
-        else:
-            metrics = rl_step(session, rollout, loader, loss, reference, store, step)
-        metrics |= evaluation.after_step(step)
-        run_state.end_step(step, metrics, note=f"reward {metrics.get('critic/score/mean', float('nan')):.3f}")
-        if run_state.stopped:
-            break
-    else:
-        finish(run_state, evaluation)
-    if rollout is not None:
-        rollout.engine.close()
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(cfg, cfg.rollout.temperature))
+        run_state, learner = session.run_state, open_learner(cfg, session)
+        loader = colocated = None
+        if not cfg.rollout.replay_from:
+            colocated = stack.enter_context(open_colocated(cfg, session, learner))
+            loader = open_loader(cfg, session.quarantine)
+        source = open_source(cfg, session, colocated, loader)
+        evaluation = open_evaluation(cfg, session, colocated)
+        start = run_state.resume(loader)
+        if start == 0:
+            run_state.pending |= evaluation.at_start()
+        for step in range(start, cfg.train.num_steps):
+            if cfg.rollout.only:
+                _, metrics = sample_step(source, session.quarantine, step)
+            else:
+                metrics = rl_step(source, learner, session.quarantine, step)
+            metrics |= media_metrics(session.encoder.take_counts()) | evaluation.after_step(step)
+            run_state.end_step(step, metrics, note=f"reward {metrics.get('critic/score/mean', float('nan')):.3f}")
+            if run_state.stopped:
+                return
+        finish(cfg, run_state, evaluation)
 
 
-def build_loss(algorithm: AlgorithmConfig) -> PolicyLoss:
-    from megatron_rl.algorithms.losses import LOSSES
-
-    return LOSSES[algorithm.loss](
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        clip_dual=algorithm.clip_dual,
-        kl_coef=algorithm.kl_coef,
-        kl_kind=algorithm.kl_kind,
-    )
-
-
-def build_rollout(session: Session) -> Rollout:
-    from megatron_rl.loop import Rollout
-    from megatron_rl.rewards.registry import load_reward
-    from megatron_rl.session import open_engine
-
-    reward = load_reward(session.cfg.reward.name, session.cfg.reward.format_weight)
-    with session.policy.offloaded():  # the engine measures what memory is left for it
-        engine, resharder = open_engine(session)
-    return Rollout(engine, resharder, reward)
-
-
-def finish(run_state: RunState, evaluation: Evaluation) -> None:
+def finish(cfg: RunConfig, run_state: RunState, evaluation: Evaluation) -> None:
     """Export, then summary.json, the curves and a few sample answers."""
     from megatron_rl.evaluate import sample_rollouts
     from megatron_rl.run_state import first, highest, last
 
-    cfg = run_state.session.cfg
-    hf_export = run_state.export_hf()
+    hf_export = run_state.export_hf() if cfg.checkpoint.export_hf else ""
     summary = {
         "start_accuracy": first(cfg.run_dir, "eval/start_accuracy"),
         "heldout_accuracy": last(cfg.run_dir, "eval/accuracy"),

@@ -295,18 +295,45 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """The groups of one step: all that were sampled, and those to learn from. `sync` tells of the weight sync before
+    them, None where the engine held the newest weights or there was no engine."""
+
+    sampled: tuple[Group, ...]
+    kept: tuple[Group, ...]
+    sync: SyncReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSample:
-    """One sequence to learn from, with one advantage for all its tokens; `weight` scales its loss."""
+    """One sequence to learn from. `place` = (group, response) in the global batch, by which its advantages are found;
+    `weight` scales its loss."""
 
     prompt: Prompt
     response_ids: tuple[int, ...]
-    advantage: float
     rollout_logprobs: tuple[float, ...]
+    place: tuple[int, int] = (0, 0)
     weight: float = 1.0
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt.token_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantageInputs:
+    """All responses of the global batch, on every rank: `rewards[p][i]` is that of response i to prompt p,
+    `num_tokens[p][i]` its length. Responses that are left out of the loss are in it: they belong to the baseline."""
+
+    rewards: tuple[tuple[float, ...], ...]
+    num_tokens: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Advantages:
+    """`tokens[p][i]`: fp32 [num_tokens of response i to prompt p]."""
+
+    tokens: tuple[tuple[Tensor, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +355,15 @@ class LossOutput:
 
     loss_sum: Tensor
     metrics: dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Corrected:
+    """What a correction for the mismatch of trainer and engine says of each response token, fp32 [R] and bool [R]:
+    the factor of its loss, and whether it stays in the loss at all."""
+
+    weight: Tensor
+    keep: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 
 Keys and values still come from all rows; queries, output projection, feed-forward network and final norm belong to the
 K predicting rows alone. Nothing else reads what the layer would make of a prompt, so results and gradients stay the
-same, and of a model with few layers or a long prompt a good part of the work goes.
+same, and with few layers or a long prompt much of the work is saved.
 
 Shapes: T rows of this rank, T/tp of them here under sequence parallelism, H hidden size.
 """
@@ -41,8 +41,8 @@ class LastLayer(Layer):
 
 
 def pick_rows(hidden: Tensor, rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`rows` [K] of the rows [T, 1, H] that the ranks of `group` share out between them: [K'/tp, 1, H], shared out
-    anew."""
+    """`rows` int64 [K] of the T rows of which each rank of `group` holds `hidden` [T/tp, 1, H]: [K'/tp, 1, H], divided
+    again. None: one rank holds all."""
     size = group.size() if group is not None else 1
     padding = padded_count(len(rows), size) - len(rows)
     if group is None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron-core's transformer layer whose feed-forward part never stands in memory for more than some rows at a time.
+"""Megatron-core's transformer layer with media features, and with its feed-forward part computed some rows at a time.
 
-In a long sequence the feed-forward network's inner rows, several times wider than the residual stream, are the most
-that a rank holds at once. No row needs another there, so norm, network and residual are computed FEED_FORWARD_ROWS rows
-at a time: without gradients, and with them where the recipe recomputes. Then a layer keeps its rows before the norm,
-and the backward computes each part again, followed at once by its gradients. Experts are left to Megatron-core, for
-ranks that exchange tokens need not have equally many.
+In a long sequence the inner rows of the feed-forward network, several times wider than the residual stream, are the
+most that a rank holds at once. No row needs another there, so norm, network and residual are computed FEED_FORWARD_ROWS
+rows at a time: without gradients, and with them where the recipe recomputes. Then a layer keeps its rows before the
+norm, and the backward computes each part again, followed at once by its gradients. Experts are left to Megatron-core,
+for ranks that exchange tokens need not have equally many.
 
 Shapes: T rows here (under sequence parallelism this rank's share), H hidden size.
 """
@@ -16,15 +16,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.random import is_checkpointing
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+
+from model_providers.deepstack import add_features
 
 FEED_FORWARD_ROWS = 8192
 """Of a context parallel rank. Products over so many keep a GPU busy; adding up weight gradients costs a few percent."""
 
 
+def first_row(hidden: Tensor, group: dist.ProcessGroup, config: TransformerConfig) -> int:
+    """Which of the T rows the first one of `hidden` [T/tp, 1, H] is. `group`: the tensor parallel ranks."""
+    return group.rank() * hidden.shape[0] if config.sequence_parallel else 0
+
+
 class Layer(TransformerLayer):
+    def forward(self, *args: Any, **inputs: Any) -> tuple[Tensor, Tensor | None]:
+        """Megatron-core's, and the media features of this layer."""
+        hidden, context = super().forward(*args, **inputs)
+        first = first_row(hidden, self.pg_collection.tp, self.config)
+        return add_features(hidden, inputs["packed_seq_params"], first, self.layer_number), context
+
     def _forward_mlp(self, hidden_states: Tensor, inference_context: None = None, padding_mask: None = None) -> Tensor:
         if self.is_moe_layer:
             return super()._forward_mlp(hidden_states, inference_context, padding_mask)
@@ -69,7 +84,7 @@ class RecomputedRows(torch.autograd.Function):
         return torch.full_like(x, torch.nan) if without_values else by_rows(function, x, num_rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         [x] = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         parts = (tensor.split(ctx.num_rows) for tensor in (x, grad, grad_x))

@@ -47,7 +47,9 @@ class FamilyProvider:
     def __init__(self, folder: Path, config: Config, family: Family, bounds: PixelBounds):
         self.folder, self.family, self._config = folder, family, config
         self.shape, self.weight_map = shape_and_weights(config, folder)
-        self.engine = replace(family.engine, folder=str(folder / family.engine.folder))
+        self.engine = replace(
+            family.engine, folder=str(folder / family.engine.folder), deepstack_levels=self.shape.deepstack_levels
+        )
         self.specs = MediaSpecs()
         if family.specs:
             specs_of: SpecsOf = imported(family.specs)

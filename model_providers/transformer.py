@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoder-only language models on Megatron-core's GPTModel, shared by every family.
 
-`LanguageModel` adds the two hooks that stock GPTModel lacks: video embeddings merged into this rank's slice of the
-sequence, and log-probabilities of response tokens only, computed in recomputed chunks so that peak memory does not grow
-with prompt length through the vocabulary.
+`LanguageModel` adds what GPTModel lacks: rotary angles of our own, embeddings of media in this rank's slice of the
+sequence, and log-probabilities of response tokens only, computed in chunks that are recomputed in the backward, so that
+peak memory does not grow with prompt length times vocabulary.
+
+Shapes: T rows of this rank, H hidden size, n rows of media, R response tokens.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core import tensor_parallel
@@ -29,13 +31,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from megatron_rl.errors import raise_all
 from megatron_rl.runtime.device import Backend
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.types import FORBIDDEN_BIAS
 from model_providers.attention.core import BatchLayout, core_attention
+from model_providers.deepstack import place_embeddings
 from model_providers.last_layer import LastLayer
-from model_providers.layer import Layer
-from model_providers.shape import TransformerShape
+from model_providers.layer import Layer, first_row
+from model_providers.rotary import Rotary, set_attention_factor
+from model_providers.shape import TransformerShape, deepstack_problems
 from model_providers.weight_map import canonical_name, padded_vocab
 
 LOGIT_CHUNK = 1024  # response tokens whose logits exist at a time
@@ -118,7 +123,6 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
-        mrope_section=list(shape.mrope_section),
         recompute_granularity=None if recompute == "none" else recompute,
         # Megatron-core's own choice is core attention, from which a flash kernel keeps next to nothing. A feed-forward
         # network without experts is recomputed by our layer.
@@ -164,9 +168,8 @@ def _last_layer(layer: ModuleSpec, backend: Backend) -> ModuleSpec:
 class LanguageModel(GPTModel):
     """GPTModel whose forward takes a BatchLayout and, on the last stage, returns log-probabilities [R] in fp32.
 
-    The layout rides in `packed_seq_params`; position ids are this rank's own, [3, 1, T], and Megatron-core's slicing of
-    rotary embeddings is off, so that a response can continue at any position.
-    `chunk` numbers the parts of a stage under virtual pipeline parallelism.
+    The layout travels as `packed_seq_params`; position ids are this rank's own, [3, 1, T], so that a response can
+    continue at any position. `chunk` numbers the parts of a stage under virtual pipeline parallelism.
     """
 
     def __init__(
@@ -186,11 +189,11 @@ class LanguageModel(GPTModel):
             pre_process=mesh.is_first_stage and chunk in (None, 0),
             post_process=mesh.is_last_stage and chunk in (None, mesh.virtual - 1),
             share_embeddings_and_output_weights=shape.tied_embeddings,
-            position_embedding_type="mrope",
-            rotary_base=int(shape.rope_theta),
+            position_embedding_type="none",  # the angles are ours
             vp_stage=chunk,
         )
-        self.rotary_pos_emb.cp_group = None
+        self.rotary = Rotary(shape.rope)
+        self.row_width = shape.hidden_size * (1 + shape.deepstack_levels)
         self.tokens = tokens
         self.real_vocab_size = shape.vocab_size
         self._first_expert = mesh.expert_rank * (shape.num_experts // mesh.expert)
@@ -198,20 +201,20 @@ class LanguageModel(GPTModel):
             # _postprocess gathers the rows itself, before it repeats those that predict several tokens.
             self.output_layer.sequence_parallel = False
 
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
-        layout = kwargs["packed_seq_params"]
-        if self.pre_process:
-            kwargs["decoder_input"] = self._embed(input_ids, position_ids, layout)
-        return super()._preprocess(input_ids=input_ids, position_ids=position_ids, **kwargs)
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: BatchLayout, **inputs: Any
+    ) -> tuple[Any, ...]:
+        """Megatron-core's (decoder input, rotary angles, ...), both of them ours."""
+        inputs["decoder_input"] = self._embed(input_ids, position_ids, packed_seq_params) if self.pre_process else None
+        made = super()._preprocess(input_ids, position_ids, packed_seq_params=packed_seq_params, **inputs)
+        return made[0], self.rotary(position_ids), *made[2:]
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor, layout: BatchLayout) -> Tensor:
-        """Token embeddings [T/tp, 1, H] with the video rows of this rank's slice overwritten."""
+        """Token embeddings [T/tp, 1, H] with the media rows of this rank's slice overwritten."""
         hidden = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        if layout.video_rows is not None:
-            first = self.pg_collection.tp.rank() * hidden.shape[0] if self.config.sequence_parallel else 0
-            mine = (layout.video_rows >= first) & (layout.video_rows < first + hidden.shape[0])
-            rows = (layout.video_rows[mine] - first)[:, None, None].expand(-1, 1, hidden.shape[2])
-            hidden = hidden.scatter(0, rows, layout.video_embeds[mine].unsqueeze(1).to(hidden.dtype))
+        assert layout.media_embeds is None or layout.media_embeds.shape[1] == self.row_width
+        first = first_row(hidden, self.pg_collection.tp, self.config)
+        hidden = place_embeddings(hidden, layout, first, recomputed=self.config.recompute_granularity == "full")
         # Full recomputation differentiates only through inputs that need a gradient; with a frozen embedding nothing
         # upstream asks for one, and the layers would silently not be trained.
         return hidden if hidden.requires_grad or not torch.is_grad_enabled() else hidden.requires_grad_()
@@ -252,14 +255,18 @@ class ChunkedStage(torch.nn.ModuleList):
     """The chunks of one pipeline stage under virtual pipeline parallelism, in the order in which data passes them."""
 
     @property
+    def chunks(self) -> list[LanguageModel]:
+        return cast(list[LanguageModel], list(self))
+
+    @property
     def config(self) -> TransformerConfig:
-        return self[0].config
+        return self.chunks[0].config
 
     def named_weights(self) -> dict[str, torch.nn.Parameter]:
-        return {name: param for chunk in self for name, param in chunk.named_weights().items()}
+        return {name: param for chunk in self.chunks for name, param in chunk.named_weights().items()}
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        return {str(index): chunk.sharded_state_dict() for index, chunk in enumerate(self)}
+        return {str(index): chunk.sharded_state_dict() for index, chunk in enumerate(self.chunks)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # type: ignore[override]
         for index, chunk in enumerate(self):
@@ -270,8 +277,10 @@ def build_language_model(
     shape: TransformerShape, backend: Backend, mesh: ParallelMesh, tokens: TokenPolicy, recompute: str = "none"
 ) -> LanguageModel | ChunkedStage:
     """This rank's stage, uninitialised, on its device."""
+    raise_all(deepstack_problems(shape, mesh.pipeline, mesh.virtual), "model")
     with backend.mcore_scope():
         config = transformer_config(shape, backend, mesh, recompute)
+        set_attention_factor(config, shape.rope)
         chunks = [LanguageModel(config, shape, backend, mesh, tokens, chunk) for chunk in mesh.chunks]
         model = chunks[0] if len(chunks) == 1 else ChunkedStage(chunks)
         if backend.fused_kernels:
@@ -280,6 +289,6 @@ def build_language_model(
             if ".mlp.experts." in name:
                 # Megatron-core 0.16 says so only with several expert parallel ranks; without it the gradients of
                 # whole experts on several tensor parallel ranks, each with its own tokens, are never summed.
-                param.allreduce = False  # type: ignore[attr-defined]
+                param.allreduce = False  # type: ignore[union-attr]
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
     return model

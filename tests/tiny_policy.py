@@ -19,9 +19,9 @@ from megatron_rl.protocols import ModelProvider
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
 from megatron_rl.runtime.parallel import ParallelMesh
-from megatron_rl.training.batch import pack
+from megatron_rl.training.batch import ScoredBatch, pack
 from megatron_rl.training.microbatch import MicroBatch
-from megatron_rl.training.policy import Hyperparameters, Policy, ScoredBatch
+from megatron_rl.training.policy import Hyperparameters, Policy
 from megatron_rl.types import MediaItem, Prompt, Row, TrainSample
 from model_providers.provider import open_provider
 
@@ -59,7 +59,6 @@ def sample(
     return TrainSample(
         prompt=Prompt(seed, Row(f"made:{seed}", "", ""), tuple(tokens), tuple(videos), tuple(spans)),
         response_ids=tuple(rng.randrange(256) for _ in range(num_response)),
-        advantage=rng.uniform(-1.0, 1.0),
         rollout_logprobs=tuple(rng.uniform(-6.5, -5.0) for _ in range(num_response)),
         weight=rng.uniform(0.5, 1.5),
     )
@@ -106,7 +105,7 @@ class Trainer:
     policy: Policy
 
     def pack(self, samples: Sequence[TrainSample], max_tokens: int = 4096) -> list[MicroBatch]:
-        return pack([[s] for s in samples], 1, max_tokens, self.provider, self.mesh)[0]
+        return pack([[s] for s in samples], 1, max_tokens, self.provider, self.mesh)[0].batches
 
 
 def join(
@@ -136,12 +135,19 @@ def open_trainer(
 
 
 def unscored(batches: Sequence[MicroBatch]) -> list[ScoredBatch]:
-    return [ScoredBatch(batch, None, None) for batch in batches]
+    return [ScoredBatch(batch) for batch in batches]
 
 
 def off_policy(batches: Sequence[MicroBatch]) -> list[ScoredBatch]:
-    """Old and reference log-probabilities that depend on nothing but the sample."""
-    return [ScoredBatch(b, b.rollout_logprobs, b.rollout_logprobs - 0.3) for b in batches]
+    """Old and reference log-probabilities and advantages that depend on nothing but the sample and the token."""
+    return [
+        ScoredBatch(b, b.rollout_logprobs, b.rollout_logprobs - 0.3, advantages_of(b.rollout_logprobs)) for b in batches
+    ]
+
+
+def advantages_of(rollout_logprobs: Tensor) -> Tensor:
+    """From -0.75 to 0.75 for the log-probabilities that `sample` makes up."""
+    return rollout_logprobs + 5.75
 
 
 def snapshot(policy: Policy) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ as (numerator, denominator), so that they add up over micro-batches and ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from megatron_rl.algorithms.kl import KlKind, kl
 from megatron_rl.types import LossInputs, LossOutput
 
 if TYPE_CHECKING:
+    from megatron_rl.config.schema import AlgorithmConfig
     from megatron_rl.protocols import PolicyLoss
 
 _LARGEST_LOG_RATIO = 20.0
@@ -73,7 +75,12 @@ class NllLoss:
         return LossOutput((token_loss * inputs.weights).sum(), _sums({"sft/nll": token_loss}, inputs.weights))
 
 
-LOSSES: dict[str, type[PolicyLoss]] = {"ppo_clip": PpoClip}
+def _ppo_clip(settings: AlgorithmConfig) -> PolicyLoss:
+    return PpoClip(settings.clip_low, settings.clip_high, settings.clip_dual, settings.kl_coef, settings.kl_kind)
+
+
+LOSSES: dict[str, Callable[[AlgorithmConfig], PolicyLoss]] = {"ppo_clip": _ppo_clip}
+"""By `algorithm.loss`. Each reads its own settings."""
 
 
 def _rollout_gap(inputs: LossInputs) -> dict[str, Tensor]:

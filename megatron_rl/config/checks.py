@@ -46,7 +46,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
     (
         "above 0",
         lambda value: value > 0,
-        "rollout.temperature data.cache_gib algorithm.clip_high train.optimizer.eps train.optimizer.max_grad_norm",
+        "rollout.temperature data.cache_gib algorithm.correction_cap "
+        "algorithm.clip_high train.optimizer.eps train.optimizer.max_grad_norm",
     ),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "rollout.gpu_memory_utilization"),
     ("between 0 and 1, both excluded", lambda value: 0 < value < 1, "algorithm.clip_low"),

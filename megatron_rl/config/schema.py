@@ -148,6 +148,10 @@ class AlgorithmConfig:
     """Weight of the KL to the reference in the loss; 0 = no reference is kept."""
     kl_kind: Literal["k1", "abs", "k2", "k3"] = "k3"
     """Estimator of the KL (Schulman 2020)."""
+    correction: Literal["none", "tis"] = "none"
+    """For the mismatch of trainer and engine: tis = truncated importance sampling of each token."""
+    correction_cap: float = 2.0
+    """Largest factor that the correction gives a token."""
     filter_groups: bool = False
     """DAPO's dynamic sampling: drop groups whose mean reward is outside (filter_low, filter_high)."""
     filter_low: float = 0.01

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from data.rows.prompts import PromptBuilder
 from megatron_rl.errors import BadSample
+from megatron_rl.observe.quarantine import Quarantine
 from megatron_rl.protocols import StepEncoder
 from megatron_rl.runtime.parallel import ParallelMesh, gather_lists
 from megatron_rl.types import BadRow, Prompt, Row
@@ -16,17 +17,17 @@ Built = tuple[list[Prompt], list[BadRow]]
 
 
 class PromptPrefetcher:
-    """Holds at most one batch. Every method is collective."""
+    """Rows -> prompts whose media are encoded; holds at most one batch made ready. Every method is collective."""
 
-    def __init__(self, builder: PromptBuilder, mesh: ParallelMesh, vision: StepEncoder):
-        self._builder, self._mesh, self._vision = builder, mesh, vision
+    def __init__(self, builder: PromptBuilder, mesh: ParallelMesh, encoder: StepEncoder, quarantine: Quarantine):
+        self._builder, self._mesh, self._encoder, self._quarantine = builder, mesh, encoder, quarantine
         self._pairs: list[tuple[int, Row]] = []
         self._built: Built = ([], [])
 
     def prepare(self, pairs: Pairs) -> None:
         """Build the prompts of a batch to come and begin to decode this rank's share of its frames."""
         self._pairs, self._built = list(pairs), build_prompts(pairs, self._builder, self._mesh)
-        self._vision.prefetch([item for prompt in self._built[0] for item in prompt.media])
+        self._encoder.prefetch([item for prompt in self._built[0] for item in prompt.media])
 
     def take(self, pairs: Pairs) -> Built:
         """The prompts of a batch, prepared or not."""
@@ -34,6 +35,14 @@ class PromptPrefetcher:
             return build_prompts(pairs, self._builder, self._mesh)
         self._pairs = []
         return self._built
+
+    def encoded(self, pairs: Pairs, where: str, encoder: StepEncoder | None = None) -> list[Prompt]:
+        """Prompts whose media are encoded, by `encoder` if another one is given. Rows that cannot be used are set aside
+        and counted; `where` names the batch in messages."""
+        prompts, bad_rows = self.take(pairs)
+        prompts, bad_media = encode_media(prompts, self._encoder if encoder is None else encoder)
+        self._quarantine.add([*bad_rows, *bad_media], len(pairs), where)
+        return prompts
 
 
 def build_prompts(
@@ -51,9 +60,9 @@ def build_prompts(
     return [p for p in built if isinstance(p, Prompt)], [b for b in built if isinstance(b, BadRow)]
 
 
-def encode_videos(prompts: Sequence[Prompt], vision: StepEncoder) -> tuple[list[Prompt], list[BadRow]]:
-    """Encode every video of the batch; prompts whose video turned out faulty come back as bad rows. Collective."""
-    failed = vision.encode([item for prompt in prompts for item in prompt.media])
+def encode_media(prompts: Sequence[Prompt], encoder: StepEncoder) -> tuple[list[Prompt], list[BadRow]]:
+    """Encode every medium of the batch; prompts with one that turned out faulty come back as bad rows. Collective."""
+    failed = encoder.encode([item for prompt in prompts for item in prompt.media])
     good, bad = [], []
     for prompt in prompts:
         reasons = [f"{item.path}: {failed[item.key]}" for item in prompt.media if item.key in failed]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from megatron_rl.runtime.parallel import reduce_max
-from megatron_rl.types import Group, LossInputs, LossOutput, SyncReport
+from megatron_rl.types import LossInputs, LossOutput, RolloutBatch, SyncReport
 
 if TYPE_CHECKING:
     from megatron_rl.media.encoder import EncoderCounts
@@ -56,26 +56,25 @@ class MismatchMetric:
         return {"rollout/logprob_gap_max": reduce_max(self._largest)}
 
 
-def rollout_metrics(
-    groups: Sequence[Group], kept: Sequence[Group], quarantined: Mapping[str, float]
-) -> dict[str, float]:
-    """Rewards, lengths, truncation and informativeness of all sampled groups; `kept` are those to learn from."""
+def rollout_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """Rewards, lengths, truncation and informativeness of all sampled groups, and the weight sync before them. A part
+    of the reward is averaged over the responses that have it. Collective."""
+    groups, synced = batch.sampled, sync_metrics(batch.sync)
     scored = [s for group in groups for s in group.scored]
     if not scored:
-        return {"rollout/num_groups": 0.0, **quarantined}
+        return {"rollout/num_groups": 0.0, **synced}
     metrics = {
         **_spread("critic/score", [s.reward for s in scored]),
         **_spread("response_length", [float(len(s.completion.token_ids)) for s in scored]),
         **_spread("prompt_length", [float(len(g.prompt.token_ids)) for g in groups]),
         "response_length/clip_ratio": statistics.fmean(float(s.completion.truncated) for s in scored),
         "rollout/num_groups": float(len(groups)),
-        "rollout/dropped_groups": float(len(groups) - len(kept)),
+        "rollout/dropped_groups": float(len(groups) - len(batch.kept)),
         "rollout/zero_variance_groups": statistics.fmean(float(len({s.reward for s in g.scored}) == 1) for g in groups),
-        **quarantined,
     }
-    for name in scored[0].parts:
-        metrics[f"reward/{name}"] = statistics.fmean(s.parts[name] for s in scored)
-    return metrics
+    for name in dict.fromkeys(name for s in scored for name in s.parts):
+        metrics[f"reward/{name}"] = statistics.fmean(s.parts[name] for s in scored if name in s.parts)
+    return metrics | synced
 
 
 def sync_metrics(report: SyncReport | None) -> dict[str, float]:
@@ -95,7 +94,7 @@ def sync_metrics(report: SyncReport | None) -> dict[str, float]:
     }
 
 
-def vision_metrics(counts: EncoderCounts, prefix: str = "vision") -> dict[str, float]:
+def media_metrics(counts: EncoderCounts, prefix: str = "vision") -> dict[str, float]:
     """What all ranks together encoded, read from the cache and received; `vision/max_encoded_patches` is the most that
     one rank encoded. Collective."""
     everyone: list[EncoderCounts] = [counts] * dist.get_world_size()

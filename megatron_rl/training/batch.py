@@ -1,39 +1,93 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scored groups -> train samples with advantages -> packed micro-batches of this rank."""
+"""Scored groups -> train samples -> packed micro-batches of this rank, by optimizer update."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_rl.protocols import AdvantageEstimator, ModelProvider
+import torch
+from torch import Tensor
+
+from megatron_rl.protocols import ModelProvider
 from megatron_rl.runtime.parallel import ParallelMesh
-from megatron_rl.training.context_advice import warn_once
 from megatron_rl.training.microbatch import MicroBatch, RankSlice, build_microbatch
 from megatron_rl.training.packing import attention_weight, make_bundles, plan_packing
-from megatron_rl.types import Group, TrainSample
+from megatron_rl.types import AdvantageInputs, Advantages, Group, MediaEmbeds, TrainSample
+
+NO_EMBEDS = MediaEmbeds({}, {}, 0)
 
 
-def make_samples(
-    groups: Sequence[Group],
-    estimate: AdvantageEstimator,
-    truncated: str,
-) -> list[list[TrainSample]]:
-    """One list of samples per group. `truncated`="mask" leaves truncated responses out of the loss (not of the
-    baseline)."""
-    result = []
-    for group in groups:
-        prompt, scored = group.prompt, group.scored
-        advantages = estimate([s.reward for s in scored])
-        result.append(
-            [
-                TrainSample(prompt, s.completion.token_ids, advantage, s.completion.logprobs)
-                for s, advantage in zip(scored, advantages, strict=True)
-                if not (truncated == "mask" and s.completion.truncated)
-            ]
-        )
-    return result
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """A micro-batch with what is known of its response tokens before the update, all fp32 [R].
+
+    Log-probabilities exist on the last pipeline stage only. `old_logprobs` None: those that the update itself computes.
+    `advantages` None: the loss has no use for them.
+    """
+
+    batch: MicroBatch
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    advantages: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one optimizer update learns from: the samples of all ranks, this rank's micro-batches of them, and the
+    embeddings of the media tokens that stand in these."""
+
+    samples: tuple[TrainSample, ...]
+    scored: tuple[ScoredBatch, ...]
+    embeds: MediaEmbeds = field(default=NO_EMBEDS)
+
+    @property
+    def batches(self) -> list[MicroBatch]:
+        return [scored.batch for scored in self.scored]
+
+    def with_batches(self, batches: Iterable[MicroBatch]) -> Update:
+        pairs = zip(self.scored, batches, strict=True)
+        return replace(self, scored=tuple(replace(scored, batch=batch) for scored, batch in pairs))
+
+    def with_old(self, logprobs: Iterable[Tensor | None]) -> Update:
+        pairs = zip(self.scored, logprobs, strict=True)
+        return replace(self, scored=tuple(replace(scored, old_logprobs=values) for scored, values in pairs))
+
+    def with_reference(self, logprobs: Iterable[Tensor | None]) -> Update:
+        pairs = zip(self.scored, logprobs, strict=True)
+        return replace(self, scored=tuple(replace(scored, ref_logprobs=values) for scored, values in pairs))
+
+    def with_advantages(self, advantages: Advantages) -> Update:
+        """Each micro-batch gets those of its own response tokens."""
+        pairs = ((scored, _advantages_of(scored.batch, self.samples, advantages)) for scored in self.scored)
+        return replace(self, scored=tuple(replace(scored, advantages=values) for scored, values in pairs))
+
+
+def _advantages_of(batch: MicroBatch, samples: Sequence[TrainSample], advantages: Advantages) -> Tensor:
+    places = (samples[index].place for index in batch.samples)
+    whole = torch.cat([torch.zeros(0), *(advantages.tokens[group][response] for group, response in places)])
+    return whole[batch.response_index]
+
+
+def make_samples(groups: Sequence[Group], truncated: str) -> list[list[TrainSample]]:
+    """One list of samples per group. `truncated`="mask" leaves truncated responses out of the loss."""
+    return [
+        [
+            TrainSample(group.prompt, s.completion.token_ids, s.completion.logprobs, place=(number, index))
+            for index, s in enumerate(group.scored)
+            if not (truncated == "mask" and s.completion.truncated)
+        ]
+        for number, group in enumerate(groups)
+    ]
+
+
+def advantage_inputs(groups: Sequence[Group]) -> AdvantageInputs:
+    """Of all responses: those that `make_samples` leaves out too."""
+    return AdvantageInputs(
+        rewards=tuple(tuple(s.reward for s in group.scored) for group in groups),
+        num_tokens=tuple(tuple(len(s.completion.token_ids) for s in group.scored) for group in groups),
+    )
 
 
 def weigh(samples: list[TrainSample], loss_average: str) -> list[TrainSample]:
@@ -52,36 +106,39 @@ def pack(
     mesh: ParallelMesh,
     loss_average: str = "token",
     share_prefix: bool = True,
-) -> list[list[MicroBatch]]:
-    """This rank's micro-batches, one list per optimizer update; the same number on every data parallel rank.
+) -> list[Update]:
+    """This rank's micro-batches of every optimizer update; their number is the same on every data parallel rank.
 
     With `share_prefix` the prompt of a group is stored and computed once for all its responses. An update for which no
     sample is left is not made: it would only apply momentum and weight decay.
     """
-    hidden_size = provider.shape.hidden_size
-    cut = RankSlice(
-        rank=mesh.here.cp,
-        num_ranks=mesh.context,
-        pad_multiple=mesh.tensor,
-        slice_rank=mesh.here.tp,
-        num_slices=mesh.tensor,
-        attention_weight=attention_weight(hidden_size),
-        by_heads=mesh.context_comm == "a2a",
-    )
+    part = rank_slice(provider, mesh)
     updates = []
     for index in range(num_updates):
         samples = weigh([s for group in _share(groups, index, num_updates) for s in group], loss_average)
         if not samples:
             continue
-        bundles = make_bundles(samples, max_tokens, hidden_size, share_prefix)
+        bundles = make_bundles(samples, max_tokens, provider.shape.hidden_size, share_prefix)
         multiple = mesh.pipeline if mesh.virtual > 1 else 1
         plan = plan_packing(bundles, mesh.data, max_tokens, multiple)
-        if mesh.rank == 0:
-            warn_once(bundles, provider.shape, mesh.context, mesh.context_comm, mesh.data, max_tokens)
-        updates.append(
-            [build_microbatch(samples, members, cut, provider.position_ids) for members in plan.bins[mesh.here.dp]]
+        batches = (
+            build_microbatch(samples, members, part, provider.position_ids) for members in plan.bins[mesh.here.dp]
         )
+        updates.append(Update(tuple(samples), tuple(ScoredBatch(batch) for batch in batches)))
     return updates
+
+
+def rank_slice(provider: ModelProvider, mesh: ParallelMesh) -> RankSlice:
+    """Which rows of a micro-batch this rank holds."""
+    return RankSlice(
+        rank=mesh.here.cp,
+        num_ranks=mesh.context,
+        pad_multiple=mesh.tensor,
+        slice_rank=mesh.here.tp,
+        num_slices=mesh.tensor,
+        attention_weight=attention_weight(provider.shape.hidden_size),
+        by_heads=mesh.context_comm == "a2a",
+    )
 
 
 def _share(groups: Sequence[Any], index: int, num_shares: int) -> Sequence[Any]:

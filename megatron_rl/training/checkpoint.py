@@ -94,7 +94,7 @@ def load(folder: str | Path, policy: Policy, mesh: ParallelMesh) -> dict[str, An
     with policy.optimizer_at_hand():
         loaded = dist_checkpointing.load(_sharded_state(policy, is_loading=True), str(folder))
         policy.language_model.load_state_dict(loaded["model"])
-        if "tower" in loaded:
+        if "tower" in loaded and policy.tower is not None:
             load_tower_state(policy.tower, loaded["tower"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
     rng = Path(folder) / "rng" / f"rank_{mesh.rank}.safetensors"

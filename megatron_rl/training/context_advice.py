@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -59,18 +58,6 @@ def _received_bytes(bundles: Sequence[Bundle], shape: TransformerShape, context:
 
 class SmallerContext(UserWarning):
     """Fewer context parallel ranks are predicted to be faster."""
-
-
-_SAID: set[int] = set()  # sizes that have been warned of
-
-
-def warn_once(
-    bundles: Sequence[Bundle], shape: TransformerShape, context: int, comm: str, num_data: int, max_tokens: int
-) -> None:
-    """Give the advice for the first batch that calls for it; every batch would repeat it with other figures."""
-    if context not in _SAID and (text := advise(bundles, shape, context, comm, num_data, max_tokens)):
-        _SAID.add(context)
-        warnings.warn(text, SmallerContext, stacklevel=2)
 
 
 def advise(

@@ -60,7 +60,6 @@ class MicroBatch:
     predicting_rows: Tensor
     predictors: Tensor
     targets: Tensor
-    advantages: Tensor
     rollout_logprobs: Tensor
     weights: Tensor
     response_index: Tensor
@@ -85,7 +84,6 @@ class _Packed:
     predictors: list[int] = field(default_factory=list)
     """Packed position of the token that predicts each response token."""
     targets: list[int] = field(default_factory=list)
-    advantages: list[float] = field(default_factory=list)
     rollout_logprobs: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     media: list[tuple[MediaItem, Tensor]] = field(default_factory=list)
@@ -110,7 +108,6 @@ class _Packed:
         self.tokens.extend(sample.response_ids)
         self.predictors += [last_prompt_token, *range(first, first + count - 1)][:count]
         self.targets.extend(sample.response_ids)
-        self.advantages += [sample.advantage] * count
         self.rollout_logprobs.extend(sample.rollout_logprobs)
         self.weights += [sample.weight] * count
 
@@ -154,7 +151,6 @@ def build_microbatch(
         predicting_rows=predicting_rows,
         predictors=predictors,
         targets=torch.tensor(packed.targets, dtype=torch.int64)[mine],
-        advantages=torch.tensor(packed.advantages, dtype=torch.float32)[mine],
         rollout_logprobs=torch.tensor(packed.rollout_logprobs, dtype=torch.float32)[mine],
         weights=torch.tensor(packed.weights, dtype=torch.float32)[mine],
         response_index=mine,

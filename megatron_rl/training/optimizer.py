@@ -39,11 +39,10 @@ class GroupStepAdamW(torch.optim.Optimizer):
             group["step"] = group.get("step", 0) + 1
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                self._update(group, params)
+                self._update(group, params, [p.grad for p in params])
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         states = [self._state_of(p) for p in params]
-        grads = [p.grad for p in params]
         first = [s["exp_avg"] for s in states]
         second = [s["exp_avg_sq"] for s in states]
         beta1, beta2 = group["betas"]

@@ -60,7 +60,8 @@ def make_bundles(samples: Sequence[TrainSample], max_tokens: int, hidden_size: i
     """Neighbouring samples of one prompt, as many as fit into `max_tokens`; one sample each without sharing."""
     bundles = []
     for _, group in itertools.groupby(range(len(samples)), key=lambda i: samples[i].prompt.prompt_id):
-        prompt_length, members, num_tokens = 0, [], 0
+        prompt_length, num_tokens = 0, 0
+        members: list[int] = []
         for index in group:
             sample = samples[index]
             prompt_length, response = len(sample.prompt.token_ids), len(sample.response_ids)

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_rl.protocols import MediaEncoder, PolicyLoss
 from megatron_rl.runtime.device import Backend
 from megatron_rl.runtime.parallel import ParallelMesh
+from megatron_rl.training.batch import ScoredBatch
 from megatron_rl.training.microbatch import MicroBatch, gather_embeds
 from megatron_rl.training.optimizer import install_group_step_adamw
 from megatron_rl.training.tower import TowerTraining
@@ -48,15 +49,6 @@ class Hyperparameters:
 
     def lr_at(self, step: int) -> float:
         return self.lr * min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else self.lr
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredBatch:
-    """A micro-batch with what was computed before the update; log-probabilities exist on the last stage only."""
-
-    batch: MicroBatch
-    old_logprobs: Tensor | None
-    ref_logprobs: Tensor | None
 
 
 class Policy:
@@ -190,8 +182,8 @@ class Policy:
             targets=batch.targets.to(self.device),
         )
         if self.mesh.is_first_stage and batch.media:
-            layout.video_rows = batch.media_rows.to(self.device)
-            layout.video_embeds = gather_embeds(batch, embeds).to(self.device)
+            layout.media_rows = batch.media_rows.to(self.device)
+            layout.media_embeds = gather_embeds(batch, embeds).to(self.device)
         return layout
 
     @contextmanager
@@ -201,10 +193,12 @@ class Policy:
             for part in self._ddp_parts:
                 part.offload_grad_buffers()
             self.optimizer.offload_to_cpu()
-        yield
-        with self.backend.mcore_scope():
-            for part in self._ddp_parts:
-                part.restore_grad_buffers()
+        try:
+            yield
+        finally:
+            with self.backend.mcore_scope():
+                for part in self._ddp_parts:
+                    part.restore_grad_buffers()
 
     @contextmanager
     def optimizer_at_hand(self) -> Iterator[None]:
@@ -212,8 +206,10 @@ class Policy:
         checkpoints."""
         with self.backend.mcore_scope():
             self.optimizer.restore_from_cpu()  # what is there already stays
-            yield
-            self._offload_at_rest()
+            try:
+                yield
+            finally:
+                self._offload_at_rest()
 
     def _offload_at_rest(self) -> None:
         if self.hyper.offload:
@@ -283,12 +279,16 @@ def _loss(loss: PolicyLoss, batches: Sequence[ScoredBatch], index: int, logprobs
             old_logprobs=scored.old_logprobs if scored.old_logprobs is not None else logprobs.detach(),
             ref_logprobs=scored.ref_logprobs,
             rollout_logprobs=scored.batch.rollout_logprobs.to(device),
-            advantages=scored.batch.advantages.to(device),
+            advantages=_on_device(scored.advantages, device, like=logprobs),
             weights=scored.batch.weights.to(device),
         )
     )
     num_tokens = torch.tensor(scored.batch.num_response_tokens, dtype=torch.int, device=device)
     return output.loss_sum, num_tokens, output.metrics
+
+
+def _on_device(advantages: Tensor | None, device: torch.device, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if advantages is None else advantages.to(device)
 
 
 def _sum_metrics(outputs: Sequence[Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[float, float]]:

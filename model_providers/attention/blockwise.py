@@ -37,7 +37,7 @@ def add_rows(total: Tensor, intervals: Sequence[Interval], values: Tensor) -> No
 
 
 class Forward:
-    """Softmax attention in the making: `out` [T, A, D] over the keys seen so far, and their log-sum-exp `lse` [T, A].
+    """Softmax attention, block by block: `out` [T, A, D] over the keys seen so far, and their log-sum-exp `lse` [T, A].
 
     Padding rows attend to nothing: zeros.
     """
@@ -76,7 +76,7 @@ def merge_(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None
 
 
 class Backward:
-    """The gradient in the making: `dq` [T, A, D], and `dk`, `dv` [T, K, D] of this rank's own keys and values."""
+    """Its gradient, block by block: `dq` [T, A, D], and `dk`, `dv` [T, K, D] of this rank's own keys and values."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 """Megatron-core's `core_attention`, ours: packed segments, shared prefixes and context parallelism, all composing.
 
 The layout of a micro-batch travels as `packed_seq_params`, never as module state: recomputation and 1F1B interleave
-micro-batches. Shapes: T this rank's rows, A heads, G key/value heads, D head dimension, n video tokens here, R response
+micro-batches. Shapes: T this rank's rows, A heads, G key/value heads, D head dimension, n media tokens here, R response
 tokens predicted here by K rows. The batch dimension is 1.
 """
 
@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from model_providers.attention.blockwise import Backward, Forward
-from model_providers.attention.exchange import EXCHANGES, HeadsToTokens, TokensToHeads, heads_of_rank, take_home
+from model_providers.attention.exchange import EXCHANGES, HeadsToTokens, TokensToHeads, add_own_gradient, heads_of_rank
 from model_providers.attention.kernels import KERNELS, FlashKernel
 from model_providers.attention.segments import AttentionPlan
 
 
-@dataclass
+@dataclass(kw_only=True)
 class BatchLayout(PackedSeqParams):
     """What the model must know about this rank's part of a micro-batch beyond token ids and positions.
 
@@ -35,17 +35,28 @@ class BatchLayout(PackedSeqParams):
     predicting_rows [K]: those rows, ascending
     predictors [R]: which of them predicts each response token (the last token of a shared prompt predicts the first
         token of every response); targets [R]: those tokens
-    video_rows [n]: rows that hold video tokens; video_embeds [n, H]: what stands there (first stage only)
+    media_rows [n]: rows that hold media tokens; media_embeds [n, H * (1 + levels)]: what stands there, and the features
+        that the first layers add (deepstack.py). On the first stage only, and only where there are media
     """
 
     qkv_format: str = "sbhd"
-    attention: AttentionPlan | None = None
-    last_attention: AttentionPlan | None = None
-    predicting_rows: Tensor | None = None
-    predictors: Tensor | None = None
-    targets: Tensor | None = None
-    video_rows: Tensor | None = None
-    video_embeds: Tensor | None = None
+    attention: AttentionPlan
+    last_attention: AttentionPlan
+    predicting_rows: Tensor
+    predictors: Tensor
+    targets: Tensor
+    media_rows: Tensor | None = None
+    media_embeds: Tensor | None = None
+
+    def media_columns(self, part: int, first: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the rows from `first` on that `hidden` [T/tp, 1, H] holds: those of media, as an index for `scatter`, and
+        the columns [part * H, (part + 1) * H) of what stands there. Both [rows, 1, H]."""
+        assert self.media_rows is not None and self.media_embeds is not None
+        num_rows, _, width = hidden.shape
+        mine = (self.media_rows >= first) & (self.media_rows < first + num_rows)
+        rows = (self.media_rows[mine] - first)[:, None, None].expand(-1, 1, width)
+        values = self.media_embeds[:, part * width : (part + 1) * width][mine]
+        return rows, values.unsqueeze(1).to(hidden.dtype)
 
 
 def core_attention(kernel_name: str, last_layer: bool = False) -> type[PlannedAttention]:
@@ -111,7 +122,7 @@ def padded_count(num_rows: int, multiple: int) -> int:
 def _attend_by_heads(
     kernel: FlashKernel, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: dist.ProcessGroup
 ) -> Tensor:
-    """Some heads of all tokens on each rank; padding rows stay at home and get zeros."""
+    """q [T,A,D], k and v [T,G,D] -> [T,A,D]: each rank computes some heads of all tokens; padding rows get zeros."""
     num_queries, num_rows, num_heads = plan.query_sizes[group.rank()], plan.rank_sizes[group.rank()], q.shape[1]
     chosen = [heads_of_rank(num_heads, k.shape[1], rank, group.size()) for rank in range(group.size())]
     heads, kv_heads = [list(c[0]) for c in chosen], [c[1] for c in chosen]
@@ -123,7 +134,8 @@ def _attend_by_heads(
 
 
 class _SoftmaxAttention(torch.autograd.Function):
-    """Own rows first, then the block of each other rank as it arrives. `group` None: there is no other rank."""
+    """q [T,A,D], k and v [T,G,D] -> [T,A,D]: own rows first, then the block of each other rank when it is received.
+    `group` None: there is no other rank."""
 
     @staticmethod
     def forward(
@@ -158,5 +170,5 @@ class _SoftmaxAttention(torch.autograd.Function):
             own = exchange.own_block(k, v)
             for rank, block, gradient in exchange.blocks_and_gradients(own, lse.dtype):
                 work.attend(block[:, 0], block[:, 1], gradient[:, 0], gradient[:, 1], plan.blocks[rank])
-            take_home(work.dk, work.dv, exchange.gradient, plan, group.rank())
+            add_own_gradient(work.dk, work.dv, exchange.gradient, plan, group.rank())
         return work.dq.to(q.dtype), work.dk.to(k.dtype), work.dv.to(v.dtype), None, None, None, None

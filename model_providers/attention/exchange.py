@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the keys and values of other context parallel ranks come here: `Exchange` variants, and all-to-all over heads.
 
-Only rows that another rank attends to travel (`AttentionPlan.exports`); a short sequence that one rank holds whole
-costs nothing. Nothing that was received is kept for the backward, which fetches it again: kept, it would undo the
-saving of activation memory that context parallelism is for.
+Only rows that another rank attends to are sent (`AttentionPlan.exports`): for a sequence that one rank holds whole,
+nothing. What was received is not kept for the backward, which fetches it again: kept, it would undo the saving of
+activation memory that context parallelism is for.
 
 Shapes: T this rank's rows, S rows of a block, K key/value heads, D head dimension; a block is [S, 2, K, D], keys and
 values together.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ KEY_VALUE_TAG, GRADIENT_TAG = 1, 2  # gloo matches messages by tag; NCCL by orde
 
 
 class Exchange(ABC):
-    """Fetches the blocks of the other ranks, and carries their gradients home."""
+    """Fetches the blocks of the other ranks, and returns their gradients to them."""
 
     def __init__(self, plan: AttentionPlan, group: dist.ProcessGroup):
         self._plan, self._group = plan, group
@@ -43,8 +44,8 @@ class Exchange(ABC):
 
     @abstractmethod
     def blocks_and_gradients(self, own: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(rank, its block, zeros in `dtype` of the block's shape), in which the caller leaves its gradient. When the
-        iterator is exhausted, `gradient` holds the sum of what all ranks left for this rank's own block."""
+        """(rank, its block, zeros in `dtype` of the block's shape), to which the caller adds its gradient. When the
+        iterator is exhausted, `gradient` holds the sum, over all ranks, of the gradients of this rank's own block."""
 
     gradient: Tensor
 
@@ -84,10 +85,10 @@ class AllGather(Exchange):
 
 
 class Ring(Exchange):
-    """Blocks go round from neighbour to neighbour; the next one is on its way while this one is computed with.
+    """Each rank sends blocks to the next one; a block is received while the one before it is computed with.
 
-    Ring attention (Liu et al. 2023, arXiv 2310.01889): memory of two blocks. In the backward each block's gradient
-    follows it, grows at every rank, and arrives home with the last hop.
+    Ring attention (Liu et al. 2023, arXiv 2310.01889): memory of two blocks. In the backward the gradient of a
+    block is sent after it; every rank adds to it, and the last hop returns it to the block's owner.
     """
 
     def blocks(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -104,7 +105,7 @@ class Ring(Exchange):
     def blocks_and_gradients(self, own: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor]]:
         block = own
         transfer = self._pass_on(block, 0)
-        arriving: _Transfer | None = None  # what the ranks before this one left for the block that comes next
+        arriving: _Transfer | None = None  # what the ranks before this one added for the next block
         for hop in range(1, self._size):
             block = transfer.wait()
             if hop < self._size - 1:
@@ -135,7 +136,7 @@ class Ring(Exchange):
 
 
 class _Transfer:
-    """A message under way. Holds what is sent until it has left."""
+    """A message that is being sent. Keeps the tensor until it has been."""
 
     def __init__(self, leaving: Tensor, arriving: Tensor, works: Sequence[dist.Work]):
         self._leaving, self._arriving, self._works = leaving, arriving, works
@@ -149,7 +150,7 @@ class _Transfer:
 EXCHANGES: dict[str, type[Exchange]] = {"all_gather": AllGather, "p2p": Ring}
 
 
-def take_home(dk: Tensor, dv: Tensor, gradient: Tensor, plan: AttentionPlan, rank: int) -> None:
+def add_own_gradient(dk: Tensor, dv: Tensor, gradient: Tensor, plan: AttentionPlan, rank: int) -> None:
     """Add the gradient [S, 2, K, D] of this rank's block to those of its rows."""
     add_rows(dk, plan.exports[rank], gradient[:, 0])
     add_rows(dv, plan.exports[rank], gradient[:, 1])
@@ -175,7 +176,7 @@ class TokensToHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, chosen: Sequence[Sequence[int]], row_counts: Sequence[int], group: dist.ProcessGroup
+        ctx: Any, x: Tensor, chosen: Sequence[Sequence[int]], row_counts: Sequence[int], group: dist.ProcessGroup
     ) -> Tensor:
         ctx.chosen, ctx.row_counts, ctx.group, ctx.shape = chosen, row_counts, group, x.shape
         leaving = torch.cat([x[:, list(heads)].flatten() for heads in chosen])
@@ -185,7 +186,7 @@ class TokensToHeads(torch.autograd.Function):
         return _all_to_all(leaving, sent, received, group).view(-1, mine, width)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         num_rows, _, width = ctx.shape
         mine = len(ctx.chosen[ctx.group.rank()])
         sent = [count * mine * width for count in ctx.row_counts]
@@ -199,10 +200,10 @@ class TokensToHeads(torch.autograd.Function):
 
 
 class HeadsToTokens(torch.autograd.Function):
-    """The way back: some heads of all rows -> all heads of this rank's rows."""
+    """The inverse: some heads of the rows of all ranks -> all heads [T, heads, D] of this rank's rows."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, num_heads: int, row_counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, num_heads: int, row_counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
         ctx.row_counts, ctx.group, ctx.shape = row_counts, group, x.shape
         own_rows = row_counts[group.rank()]
         _, mine, width = x.shape
@@ -212,7 +213,7 @@ class HeadsToTokens(torch.autograd.Function):
         return arrived.view(group.size(), own_rows, mine, width).transpose(0, 1).reshape(own_rows, num_heads, width)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         _, mine, width = ctx.shape
         own_rows, size = len(grad), ctx.group.size()
         leaving = grad.view(own_rows, size, mine, width).transpose(0, 1).reshape(-1)

@@ -58,7 +58,7 @@ class _DenseKernel(FlashKernel):
     ) -> tuple[Tensor, Tensor]:
         outs, lses = [], []
         for count, queries, keys in _batches(q_lengths, k_lengths):
-            out, lse = self._forward(*_dense(count, (q, queries), (k, keys), (v, keys)), causal)
+            out, lse = self._forward(causal, *_dense(count, (q, queries), (k, keys), (v, keys)))
             outs.append(out.transpose(1, 2).flatten(0, 1))
             lses.append(lse.transpose(1, 2).flatten(0, 1))
         return _cat(outs), _cat(lses)
@@ -78,27 +78,27 @@ class _DenseKernel(FlashKernel):
         parts = []
         for count, queries, keys in _batches(q_lengths, k_lengths):
             rows = _dense(count, (grad, queries), (q, queries), (k, keys), (v, keys), (out, queries), (lse, queries))
-            parts.append([t.transpose(1, 2).flatten(0, 1) for t in self._backward(*rows, causal)])
+            parts.append([t.transpose(1, 2).flatten(0, 1) for t in self._backward(causal, *rows)])
         dq, dk, dv = (_cat(column) for column in zip(*parts, strict=True))
         return dq, dk, dv
 
     @abstractmethod
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]: ...
+    def _forward(self, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
     def _backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+        self, causal: bool, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class AtenCpu(_DenseKernel):
     """aten's flash attention on a CPU: fp64, fp32, bf16; grouped heads as they are."""
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    def _forward(self, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
 
     def _backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+        self, causal: bool, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
 
@@ -106,14 +106,14 @@ class AtenCpu(_DenseKernel):
 class AtenCuda(_DenseKernel):
     """aten's copy of flash-attn 2 on a GPU: fp16, bf16. It wants as many key heads as heads, so they are repeated."""
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    def _forward(self, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         repeat = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(repeat, dim=1) for t in (k, v))
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
         return out, lse
 
     def _backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+        self, causal: bool, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         repeat = q.shape[1] // k.shape[1]
         full_k, full_v = (t.repeat_interleave(repeat, dim=1) for t in (k, v))

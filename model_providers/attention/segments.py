@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which token attends to which, and which context parallel rank holds it. Pure arithmetic on token numbers, no torch.
 
-A micro-batch is a line of packed tokens cut into segments. A segment attends to itself causally and, whole, to at most
-one segment before it, its prefix: a prompt followed by N responses is one segment without a prefix and N with it, so
-the prompt is stored and computed once. A plain sequence is one segment.
+A micro-batch is a sequence of packed tokens, cut into segments. A segment attends to itself causally and, whole, to at
+most one segment before it, its prefix: a prompt followed by N responses is one segment without a prefix and N with it,
+so the prompt is stored and computed once. A plain sequence is one segment.
 
-Under context parallelism each rank holds some runs (stretches of one segment). What a rank must compute is then a list
+Under context parallelism each rank holds some runs (parts of one segment). What a rank must compute is then a list
 of pieces: these queries against those keys, whole, beside each run against itself, causally.
 """
 
@@ -20,8 +20,8 @@ from operator import itemgetter
 
 Interval = tuple[int, int]  # [start, stop)
 
-MAX_TOKEN_EXCESS = 0.05  # tokens that a rank may hold above its fair share, for the sake of equal work
-SNAP = 0.025  # part of a rank's share of the work by which a cut may move to leave a segment whole
+MAX_TOKEN_EXCESS = 0.05  # tokens that a rank may hold above its fair share, where this makes the work equal
+CUT_TOLERANCE = 0.025  # part of a rank's share of the work by which a cut may move to leave a segment whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +115,12 @@ def block_size(exports: Iterable[Interval]) -> int:
 
 
 def shard(segments: Sequence[Segment], num_ranks: int, attention_weight: float) -> tuple[Shard, ...]:
-    """Deal the tokens so that every rank has equal work and, within 5 %, equally many of them.
+    """Distribute the tokens so that every rank has equal work and, within 5 %, equally many of them.
 
-    A token's work is 1 + attention_weight * (number of tokens it attends to). Sequences (a prompt and its responses
-    count as one) stand in a line that is cut into stretches of equal work: whole where possible, so that short ones
-    stay on one rank and cost no communication. Where this leaves the tokens uneven, the costliest sequences are taken
-    from the line, and each is spread over all ranks by itself.
+    A token's work is 1 + attention_weight * (number of tokens it attends to). The sequences (a prompt and its responses
+    count as one), one behind the other, are cut into parts of equal work, between two sequences where possible: a
+    sequence on one rank costs no communication. Where this leaves the tokens uneven, the sequences of most work are
+    taken out, and each is spread over all ranks by itself.
     """
     sequences = _sequences(segments)
     work = [sum(_work(segments, i, segments[i].length, attention_weight) for i in members) for members in sequences]
@@ -129,29 +129,28 @@ def shard(segments: Sequence[Segment], num_ranks: int, attention_weight: float) 
     for num_spread in range(len(sequences) + 1):
         spread = order[:num_spread]
         line = [i for number, members in enumerate(sequences) if number not in spread for i in members]
-        hands = _cut(segments, line, num_ranks, attention_weight)
+        held = _cut(segments, line, num_ranks, attention_weight)
         for number in spread:
-            for hand, more in zip(
-                hands, _spread(segments, sequences[number], num_ranks, attention_weight), strict=True
-            ):
-                hand += more
-        shards = tuple(tuple(_joined(sorted(hand, key=lambda run: run.start))) for hand in hands)
+            more = _spread(segments, sequences[number], num_ranks, attention_weight)
+            held = [[*runs, *others] for runs, others in zip(held, more, strict=True)]
+        shards = tuple(tuple(_joined(sorted(runs, key=lambda run: run.start))) for runs in held)
         if _is_even(shards):
             break
     return shards
 
 
 def shard_by_tokens(segments: Sequence[Segment], num_ranks: int) -> tuple[Shard, ...]:
-    """Deal the tokens for all-to-all over heads, where all of them travel wherever they stand: to every rank equally
-    many of prompts and plain sequences, and equally many of responses, which the last layer computes alone."""
-    riding = [i for i, segment in enumerate(segments) if segment.prefix is not None]
+    """Distribute the tokens for all-to-all over heads, where all of them are sent whatever rank holds them: to every
+    rank equally many of prompts and plain sequences, and equally many of responses, which the last layer computes
+    alone."""
+    responses = [i for i, segment in enumerate(segments) if segment.prefix is not None]
     others = [i for i, segment in enumerate(segments) if segment.prefix is None]
-    hands = zip(*(_cut(segments, line, num_ranks, 0.0) for line in (others, riding)), strict=True)
-    return tuple(tuple(_joined(sorted((*a, *b), key=lambda run: run.start))) for a, b in hands)
+    held = zip(*(_cut(segments, line, num_ranks, 0.0) for line in (others, responses)), strict=True)
+    return tuple(tuple(_joined(sorted((*a, *b), key=lambda run: run.start))) for a, b in held)
 
 
 def _sequences(segments: Sequence[Segment]) -> list[list[int]]:
-    """Indices of each segment without prefix, with those of the segments that ride on it."""
+    """Indices of each segment without prefix, with those of the segments that it is the prefix of."""
     members: dict[int, list[int]] = {}
     for index, segment in enumerate(segments):
         members.setdefault(index if segment.prefix is None else segment.prefix, []).append(index)
@@ -162,48 +161,48 @@ def _spread(segments: Sequence[Segment], members: Sequence[int], num_ranks: int,
     """A sequence over all ranks: the prompt in zigzag (of 2 n chunks, rank r takes r and 2 n - 1 - r, which is even in
     tokens and in work), the responses whole where that is even too, otherwise in zigzag as well."""
     prompt, *responses = members
-    hands = _cut(segments, responses, num_ranks, weight)
-    if not _is_even(hands):
-        hands = [[] for _ in range(num_ranks)]
+    held = _cut(segments, responses, num_ranks, weight)
+    if not _is_even(held):
+        held = [[] for _ in range(num_ranks)]
         for index in responses:
-            _zigzag(index, segments[index], hands)
-    _zigzag(prompt, segments[prompt], hands)
-    return hands
+            _zigzag(index, segments[index], held)
+    _zigzag(prompt, segments[prompt], held)
+    return held
 
 
-def _is_even(hands: Sequence[Sequence[Run]]) -> bool:
-    tokens = [sum(run.length for run in hand) for hand in hands]
-    return max(tokens) <= math.ceil(sum(tokens) / len(hands) * (1 + MAX_TOKEN_EXCESS))
+def _is_even(held: Sequence[Sequence[Run]]) -> bool:
+    tokens = [sum(run.length for run in runs) for runs in held]
+    return max(tokens) <= math.ceil(sum(tokens) / len(held) * (1 + MAX_TOKEN_EXCESS))
 
 
-def _zigzag(index: int, segment: Segment, hands: Sequence[list[Run]]) -> None:
-    num_chunks = 2 * len(hands)
+def _zigzag(index: int, segment: Segment, held: Sequence[list[Run]]) -> None:
+    num_chunks = 2 * len(held)
     bounds = [segment.start + segment.length * i // num_chunks for i in range(num_chunks + 1)]
     for chunk, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stop > start:
-            hands[min(chunk, num_chunks - 1 - chunk)].append(Run(index, start, stop))
+            held[min(chunk, num_chunks - 1 - chunk)].append(Run(index, start, stop))
 
 
 def _cut(segments: Sequence[Segment], line: Sequence[int], num_ranks: int, weight: float) -> list[list[Run]]:
-    """Cut the segments of `line`, one behind the other, into `num_ranks` stretches of equal work."""
+    """Cut the segments of `line`, one behind the other, into `num_ranks` parts of equal work."""
     works = [_work(segments, i, segments[i].length, weight) for i in line]
     share = sum(works) / num_ranks
-    hands: list[list[Run]] = [[] for _ in range(num_ranks)]
+    held: list[list[Run]] = [[] for _ in range(num_ranks)]
     rank, room = 0, share
     for index, work in zip(line, works, strict=True):
         segment, start = segments[index], segments[index].start
         done = 0.0
-        while rank < num_ranks - 1 and work - done > room + SNAP * share:
+        while rank < num_ranks - 1 and work - done > room + CUT_TOLERANCE * share:
             stop = segment.start + _tokens_worth(segments, index, max(0.0, done + room), weight)
-            if room > SNAP * share and stop > start:
-                hands[rank].append(Run(index, start, stop))
+            if room > CUT_TOLERANCE * share and stop > start:
+                held[rank].append(Run(index, start, stop))
                 worth = _work(segments, index, stop - segment.start, weight)
                 start, done, room = stop, worth, room - (worth - done)
             rank, room = rank + 1, room + share
         if segment.stop > start:
-            hands[rank].append(Run(index, start, segment.stop))
+            held[rank].append(Run(index, start, segment.stop))
         room -= work - done
-    return hands
+    return held
 
 
 def _work(segments: Sequence[Segment], index: int, num_tokens: int, weight: float) -> float:
@@ -243,21 +242,21 @@ def _joined(runs: Iterable[Run]) -> Iterator[Run]:
 def plan_attention(
     segments: Sequence[Segment], shards: Sequence[Shard], rank: int, queries: Sequence[Interval] | None = None
 ) -> AttentionPlan:
-    """The plan of `rank` where keys and values travel (ring, all-gather).
+    """The plan of `rank` where keys and values are sent (ring, all-gather).
 
-    `queries`: the packed tokens that ask, ascending stretches; all of them by default. In the last layer only those
+    `queries`: the packed tokens that ask, ascending intervals; all of them by default. In the last layer only those
     need to ask that predict something, though all of them are attended to.
     """
-    asking = [_within(hand, queries) for hand in shards]
-    rows = [_rows(hand) for hand in shards]
+    asking = [_within(runs, queries) for runs in shards]
+    rows = [_rows(runs) for runs in shards]
     exported = [_exported(segments, shards[origin], asking, origin) for origin in range(len(shards))]
     blocks = []
     for origin, runs in enumerate(exported):
-        stretches, offset = [], 0
+        with_rows, offset = [], 0
         for run in runs:
-            stretches.append((run, offset))
+            with_rows.append((run, offset))
             offset += run.length
-        blocks.append(_pieces(segments, asking[rank], stretches) if origin != rank else ())
+        blocks.append(_pieces(segments, asking[rank], with_rows) if origin != rank else ())
     own = list(_split(shards[rank], asking[rank]))
     row_of = _rows(own)
     return AttentionPlan(
@@ -283,67 +282,67 @@ def plan_whole_attention(
     segments: Sequence[Segment], shards: Sequence[Shard], queries: Sequence[Interval] | None = None
 ) -> AttentionPlan:
     """The plan of a rank that sees the tokens of all ranks, one rank behind the other (all-to-all over heads)."""
-    everything = tuple(_joined(run for hand in shards for run in hand))
+    everything = tuple(_joined(run for runs in shards for run in runs))
     nothing = ((),) * len(shards)
     return replace(
         plan_attention(segments, [everything], 0, queries),
         exports=nothing,
         blocks=nothing,
         rank_sizes=tuple(map(_size, shards)),
-        query_sizes=tuple(_size(_within(hand, queries)) for hand in shards),
+        query_sizes=tuple(_size(_within(runs, queries)) for runs in shards),
     )
 
 
-def _size(hand: Shard) -> int:
-    return sum(run.length for run in hand)
+def _size(runs: Shard) -> int:
+    return sum(run.length for run in runs)
 
 
-def _within(hand: Shard, stretches: Sequence[Interval] | None) -> Shard:
-    """The parts of a rank's runs that lie in `stretches` (ascending; None is everywhere)."""
-    if stretches is None:
-        return hand
+def _within(runs: Shard, intervals: Sequence[Interval] | None) -> Shard:
+    """The parts of a rank's runs that lie in `intervals` (ascending; None is everywhere)."""
+    if intervals is None:
+        return runs
     parts = []
-    for run in hand:
-        for start, stop in stretches[bisect_right(stretches, run.start, key=itemgetter(1)) :]:
+    for run in runs:
+        for start, stop in intervals[bisect_right(intervals, run.start, key=itemgetter(1)) :]:
             if start >= run.stop:
                 break
             parts.append(Run(run.segment, max(start, run.start), min(stop, run.stop)))
     return tuple(parts)
 
 
-def _split(hand: Shard, parts: Shard) -> Iterator[Run]:
-    """The runs of `hand`, cut where one of its `parts` starts or ends."""
+def _split(runs: Shard, parts: Shard) -> Iterator[Run]:
+    """The runs of `runs`, cut where one of its `parts` starts or ends."""
     parts_of: dict[int, list[Run]] = {}
     for part in parts:
         parts_of.setdefault(part.segment, []).append(part)
-    for run in hand:
+    for run in runs:
         inside = [p for p in parts_of.get(run.segment, []) if run.start <= p.start and p.stop <= run.stop]
         edges = sorted({run.start, run.stop, *(edge for part in inside for edge in (part.start, part.stop))})
         yield from (Run(run.segment, *bounds) for bounds in itertools.pairwise(edges))
 
 
-def _rows(hand: Iterable[Run]) -> dict[Run, int]:
+def _rows(runs: Iterable[Run]) -> dict[Run, int]:
     """First row of each run."""
-    hand = list(hand)
-    starts = itertools.accumulate((run.length for run in hand), initial=0)
-    return dict(zip(hand, starts, strict=False))
+    runs = list(runs)
+    starts = itertools.accumulate((run.length for run in runs), initial=0)
+    return dict(zip(runs, starts, strict=False))
 
 
 def _exported(segments: Sequence[Segment], held: Shard, asking: Sequence[Shard], origin: int) -> list[Run]:
     """Runs held by `origin` that some other rank attends to."""
     last_start: dict[tuple[int, int], int] = {}
-    riders: dict[int, set[int]] = {}
-    for rank, hand in enumerate(asking):
-        for run in hand:
+    asking_ranks: dict[int, set[int]] = {}
+    for rank, runs in enumerate(asking):
+        for run in runs:
             last_start[run.segment, rank] = max(run.start, last_start.get((run.segment, rank), -1))
             prefix = segments[run.segment].prefix
             if prefix is not None:
-                riders.setdefault(prefix, set()).add(rank)
+                asking_ranks.setdefault(prefix, set()).add(rank)
     others = [rank for rank in range(len(asking)) if rank != origin]
     return [
         run
         for run in held
-        if riders.get(run.segment, set()) - {origin}
+        if asking_ranks.get(run.segment, set()) - {origin}
         or any(last_start.get((run.segment, rank), -1) >= run.stop for rank in others)
     ]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_rl.errors import raise_all
 from model_providers.decoder_weights import decoder_weight_map
-from model_providers.shape import TransformerShape, unsupported_settings
+from model_providers.shape import TransformerShape, rope_of, unsupported_settings
 from model_providers.weight_map import WeightMap
 
 
@@ -31,8 +31,7 @@ def shape_of(config: Mapping[str, Any]) -> TransformerShape:
         head_dim=head_dim,
         vocab_size=config["vocab_size"],
         rms_eps=config["rms_norm_eps"],
-        rope_theta=_rope(config).get("rope_theta") or config["rope_theta"],
-        mrope_section=(head_dim // 2, 0, 0),  # all three rows of a text's positions are equal: one is read
+        rope=rope_of(config, head_dim),
         qkv_bias=not is_qwen3,
         tied_embeddings=config.get("tie_word_embeddings", False),
         max_positions=config["max_position_embeddings"],
@@ -46,10 +45,6 @@ def shape_of(config: Mapping[str, Any]) -> TransformerShape:
 def _num_experts(config: Mapping[str, Any]) -> int:
     """The hub's name for it, or the one that transformers 5 writes."""
     return config["num_experts"] if "num_experts" in config else config["num_local_experts"]
-
-
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
 def _problems(config: Mapping[str, Any]) -> list[str]:

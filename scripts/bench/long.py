@@ -37,9 +37,9 @@ import torch.distributed as dist
 from megatron_rl.algorithms.losses import NllLoss
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
-from megatron_rl.training.batch import pack
+from megatron_rl.training.batch import ScoredBatch, pack
 from megatron_rl.training.microbatch import MicroBatch
-from megatron_rl.training.policy import Hyperparameters, Policy, ScoredBatch
+from megatron_rl.training.policy import Hyperparameters, Policy
 from megatron_rl.types import Prompt, Row, TrainSample
 from model_providers.provider import open_provider
 from model_providers.shape import TransformerShape
@@ -81,7 +81,7 @@ def group(prompt: int, response: int, num_samples: int) -> list[TrainSample]:
         return tuple(torch.randint(0, 256, (count,), generator=generator).tolist())
 
     question = Prompt(0, Row("made:1", "", ""), tokens(prompt), ())
-    return [TrainSample(question, tokens(response), 1.0, (0.0,) * response) for _ in range(num_samples)]
+    return [TrainSample(question, tokens(response), (0.0,) * response) for _ in range(num_samples)]
 
 
 def train_flops(shape: TransformerShape, num_tokens: int, pairs: int, num_targets: int, asked: int) -> float:
@@ -120,12 +120,12 @@ class Trainer:
         self.policy = Policy(model, backend, self.mesh, NO_LEARNING)
 
     def pack(self, samples: Sequence[TrainSample], max_tokens: int, share: bool) -> list[MicroBatch]:
-        [batches] = pack([samples], 1, max_tokens, self.provider, self.mesh, share_prefix=share)
+        batches = pack([samples], 1, max_tokens, self.provider, self.mesh, share_prefix=share)[0].batches
         return batches
 
     def update(self, batches: Sequence[MicroBatch]) -> float:
         """The mean negative log-likelihood."""
-        scored = [ScoredBatch(batch, None, None) for batch in batches]
+        scored = [ScoredBatch(batch) for batch in batches]
         metrics = self.policy.train(scored, {}, NllLoss(), step=0)
         sums = torch.tensor(metrics["sft/nll"], dtype=torch.float64)
         dist.all_reduce(sums)

@@ -34,7 +34,7 @@ def kept_after_forward(
     """Bytes alive at the end of the forward that were not before it, on this rank."""
     trainer = tp.open_trainer(folder, tp.join(context=context, comm=comm), tp.MEASURE, recompute=recompute)
     samples = one_group(trainer.provider, num_prompt, num_response)
-    [[batch]] = pack([samples], 1, 2 * NUM_TOKENS, trainer.provider, trainer.mesh)
+    [batch] = pack([samples], 1, 2 * NUM_TOKENS, trainer.provider, trainer.mesh)[0].batches
     layout = trainer.policy._layout(batch, tp.random_embeds(samples))
     with trainer.policy.backend.mcore_scope(), LiveBytes() as memory:
         output = trainer.policy.language_model(

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.video.prefetch import FramePrefetcher
-from megatron_rl.cache_videos import run as fill
+from megatron_rl.cache_videos import fill_cache as fill
 from megatron_rl.config.schema import CheckpointConfig, EvalConfig, RunConfig
 from megatron_rl.media import embedding_store
 from megatron_rl.media.embedding_store import DiskStore

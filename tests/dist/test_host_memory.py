@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config.schema import RunConfig
-from megatron_rl.media.prompt_prefetcher import build_prompts, encode_videos
+from megatron_rl.rl_session import open_engine
 from megatron_rl.rollout.generate import generate
-from megatron_rl.session import open_engine, open_session
+from megatron_rl.session import open_session
 from megatron_rl.types import Completion, Prompt, Row, Sampling
 from tests.host_memory import give_back_freed, map_large_blocks
 from tests.rollout_parts import small_config
@@ -44,18 +44,17 @@ def _rollout_peaks(rank: int, cfg: RunConfig, video: str, counts: tuple[int, ...
     map_large_blocks()
     peaks = []
     with open_session(cfg, cfg.rollout.temperature) as session:
-        engine, resharder = open_engine(session)
+        engine, resharder = open_engine(cfg, session)
         resharder.sync(session.policy.version)
         engine.weights_changed(session.policy.version)
         for number, num_samples in enumerate(counts):
-            session.vision.forget()
+            session.encoder.forget()
             _forget_most()
             row = Row(f"made:{number}", "<video>What moves?", "", (video,))
-            prompts, bad = build_prompts([(number, row)], session.builder, session.mesh)
-            prompts, faulty = encode_videos(prompts, session.vision)
-            assert not bad and not faulty
+            prompts = session.prompts.encoded([(number, row)], "the test")
+            assert session.quarantine.total == 0
             sampling = Sampling(num_samples, cfg.rollout.temperature, 12, seed=1, step=number)
-            [group] = generate(prompts, session.vision, engine, _no_reward, sampling, session.mesh)
+            [group] = generate(prompts, session.encoder, engine, _no_reward, sampling, session.mesh)
             assert len(group.scored) == num_samples
             peaks.append(_most_resident())
         engine.close()

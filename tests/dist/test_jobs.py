@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from megatron_rl.config.schema import (
     RewardConfig,
     RunConfig,
 )
+from megatron_rl.types import Group
 from tests.rollout_parts import small_config
 from tests.world import WorldFailed, run_world
 
@@ -163,16 +165,16 @@ def test_bad_rows_are_set_aside_and_counted(tiny_checkpoint: Path, tiny_videos: 
 
 
 def stop_after_first_sync(rank: int, cfg: RunConfig) -> None:
-    from megatron_rl import loop
+    from megatron_rl.training.token_learner import TokenLearner
 
-    original = loop.train_on
+    original = TokenLearner.learn
 
-    def interrupted(*args: object) -> dict[str, float]:
+    def interrupted(self: TokenLearner, groups: Sequence[Group], step: int) -> dict[str, float]:
         if rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args)
+        return original(self, groups, step)
 
-    loop.train_on = interrupted
+    TokenLearner.learn = interrupted  # type: ignore[method-assign]
     train(rank, cfg)
 
 

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.config.schema import ParallelConfig, RunConfig
-from megatron_rl.session import open_engine, open_session
+from megatron_rl.rl_session import open_engine
+from megatron_rl.session import open_session
 from megatron_rl.training.batch import pack
 from megatron_rl.types import Completion, EncodedMedia, Sampling, TrainSample
 from tests.rollout_parts import small_config, video_prompt
@@ -43,7 +44,7 @@ def long_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _gaps(rank: int, cfg: RunConfig) -> tuple[torch.Tensor, int]:
     """(trainer - engine of this rank's response tokens, rows of this rank)."""
     with open_session(cfg, cfg.rollout.temperature) as session:
-        engine, resharder = open_engine(session)
+        engine, resharder = open_engine(cfg, session)
         prompt = video_prompt(0, session.provider, GRID)
         generator = torch.Generator().manual_seed(1)
         width = session.provider.shape.hidden_size
@@ -54,8 +55,8 @@ def _gaps(rank: int, cfg: RunConfig) -> tuple[torch.Tensor, int]:
         completions = engine.generate(
             [prompt], EncodedMedia(embeds), Sampling(NUM_SAMPLES, cfg.rollout.temperature, 12, seed=1)
         )
-        samples = [TrainSample(prompt, c.token_ids, 1.0, c.logprobs) for c in _everywhere(completions)]
-        [[batch]] = pack([samples], 1, MAX_TOKENS, session.provider, session.mesh)
+        samples = [TrainSample(prompt, c.token_ids, c.logprobs) for c in _everywhere(completions)]
+        [batch] = pack([samples], 1, MAX_TOKENS, session.provider, session.mesh)[0].batches
         [scores] = session.policy.logprobs([batch], embeds)
         return scores - batch.rollout_logprobs, batch.attention.num_queries
 

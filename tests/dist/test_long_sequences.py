@@ -65,7 +65,7 @@ class Result:
 
 def _pack(trainer: tp.Trainer, case: Case) -> list[MicroBatch]:
     groups = tp.grouped_samples(trainer.provider)
-    [batches] = pack(groups, 1, case.budget, trainer.provider, trainer.mesh, share_prefix=case.share)
+    batches = pack(groups, 1, case.budget, trainer.provider, trainer.mesh, share_prefix=case.share)[0].batches
     return batches
 
 

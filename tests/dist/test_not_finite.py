@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,19 @@ import pytest
 import torch
 
 from megatron_rl.algorithms.losses import PpoClip
-from tests.tiny_policy import join, mixed_samples, open_trainer, random_embeds, snapshot, unscored
+from megatron_rl.training.batch import ScoredBatch
+from tests.tiny_policy import join, mixed_samples, open_trainer, random_embeds, snapshot
 from tests.world import run_world
 
 
 def _update_on_nan(rank: int, folder: Path) -> Any:
     trainer = open_trainer(folder, join(tensor=2))
     samples = mixed_samples(trainer.provider)
-    samples[0] = replace(samples[0], advantage=float("nan"))
     before = snapshot(trainer.policy)
-    batches = trainer.pack(samples)
+    nan = torch.tensor(float("nan"))
+    not_a_number = [ScoredBatch(b, advantages=nan.expand(b.num_response_tokens)) for b in trainer.pack(samples)]
     with pytest.raises(RuntimeError, match="NaN|nan"):
-        trainer.policy.train(unscored(batches), random_embeds(samples), PpoClip(), step=0)
+        trainer.policy.train(not_a_number, random_embeds(samples), PpoClip(), step=0)
     return all(torch.equal(before[name], tensor) for name, tensor in snapshot(trainer.policy).items())
 
 

@@ -111,7 +111,7 @@ def _build(folder: Path, case: Case, mesh: ParallelMesh) -> tuple[Any, Policy]:
 def _measure(rank: int, folder: Path, case: Case) -> Measured:
     mesh = tp.join(case.tensor, case.pipeline, virtual=case.virtual, context=case.context, comm=case.comm)
     provider, policy = _build(folder, case, mesh)
-    [batches] = pack(_groups(provider, 2 * case.pipeline), 1, TOKENS, provider, mesh)
+    batches = pack(_groups(provider, 2 * case.pipeline), 1, TOKENS, provider, mesh)[0].batches
     live, kept = LiveBytes(), []
     for chunk in policy.chunks:
         chunk.register_forward_hook(lambda *_: kept.append(live.live))
@@ -210,7 +210,7 @@ def _peaks(rank: int, folder: Path, case: Case) -> tuple[int, int, int]:
     """(peak of log_probs, what the forward of an update keeps, its peak before the optimizer) of one micro-batch."""
     mesh = tp.join(case.tensor)
     provider, policy = _build(folder, case, mesh)
-    [batches] = pack(_groups(provider, 1), 1, TOKENS, provider, mesh)
+    batches = pack(_groups(provider, 1), 1, TOKENS, provider, mesh)[0].batches
     scoring, learning, kept = LiveBytes(), LiveBytes(), []
     with scoring:
         policy.logprobs(batches, {})

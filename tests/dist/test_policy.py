@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_rl.algorithms.losses import NllLoss, PpoClip
 from megatron_rl.training import checkpoint
-from megatron_rl.training.policy import Hyperparameters, Reference, ScoredBatch
+from megatron_rl.training.batch import ScoredBatch
+from megatron_rl.training.policy import Hyperparameters, Reference
 from megatron_rl.types import LossInputs, LossOutput
 from tests import tiny_policy as tp
 from tests.world import run_world
@@ -35,7 +36,7 @@ def _first_update(folder: Path, tensor: int, pipeline: int) -> Any:
         return PpoClip()(inputs)
 
     old = trainer.policy.logprobs(batches, embeds)
-    scored = [ScoredBatch(b, o, None) for b, o in zip(batches, old, strict=True)]
+    scored = [ScoredBatch(b, o, None, tp.advantages_of(b.rollout_logprobs)) for b, o in zip(batches, old, strict=True)]
     metrics = trainer.policy.train(scored, embeds, loss, step=0)
     return (gaps, metrics) if trainer.mesh.is_last_stage and trainer.mesh.here.tp == 0 else None
 

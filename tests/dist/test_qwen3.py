@@ -37,8 +37,13 @@ from tests.world import run_world
 
 pytestmark = pytest.mark.usefixtures("heavy_imports")
 
-KINDS = ("qwen3", "qwen3_tied", "qwen2", "qwen3_moe")
+KINDS = ("qwen3", "qwen3_tied", "qwen2", "qwen3_moe", "qwen2_llama3", "qwen3_yarn")
 DENSE = KINDS[:3]
+ORIGINAL_POSITIONS = 64  # of pretraining: so few that scaling changes most frequencies
+SCALINGS: dict[str, dict[str, Any]] = {
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": {"factor": 64.0},
+}
 TOLERANCE = 1e-4
 SAME = 1e-5
 
@@ -53,8 +58,12 @@ def write_text_checkpoint(folder: Path, kind: str) -> Path:
 
     tokenizer = make_tokenizer()
     settings = tiny(VOCAB_SIZE) | {"eos_token_id": tokenizer.eos_token_id, "tie_word_embeddings": "tied" in kind}
+    scaling = kind.rpartition("_")[2]
+    if scaling in SCALINGS:
+        kept = {"rope_theta": 1e4, "original_max_position_embeddings": ORIGINAL_POSITIONS}
+        settings["rope_parameters"] = {"rope_type": scaling, **SCALINGS[scaling], **kept}
     torch.manual_seed(5)
-    if kind == "qwen2":
+    if kind.startswith("qwen2"):
         model: Any = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**settings))
     elif kind == "qwen3_moe":
         settings |= {"hidden_size": 96, "head_dim": HEAD_DIM, "norm_topk_prob": True}
@@ -157,7 +166,7 @@ def test_logprobs_and_gradients_are_those_of_transformers(checkpoints: dict[str,
     """Also of a q norm, which every tensor parallel rank holds whole and uses on its own heads only."""
     folder = checkpoints[kind]
     logprobs, truth = _reference(folder)
-    assert any("q_norm" in name for name in truth) == (kind != "qwen2")
+    assert any("q_norm" in name for name in truth) == kind.startswith("qwen3")
     gradients = {}
     for layout in LAYOUTS + WITH_EXPERTS if "moe" in kind else LAYOUTS:
         tensor, pipeline, _, expert = layout
@@ -231,8 +240,8 @@ def test_round_trip_keeps_every_key_and_bit(checkpoints: dict[str, Path], tmp_pa
 @pytest.mark.parametrize(
     ("setting", "why"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type=yarn"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_type=linear"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 1e4}, "rope_type=yarn: original_max_pos"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type=longrope"),
         ({"use_sliding_window": True}, "use_sliding_window=true"),
         ({"attention_bias": True}, "attention_bias=true"),
     ],
@@ -272,7 +281,15 @@ def _run_job(rank: int, cfg: RunConfig, job: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "job"), [("qwen3", "rl"), ("qwen2", "rl"), ("qwen3_tied", "sft"), ("qwen3_moe", "rl")]
+    ("kind", "job"),
+    [
+        ("qwen3", "rl"),
+        ("qwen2", "rl"),
+        ("qwen3_tied", "sft"),
+        ("qwen3_moe", "rl"),
+        ("qwen2_llama3", "rl"),
+        ("qwen3_yarn", "rl"),
+    ],
 )
 def test_text_rows_are_learned_and_a_video_is_refused(
     checkpoints: dict[str, Path], tmp_path: Path, kind: str, job: str

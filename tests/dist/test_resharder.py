@@ -24,17 +24,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.errors import WeightMismatch
+from megatron_rl.protocols import ModelProvider
+from megatron_rl.rl_session import open_engine
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
 from megatron_rl.runtime.parallel import ParallelMesh
-from megatron_rl.session import open_engine, open_session
+from megatron_rl.session import open_session
 from megatron_rl.types import SyncReport
 from megatron_rl.weight_sync.plan import Holder, Layouts, ReshardPlan, Transfer, make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.hf_checkpoint import canonical_hf_name
 from model_providers.provider import open_provider
-from model_providers.qwen2_5_vl.provider import Qwen2_5_VL
 from model_providers.weight_map import Block
 from tests.rollout_parts import fill_with_hf_weights, open_plain_engine, small_config
 from tests.world import run_world
@@ -121,7 +122,7 @@ class Synced:
 
 
 def build_trainer(
-    provider: Qwen2_5_VL, tensor: int, pipeline: int, context: int, rollout_tensor: int
+    provider: ModelProvider, tensor: int, pipeline: int, context: int, rollout_tensor: int
 ) -> tuple[ParallelMesh, Params]:
     backend = choose_backend("cpu", "float32")
     mesh = parallel.initialize(backend, tensor, pipeline, context, rollout_tensor)
@@ -230,8 +231,9 @@ def test_context_parallel_ranks_hold_the_same_weights(numbered, oracle) -> None:
 
 
 def _sync_into_engine(rank: int, folder: Path, run_dir: Path) -> tuple[Params, dict[str, bool]]:
-    with open_session(small_config(folder, run_dir, tensor=2, rollout_tensor=2), temperature=1.0) as session:
-        engine, resharder = open_engine(session)
+    cfg = small_config(folder, run_dir, tensor=2, rollout_tensor=2)
+    with open_session(cfg, temperature=1.0) as session:
+        engine, resharder = open_engine(cfg, session)
         before = {name: p.data_ptr() for name, p in engine.parameters().items()}
         resharder.sync(0)
         after = engine.parameters()

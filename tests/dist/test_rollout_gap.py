@@ -18,9 +18,10 @@ from PIL import Image
 
 from megatron_rl.algorithms.losses import PpoClip
 from megatron_rl.config.schema import RunConfig
-from megatron_rl.session import Session, open_engine, open_session
-from megatron_rl.training.batch import pack
-from megatron_rl.training.policy import ScoredBatch
+from megatron_rl.rl_session import open_engine
+from megatron_rl.session import Session, open_session
+from megatron_rl.training.batch import ScoredBatch, pack
+from megatron_rl.training.microbatch import MicroBatch
 from megatron_rl.types import Completion, Prompt, Row, Sampling, TrainSample
 from tests.rollout_parts import mixed_rows, slowed_down, small_config
 from tests.world import run_world
@@ -45,12 +46,13 @@ def _measure(rank: int, cfg: RunConfig, rows: list[Row]) -> Gaps:
 
 
 def _measure_in(session: Session, cfg: RunConfig, rows: list[Row]) -> Gaps:
-    engine, resharder = open_engine(session)
-    prompts = [session.builder.build(i, row) for i, row in enumerate(rows)]
+    engine, resharder = open_engine(cfg, session)
+    prompts, bad = session.prompts.take(list(enumerate(rows)))
+    assert not bad
     prompts += [slowed_down(p, 40.0) for p in prompts if p.media]
-    assert session.vision.encode([v for p in prompts for v in p.media]) == {}
+    assert session.encoder.encode([v for p in prompts for v in p.media]) == {}
     mine = prompts[session.mesh.replica :: session.mesh.num_replicas]
-    embeds = session.vision.fetch([v for p in mine for v in p.media])
+    embeds = session.encoder.fetch([v for p in mine for v in p.media])
 
     def sample(step: int) -> list[Completion]:
         resharder.sync(session.policy.version)
@@ -58,32 +60,33 @@ def _measure_in(session: Session, cfg: RunConfig, rows: list[Row]) -> Gaps:
         return engine.generate(mine, embeds, Sampling(4, cfg.rollout.temperature, 12, seed=1, step=step))
 
     first = sample(0)
-    before, batches, old = _trainer_minus_engine(session, prompts, first)
-    everywhere = session.vision.fetch([v for p in prompts for v in p.media]).tables
-    scored = [ScoredBatch(b, o, None) for b, o in zip(batches, old, strict=True)]
+    before, batches, old = _trainer_minus_engine(cfg, session, prompts, first)
+    everywhere = session.encoder.fetch([v for p in prompts for v in p.media]).tables
+    scored = [ScoredBatch(b, o, None, _alternating(b)) for b, o in zip(batches, old, strict=True)]
     session.policy.train(scored, everywhere, PpoClip(), step=0)
     new = session.policy.logprobs(batches, everywhere)
     moved = [n - o for n, o in zip(new, old, strict=True) if n is not None and o is not None]
-    after, _, _ = _trainer_minus_engine(session, prompts, sample(1))
+    after, _, _ = _trainer_minus_engine(cfg, session, prompts, sample(1))
     return Gaps(before, after, torch.cat([torch.zeros(0), *moved]), len(first), sum(bool(p.media) for p in mine))
 
 
-def _trainer_minus_engine(session: Session, prompts: list[Prompt], mine: list[Completion]):
+def _trainer_minus_engine(cfg: RunConfig, session: Session, prompts: list[Prompt], mine: list[Completion]):
     """(differences on this rank, its micro-batches, the trainer's log-probabilities)."""
     everyone: list[list[Completion]] = [[] for _ in range(session.mesh.world)]
     dist.all_gather_object(everyone, mine if session.mesh.speaks_for_replica else [])
     by_id = {p.prompt_id: p for p in prompts}
-    samples = [
-        TrainSample(by_id[c.prompt_id], c.token_ids, (-1.0) ** c.sample_index, c.logprobs)
-        for part in everyone
-        for c in part
-    ]
-    [batches] = pack([samples], 1, session.cfg.train.max_tokens_per_microbatch, session.provider, session.mesh)
-    embeds = session.vision.fetch([v for b in batches for v in b.media]).tables
+    samples = [TrainSample(by_id[c.prompt_id], c.token_ids, c.logprobs) for part in everyone for c in part]
+    batches = pack([samples], 1, cfg.train.max_tokens_per_microbatch, session.provider, session.mesh)[0].batches
+    embeds = session.encoder.fetch([v for b in batches for v in b.media]).tables
     scores = session.policy.logprobs(batches, embeds)
     pairs = zip(scores, batches, strict=True)
     gaps = [score - batch.rollout_logprobs for score, batch in pairs if score is not None]
     return torch.cat([torch.zeros(0), *gaps]), batches, scores
+
+
+def _alternating(batch: MicroBatch) -> torch.Tensor:
+    """Advantages 1 and -1 in turn: an update that moves the policy."""
+    return (-1.0) ** torch.arange(batch.num_response_tokens)
 
 
 NUM_PROMPTS, NUM_SAMPLES = 5, 4

@@ -82,7 +82,7 @@ class Parts:
         case, mesh = self.case, self.trainer.mesh
         self.cache.forget()
         assert self.cache.encode(self.videos) == {}
-        [batches] = pack(self.groups, 1, case.budget, self.trainer.provider, mesh, share_prefix=case.share)
+        batches = pack(self.groups, 1, case.budget, self.trainer.provider, mesh, share_prefix=case.share)[0].batches
         local, wanted = localize(batches)
         embeds = self.cache.fetch_tokens(wanted if mesh.is_first_stage else {})
         backward = partial(self.cache.backward, embeds)
@@ -120,7 +120,7 @@ def _one_graph(rank: int, folder: Path) -> Any:
     groups = tp.grouped_samples(trainer.provider)
     decoder = MadeFrames()
     embeds = {v.key: tower._forward(decoder.decode(v.path, v.frame_indices, v.size_hw)) for v in videos_of(groups)}
-    [batches] = pack(groups, 1, 10_000, trainer.provider, trainer.mesh, share_prefix=False)
+    batches = pack(groups, 1, 10_000, trainer.provider, trainer.mesh, share_prefix=False)[0].batches
     assert len(batches) == 1
     metrics = trainer.policy.train(tp.off_policy(batches), embeds, LOSS, step=0)
     num_tokens = sum(len(s.response_ids) for group in groups for s in group)
@@ -239,7 +239,7 @@ def _two_updates(rank: int, folder: Path, case: Case) -> dict[str, Tensor]:
     policy, cache, mesh = parts.trainer.policy, parts.cache, parts.trainer.mesh
     cache.encode(parts.videos)
     updates = pack(parts.groups, 2, case.budget, parts.trainer.provider, mesh)
-    local = [localize(batches) for batches in updates]
+    local = [localize(update.batches) for update in updates]
     made = [cache.fetch_tokens(wanted if mesh.is_first_stage else {}) for _, wanted in local]
     for (batches, _), embeds in zip(local, made, strict=True):
         now = cache.refreshed(embeds)

@@ -6,17 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.loop import fetch_embeds
 from megatron_rl.media.encoder import ParallelEncoder
-from megatron_rl.training.batch import pack
+from megatron_rl.training.batch import ScoredBatch, Update, pack
 from megatron_rl.training.microbatch import MicroBatch, localize
+from megatron_rl.training.token_learner import fetch_embeds
 from megatron_rl.types import MediaEmbeds
 from tests import tiny_policy as tp
 from tests.vision_parts import open_cache
@@ -42,7 +41,7 @@ def _measure(rank: int, folder: Path, grid: Grid) -> Any:
     trainer = tp.open_trainer(folder, tp.join(tensor, pipeline, context=context), tp.MEASURE)
     mesh, cache = trainer.mesh, open_cache(folder)
     groups = tp.grouped_samples(trainer.provider)
-    [batches] = pack(groups, 1, BUDGET, trainer.provider, mesh)
+    batches = pack(groups, 1, BUDGET, trainer.provider, mesh)[0].batches
     videos = list({v.key: v for group in groups for v in group[0].prompt.media}.values())
     assert cache.encode(videos) == {}
     local, wanted = localize(batches)
@@ -70,8 +69,9 @@ def _check_that_nothing_else_is_held(
     trainer: tp.Trainer, cache: ParallelEncoder, batches: list[MicroBatch], expected: MediaEmbeds
 ) -> None:
     """While a rank learns, it has the tokens of its own rows, and no longer what it made for others."""
-    session: Any = SimpleNamespace(mesh=trainer.mesh, vision=cache)
-    _, [fetched] = fetch_embeds(session, [batches])
+    update = Update((), tuple(ScoredBatch(batch) for batch in batches))
+    fetched = fetch_embeds(update, cache, asks=trainer.mesh.is_first_stage).embeds
+    cache.release()
     assert fetched.tables.keys() == expected.tables.keys() and cache._step.made == {}
     assert all(torch.equal(table, expected.tables[key]) for key, table in fetched.tables.items())
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from megatron_rl.algorithms.advantages import ADVANTAGES, dr_grpo, grpo, rloo
+from megatron_rl.algorithms.correction import CORRECTIONS, CorrectedLoss, TruncatedImportanceSampling
 from megatron_rl.algorithms.groups import keep_informative
 from megatron_rl.algorithms.kl import kl
 from megatron_rl.algorithms.losses import LOSSES, NllLoss, PpoClip
 from megatron_rl.config.schema import AlgorithmConfig
-from megatron_rl.types import Completion, Group, LossInputs, Prompt, Row, Scored
+from megatron_rl.types import AdvantageInputs, Completion, Corrected, Group, LossInputs, Prompt, Row, Scored
 
 # ---------------------------------------------------------------------------------------------------------- advantages
 
@@ -31,7 +32,18 @@ def test_advantages_by_hand():
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_equal_rewards_teach_exactly_nothing(name):
-    assert ADVANTAGES[name]([0.1, 0.1, 0.1]) == [0.0, 0.0, 0.0]
+    made = ADVANTAGES[name](AdvantageInputs(((0.1, 0.1, 0.1),), ((1, 2, 3),)))
+    assert [values.tolist() for values in made.tokens[0]] == [[0.0], [0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("name", "of_group"), [("grpo", grpo), ("dr_grpo", dr_grpo), ("rloo", rloo)])
+def test_every_token_of_a_response_has_its_advantage(name, of_group):
+    rewards, lengths = ((0.0, 1.0, 1.0, 2.0), (3.0, 5.0)), ((2, 1, 0, 3), (1, 2))
+    made = ADVANTAGES[name](AdvantageInputs(rewards, lengths))
+    for group, values, counts in zip(made.tokens, map(of_group, rewards), lengths, strict=True):
+        for tokens, value, count in zip(group, values, counts, strict=True):
+            assert tokens.dtype == torch.float32
+            assert tokens.tolist() == pytest.approx([value] * count, rel=1e-6)
 
 
 def test_grpo_does_not_depend_on_the_scale_of_the_reward():
@@ -43,6 +55,7 @@ def test_names_are_those_of_the_configuration():
     hints = typing.get_type_hints(AlgorithmConfig)
     assert set(ADVANTAGES) == set(typing.get_args(hints["advantage"]))
     assert set(LOSSES) == set(typing.get_args(hints["loss"]))
+    assert {"none", *CORRECTIONS} == set(typing.get_args(hints["correction"]))
 
 
 # -------------------------------------------------------------------------------------------------------------- groups
@@ -217,3 +230,38 @@ def test_nll():
     assert mean(output, "sft/nll") == pytest.approx(1.0)
     output.loss_sum.backward()
     assert given.logprobs.grad.tolist() == [-1.0, -0.5, 0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------- correction
+
+
+def test_truncated_importance_sampling_by_hand():
+    old, rollout = torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -2.5, -2.0])  # ratios 1, e^1.5, e^-1
+    corrected = TruncatedImportanceSampling(cap=2.0)(old, rollout)
+    assert corrected.weight.tolist() == pytest.approx([1.0, 2.0, math.exp(-1)], rel=1e-6)
+    assert corrected.keep.tolist() == [True, True, True]
+
+
+def test_a_corrected_loss_weighs_each_token():
+    given = inputs([1.0, 1.0], [1.0, 1.0], weights=[1.0, 0.5], rollout=torch.tensor([-1.5, -0.5]))
+    output = CorrectedLoss(PpoClip(), TruncatedImportanceSampling(cap=10.0))(given)  # ratios e^0.5, e^-0.5
+    assert output.loss_sum.item() == pytest.approx(-math.exp(0.5) - 0.5 * math.exp(-0.5))
+    assert mean(output, "correction/weight_mean") == pytest.approx((math.exp(0.5) + math.exp(-0.5)) / 2)
+    assert mean(output, "actor/pg_loss") == pytest.approx(-1.0)  # metrics of the loss stay per token
+
+
+def test_a_token_that_is_not_kept_teaches_nothing():
+    def first_only(old, rollout):
+        return Corrected(torch.ones_like(old), torch.arange(len(old)) == 0)
+
+    given = inputs([1.0, 1.0], [1.0, 1.0])
+    output = CorrectedLoss(PpoClip(), first_only)(given)
+    output.loss_sum.backward()
+    assert given.logprobs.grad.tolist() == [-1.0, 0.0]
+    assert mean(output, "correction/kept_fraction") == 0.5
+
+
+def test_without_a_mismatch_a_correction_changes_nothing():
+    given = inputs([1.0, 1.3], [0.5, -2.0])
+    plain, corrected = PpoClip()(given), CorrectedLoss(PpoClip(), TruncatedImportanceSampling())(given)
+    assert torch.equal(plain.loss_sum, corrected.loss_sum)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_rl.training.context_advice import FLOPS_PER_BYTE, SmallerContext, advise, predict, warn_once
+from megatron_rl.training.context_advice import FLOPS_PER_BYTE, advise, predict
 from megatron_rl.training.packing import Bundle, bundle_cost
 from model_providers.qwen3.tiny import tiny
 from model_providers.qwen3.weights import shape_of
@@ -56,14 +56,6 @@ def test_idle_ranks_are_no_gain() -> None:
     """One sequence: with fewer ranks to it the others would have nothing to do, and a large model is all work."""
     wide = shape_of({"model_type": "qwen2", **tiny(272), "hidden_size": 8192})
     assert advise([Bundle((0,), 0, (400,), 400.0)], wide, 4, "a2a", num_data=1, max_tokens=1600) is None
-
-
-def test_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_rl.training.context_advice._SAID", set())
-    with pytest.warns(SmallerContext) as caught:
-        for count in (16, 15):
-            warn_once(_bundles(*[100] * count), SHAPE, 4, "a2a", 1, 1600)
-    assert len(caught) == 1
 
 
 def test_nothing_to_advise_without_context_parallelism() -> None:

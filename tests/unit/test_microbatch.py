@@ -21,9 +21,7 @@ def _video(key: str, num_tokens: int) -> MediaItem:
     return made_video(key, (1, 2, 2 * num_tokens), num_tokens)
 
 
-def _sample(
-    prompt: Sequence[int], response: Sequence[int], advantage: float, weight: float, *videos: MediaItem
-) -> TrainSample:
+def _sample(prompt: Sequence[int], response: Sequence[int], weight: float, *videos: MediaItem) -> TrainSample:
     row = Row("made:1", "", "")
     logprobs = tuple(-0.5 * (i + 1) for i in range(len(response)))
     spans, at = [], 1  # media follow the first token, with one token between them
@@ -31,7 +29,7 @@ def _sample(
         spans.append(((at, at + video.num_tokens),))
         at += video.num_tokens + 1
     made = Prompt(0, row, tuple(prompt), videos, tuple(spans))
-    return TrainSample(made, tuple(response), advantage, logprobs, weight)
+    return TrainSample(made, tuple(response), logprobs, weight=weight)
 
 
 def _positions(num_tokens: int, media: Sequence[MediaItem], spans: Sequence[Sequence[Run]]) -> Tensor:
@@ -46,9 +44,9 @@ def _predicting(batch: MicroBatch) -> Tensor:
 
 A, B = _video("a", 2), _video("b", 1)
 SAMPLES = [
-    _sample([1, 1], [5], 0.25, 1.0),
-    _sample([2, V, V, 3], [6, 7, 8], -1.0, 0.5, A),
-    _sample([3, V, 4, V, V, 3], [4, 4], 2.0, 1.5, B, A),
+    _sample([1, 1], [5], 1.0),
+    _sample([2, V, V, 3], [6, 7, 8], 0.5, A),
+    _sample([3, V, 4, V, V, 3], [4, 4], 1.5, B, A),
 ]
 
 
@@ -59,7 +57,6 @@ def test_micro_batch_by_hand() -> None:
     assert batch.position_ids.tolist() == [[*range(300, 308), *range(200, 207), 0]] * 3  # the last one is padding
     assert _predicting(batch).tolist() == [5, 6, 11, 12, 13]  # the position before each response token
     assert batch.targets.tolist() == [4, 4, 6, 7, 8]
-    assert batch.advantages.tolist() == [2.0, 2.0, -1.0, -1.0, -1.0]
     assert batch.rollout_logprobs.tolist() == [-0.5, -1.0, -0.5, -1.0, -1.5]
     assert batch.weights.tolist() == [1.5, 1.5, 0.5, 0.5, 0.5]
     assert batch.media_rows.tolist() == [1, 3, 4, 9, 10]
@@ -77,7 +74,7 @@ def test_embeddings_come_in_the_order_of_the_media_rows() -> None:
     assert gather_embeds(build_microbatch(SAMPLES, ((0,),), RankSlice(), _positions), embeds) is None
 
 
-GROUP = [_sample([1, V, V, 3], [5, 6], 1.0, 1.0, A), _sample([1, V, V, 3], [7, 8, 9], -1.0, 0.5, A)]
+GROUP = [_sample([1, V, V, 3], [5, 6], 1.0, A), _sample([1, V, V, 3], [7, 8, 9], 0.5, A)]
 
 
 def test_a_shared_prompt_is_stored_once() -> None:
@@ -101,7 +98,6 @@ def test_a_shared_prompt_is_stored_once() -> None:
     assert batch.last_attention.run_lengths == (1, 1, 2)
     assert batch.last_attention.own == (QuerySlice((0, 1), ((0, 3),)), QuerySlice((1, 4), ((0, 4),)))
     assert batch.targets.tolist() == [5, 6, 7, 8, 9]
-    assert batch.advantages.tolist() == [1.0, 1.0, -1.0, -1.0, -1.0]
     assert batch.media_rows.tolist() == [1, 2] and batch.media == (A,) and batch.samples == (0, 1)
 
 
@@ -118,7 +114,6 @@ def test_context_parallel_ranks_hold_everything_once() -> None:
         assert len(part.token_ids) == part.position_ids.shape[1] and len(part.token_ids) % 2 == 0
         fields = (
             part.targets,
-            part.advantages,
             part.rollout_logprobs,
             part.weights,
             part.position_ids[0, _predicting(part)],
@@ -130,7 +125,6 @@ def test_context_parallel_ranks_hold_everything_once() -> None:
         assert all(part.token_ids[part.media_rows] == V)
     fields = (
         whole.targets,
-        whole.advantages,
         whole.rollout_logprobs,
         whole.weights,
         whole.position_ids[0, _predicting(whole)],

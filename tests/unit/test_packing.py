@@ -42,7 +42,7 @@ def test_cost_by_hand() -> None:
 
 def _group(prompt_id: int, num_prompt: int, responses: Sequence[int]) -> list[TrainSample]:
     prompt = Prompt(prompt_id, Row("made:1", "", ""), (1,) * num_prompt, ())
-    return [TrainSample(prompt, (2,) * n, 0.0, (0.0,) * n) for n in responses]
+    return [TrainSample(prompt, (2,) * n, (0.0,) * n) for n in responses]
 
 
 def test_bundles_share_a_prompt_within_the_budget() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rl.weight_sync.plan import Layouts, ReshardPlan, make_plan
 from model_providers.qwen2_5_vl.weights import weight_map
-from model_providers.shape import TransformerShape
+from model_providers.shape import RopeSettings, TransformerShape
 
 SMALL = TransformerShape(
     num_layers=4,
@@ -21,8 +21,7 @@ SMALL = TransformerShape(
     head_dim=2,
     vocab_size=384,
     rms_eps=1e-6,
-    rope_theta=1e4,
-    mrope_section=(1, 0, 0),
+    rope=RopeSettings(1e4, 2),
     qkv_bias=True,
     tied_embeddings=False,
     max_positions=64,

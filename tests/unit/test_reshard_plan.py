@@ -14,7 +14,7 @@ import pytest
 from megatron_rl.weight_sync.plan import Layouts, ReshardPlan, make_plan, stage_of
 from megatron_rl.weight_sync.resharder import Part, Script, write_script
 from model_providers.qwen2_5_vl.weights import weight_map
-from model_providers.shape import TransformerShape
+from model_providers.shape import RopeSettings, TransformerShape
 from model_providers.weight_map import Block, Shard, WeightMap
 
 SHAPE = TransformerShape(
@@ -26,8 +26,7 @@ SHAPE = TransformerShape(
     head_dim=2,
     vocab_size=380,  # padded to 384: vLLM, too, wants padded rows that its ranks divide
     rms_eps=1e-6,
-    rope_theta=1e4,
-    mrope_section=(1, 0, 0),
+    rope=RopeSettings(1e4, 2),
     qkv_bias=True,
     tied_embeddings=False,
     max_positions=64,

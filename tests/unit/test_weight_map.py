@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_rl.runtime.device import define_torchvision_operators
 from model_providers.hf_checkpoint import canonical_hf_name
 from model_providers.qwen2_5_vl.weights import weight_map
-from model_providers.shape import TransformerShape
+from model_providers.shape import RopeSettings, TransformerShape
 from model_providers.weight_map import (
     QKV,
     Block,
@@ -171,8 +171,7 @@ def shape(tied: bool) -> TransformerShape:
         head_dim=2,
         vocab_size=30,
         rms_eps=1e-6,
-        rope_theta=1e4,
-        mrope_section=(1, 0, 0),
+        rope=RopeSettings(1e4, 2),
         qkv_bias=True,
         tied_embeddings=tied,
         max_positions=64,

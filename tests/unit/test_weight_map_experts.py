@@ -15,7 +15,7 @@ import torch
 
 from megatron_rl.weight_sync.plan import Layouts, make_plan
 from model_providers.decoder_weights import decoder_weight_map
-from model_providers.shape import TransformerShape
+from model_providers.shape import RopeSettings, TransformerShape
 from model_providers.weight_map import HfTensor, Shard, WeightMap, canonical_name
 
 SHAPE = TransformerShape(
@@ -27,8 +27,7 @@ SHAPE = TransformerShape(
     head_dim=4,
     vocab_size=20,
     rms_eps=1e-6,
-    rope_theta=1e4,
-    mrope_section=(2, 0, 0),
+    rope=RopeSettings(1e4, 2),
     qkv_bias=False,
     tied_embeddings=False,
     max_positions=64,

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds what only reinforcement learning has, from its configuration: engine, rollouts, evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data.rows.loader import RowLoader
+from megatron_rl.config.schema import RunConfig
+from megatron_rl.evaluate import Evaluation, EvaluationPlan
+from megatron_rl.protocols import GroupSource
+from megatron_rl.rewards.registry import load_reward
+from megatron_rl.rollout.colocated import ColocatedEngine, ColocatedRollouts, GroupFilter
+from megatron_rl.rollout.replayed import ReplayedRollouts
+from megatron_rl.rollout.store import RolloutStore
+from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
+from megatron_rl.session import Session, usable_rows
+from megatron_rl.training.token_learner import TokenLearner
+from megatron_rl.types import Sampling
+from megatron_rl.weight_sync.plan import Layouts, make_plan
+from megatron_rl.weight_sync.resharder import Resharder
+from megatron_rl.weight_sync.shape_check import check_fit
+from model_providers.weight_map import WeightMap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@contextmanager
+def open_colocated(cfg: RunConfig, session: Session, learner: TokenLearner) -> Iterator[ColocatedEngine]:
+    """The engine on the trainer's ranks; freed at the end of the block. Collective."""
+    reward = load_reward(cfg.reward.name, cfg.reward.format_weight)
+    with learner.offloaded():  # the engine measures what memory is left for it
+        engine, resharder = open_engine(cfg, session)
+    colocated = ColocatedEngine(
+        engine,
+        resharder,
+        reward,
+        learner,
+        session.mesh,
+        session.run_state.progress,
+        session.backend.synchronize,
+        cfg.rollout.verify_sync,
+    )
+    with closing(colocated):
+        yield colocated
+
+
+def open_source(
+    cfg: RunConfig, session: Session, colocated: ColocatedEngine | None, loader: RowLoader | None
+) -> GroupSource:
+    """Where the groups of a step come from: the engine or, without one, the files of an earlier run."""
+    folder, progress = cfg.rollout.replay_from or cfg.rollout.save_to, session.run_state.progress
+    store = RolloutStore(folder, writes=session.mesh.rank == 0) if folder else None
+    if colocated is None or loader is None:
+        assert store is not None, "checked with the recipe: rollout.replay_from"
+        return ReplayedRollouts(store, session.prompts, session.encoder, progress)
+    algorithm = cfg.algorithm
+    wanted = GroupFilter(algorithm.filter_low, algorithm.filter_high, algorithm.max_filter_rounds)
+    return ColocatedRollouts(
+        colocated,
+        session.prompts,
+        session.encoder,
+        loader,
+        _sampling(cfg, cfg.rollout.num_samples, cfg.rollout.temperature, greedy=False),
+        progress,
+        cfg.train.num_steps,
+        wanted if algorithm.filter_groups else None,
+        store,
+    )
+
+
+def _sampling(cfg: RunConfig, num_samples: int, temperature: float, greedy: bool) -> Sampling:
+    return Sampling(num_samples, temperature, cfg.rollout.max_response_tokens, cfg.seed, greedy=greedy)
+
+
+def open_evaluation(cfg: RunConfig, session: Session, colocated: ColocatedEngine | None) -> Evaluation:
+    settings, data = cfg.eval, cfg.data
+    found = usable_rows(data.eval, data.media_root, "data.eval", session.quarantine) if data.eval else []
+    plan = EvaluationPlan(
+        every=settings.every,
+        at_start=settings.at_start,
+        at_end=settings.at_end,
+        blind=settings.blind,
+        batch_size=settings.batch_size,
+        num_steps=cfg.train.num_steps,
+    )
+    return Evaluation(
+        colocated,
+        session.prompts,
+        session.encoder,
+        [row for rows in found for row in rows],
+        data.eval,
+        _sampling(cfg, num_samples=1, temperature=1.0, greedy=True),
+        plan,
+        RolloutStore(Path(cfg.run_dir) / "eval", writes=session.mesh.rank == 0),
+        session.run_state.progress,
+    )
+
+
+def eos_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's and those of generation_config.json."""
+    ids = {tokenizer.eos_token_id}
+    path = Path(folder) / "generation_config.json"
+    if path.is_file():
+        stated = json.loads(path.read_text()).get("eos_token_id", [])
+        ids |= {stated} if isinstance(stated, int) else set(stated)
+    return tuple(sorted(ids))
+
+
+def open_engine(cfg: RunConfig, session: Session) -> tuple[VllmEngine, Resharder]:
+    """A vLLM replica over this rank's rollout group, and the plan that fills it. Collective."""
+
+    mesh, provider = session.mesh, session.provider
+    settings = EngineSettings(
+        model=provider.engine,
+        tensor=cfg.rollout.tensor,
+        max_model_len=cfg.max_model_len,
+        max_num_seqs=cfg.rollout.max_num_seqs,
+        kv_cache_bytes=int(cfg.rollout.kv_cache_gib * 2**30),
+        gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
+        enforce_eager=cfg.rollout.enforce_eager,
+    )
+    engine = VllmEngine(
+        settings,
+        session.backend,
+        provider.forbidden_tokens,
+        eos_token_ids(session.tokenizer, cfg.model.hf),
+        provider.position_ids,
+        lambda ids: str(session.tokenizer.decode(list(ids), skip_special_tokens=True)),
+    )
+    layouts = Layouts(
+        mesh.world,
+        mesh.tensor,
+        mesh.pipeline,
+        mesh.context,
+        mesh.rollout_tensor,
+        virtual=mesh.virtual,
+        expert=mesh.expert,
+    )
+    plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
+    source = {name: param.data for name, param in session.policy.language_model.named_weights().items()}
+    target = engine.parameters()
+    check_fit(
+        provider.weight_map,
+        mesh.here.tp,
+        mesh.tensor,
+        mesh.rollout_tp_rank,
+        mesh.rollout_tensor,
+        source,
+        target,
+        mesh.slot(is_expert=True),
+    )
+    frozen = frozen_in_engine(provider.weight_map, cfg.model.freeze)
+    return engine, Resharder(plan, mesh.rank, source, target, cfg.rollout.sync_buffer_mib * 2**20, frozen)
+
+
+def frozen_in_engine(weights: WeightMap, patterns: Sequence[str]) -> frozenset[str]:
+    """Engine parameters all of whose trainer parameters are frozen: the same on every rank."""
+    trained = {e.engine for name, e in weights.entries.items() if not any(fnmatchcase(name, p) for p in patterns)}
+    return frozenset(e.engine for e in weights.entries.values()) - trained
