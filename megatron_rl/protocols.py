@@ -48,12 +48,19 @@ if TYPE_CHECKING:
 class MediaSpec(Protocol):
     """How a model family turns videos and images into patches and tokens; pure arithmetic, no weights."""
 
-    placeholder_ids: Mapping[MediaKind, int]
-    """The one token that the chat template writes for a medium, for "video" and "image" as far as they are taken."""
-    patch_size: int
-    temporal_patch_size: int
-    frame_family: Literal["stride", "linspace"]
-    """How the Hugging Face processor of the family counts frames (data/video/frames.py)."""
+    @property
+    def placeholder_ids(self) -> Mapping[MediaKind, int]:
+        """The one token that the chat template writes for a medium: "video" and "image", as far as they are taken."""
+
+    @property
+    def patch_size(self) -> int: ...
+
+    @property
+    def temporal_patch_size(self) -> int: ...
+
+    @property
+    def frame_family(self) -> Literal["stride", "linspace"]:
+        """How the Hugging Face processor of the family counts frames (data/video/frames.py)."""
 
     def size_hw(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         """Height and width to which frames are resized: multiples of patch_size. Raises ValueError for a picture that
@@ -69,15 +76,26 @@ class MediaSpec(Protocol):
 class AudioSpec(Protocol):
     """How a model family turns sound into columns of a spectrogram and tokens."""
 
-    placeholder_id: int
-    rate: int
-    """Samples a second."""
-    num_mels: int
-    frames_per_unit: int
-    """Columns of the spectrogram that an encoder may be cut at."""
-    tokens_per_unit: int
-    joins_video: bool
-    """Whether the sound of a video stands among the tokens of that video."""
+    @property
+    def placeholder_id(self) -> int: ...
+
+    @property
+    def rate(self) -> int:
+        """Samples a second."""
+
+    @property
+    def num_mels(self) -> int: ...
+
+    @property
+    def frames_per_unit(self) -> int:
+        """Columns of the spectrogram that an encoder may be cut at."""
+
+    @property
+    def tokens_per_unit(self) -> int: ...
+
+    @property
+    def joins_video(self) -> bool:
+        """Whether the sound of a video stands among the tokens of that video."""
 
     def num_frames(self, num_samples: int) -> int:
         """Columns of the spectrogram."""

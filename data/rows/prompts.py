@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 import jinja2.meta
@@ -103,10 +103,11 @@ class PromptBuilder:
                 raise BadSample(row.source, f"the text contains {token}, a control token of the model")
         files: dict[MediaKind, Sequence[str]] = {"image": row.images, "video": row.videos}
         content = _content(row.source, text, files | ({"audio": audios} if self._specs.sound else {}))
-        messages = [{"role": "user", "content": content}]
-        ids = self._tokenizer.apply_chat_template(
+        messages: Any = [{"role": "user", "content": content}]  # transformers types contents as text only
+        made = self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
+        ids = cast("list[int]", made)  # one conversation, tokenized
         parts = [part["type"] for part in content] if isinstance(content, list) else []
         kinds = [kind for part in parts for kind in _MARKERS.values() if kind == part]
         for token_id in dict.fromkeys(self._placeholder_ids.values()):
@@ -131,10 +132,10 @@ class PromptBuilder:
                 continue
             items, at = next(remaining), len(expanded)
             made = self._placeholder(items)
-            spans = [tuple((at + start, at + stop) for start, stop in runs) for runs in made.spans]
-            placed += sorted(zip(items, spans, strict=True), key=lambda pair: pair[1])
+            shifted = [tuple((at + start, at + stop) for start, stop in runs) for runs in made.spans]
+            placed += sorted(zip(items, shifted, strict=True), key=lambda pair: pair[1])
             expanded += made.token_ids
-        media, spans = (tuple(part) for part in zip(*placed, strict=True)) if placed else ((), ())
+        media, spans = tuple(item for item, _ in placed), tuple(runs for _, runs in placed)
         return Prompt(prompt_id, row, tuple(expanded), media, spans)
 
     def _placeholder(self, items: Sequence[MediaItem]) -> Placeholder:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import netrc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -238,12 +238,12 @@ def _fits_provider(cfg: RunConfig, hf: Config) -> Iterator[str]:
         yield _problem(cfg, "model.freeze", "nothing is left to train; freeze less")
 
 
-def size_problems(cfg: RunConfig, text: dict[str, int]) -> list[str]:
+def size_problems(cfg: RunConfig, text: Mapping[str, int]) -> list[str]:
     """Sizes of trainer and engine that do not go with the model's, whose config.json holds the integers `text`."""
     return [*_fits_model(cfg, text), *_fits_engine(cfg, text)]
 
 
-def _fits_model(cfg: RunConfig, text: dict[str, int]) -> Iterator[str]:
+def _fits_model(cfg: RunConfig, text: Mapping[str, int]) -> Iterator[str]:
     for key in ("num_attention_heads", "hidden_size", "intermediate_size"):
         yield from _divides(cfg, "parallel.tensor", key, text)
     yield from _divides(cfg, "parallel.pipeline", "num_hidden_layers", text)
@@ -281,19 +281,19 @@ def _experts(cfg: RunConfig, num_experts: int) -> Iterator[str]:
         yield _problem(cfg, "checkpoint.export_hf", "exporting experts is not built yet; use false")
 
 
-def _fits_engine(cfg: RunConfig, text: dict[str, int]) -> Iterator[str]:
+def _fits_engine(cfg: RunConfig, text: Mapping[str, int]) -> Iterator[str]:
     for key in ("num_attention_heads", "intermediate_size"):
         yield from _divides(cfg, "rollout.tensor", key, text)
     yield from _kv_heads(cfg, "rollout.tensor", text)
 
 
-def _divides(cfg: RunConfig, path: str, key: str, text: dict[str, int]) -> Iterator[str]:
+def _divides(cfg: RunConfig, path: str, key: str, text: Mapping[str, int]) -> Iterator[str]:
     size = _at(cfg, path)
     if size > 0 and text[key] % size:
         yield _problem(cfg, path, f"does not divide the model's {key} {text[key]}; use a divisor")
 
 
-def _kv_heads(cfg: RunConfig, path: str, text: dict[str, int]) -> Iterator[str]:
+def _kv_heads(cfg: RunConfig, path: str, text: Mapping[str, int]) -> Iterator[str]:
     size, heads = _at(cfg, path), text.get("num_key_value_heads", text["num_attention_heads"])
     if size > 0 and size % heads and heads % size:
         yield _problem(

@@ -221,7 +221,7 @@ def _entries(start: int, stop: int) -> Iterator[tuple[int, int]]:
 def _seal(key: str, embeds: Tensor) -> Tensor:
     """sha256 over the name of an entry and what is in it, uint8 [32]."""
     digest = hashlib.sha256(key.encode())
-    digest.update(embeds.contiguous().view(torch.uint8).numpy())
+    digest.update(embeds.contiguous().view(torch.uint8).numpy().data)
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 

@@ -167,7 +167,7 @@ def _samples(work: Workload, num_prompts: int) -> list[TrainSample]:
     ids, response = (cast("tuple[int, ...]", range(n)) for n in (work.prompt_tokens, work.response_tokens))
     row = Row("", "", "")
     return [
-        TrainSample(prompt, response, 0.0, ())
+        TrainSample(prompt, response, ())
         for prompt in (Prompt(index, row, ids, ()) for index in range(num_prompts))
         for _ in range(work.num_samples)
     ]

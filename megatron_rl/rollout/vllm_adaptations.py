@@ -34,9 +34,10 @@ def inspect_models_in_process() -> None:
 
     Ours holds the device anyway, and a fresh process would not have the declarations of define_torchvision_operators.
     """
-    import vllm.model_executor.models.registry as registry
+    import vllm.model_executor.models.registry
 
     define_torchvision_operators()
+    registry: Any = vllm.model_executor.models.registry
     registry._run_in_subprocess = lambda function: function()
 
 
@@ -48,7 +49,7 @@ def keep_cpu_linear_weights() -> None:
     """
     import vllm.model_executor.layers.utils as layer_utils
 
-    def read_live_weight(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def read_live_weight(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     layer_utils.dispatch_cpu_unquantized_gemm = read_live_weight
@@ -72,8 +73,9 @@ def keep_cpu_expert_weights() -> None:
             total.index_add_(0, token, made.float() * more["topk_weights"][token, place, None])
         output.copy_(total)
 
-    CPUUnquantizedExperts.process_weights_after_loading = leave_unpacked
-    CPUUnquantizedExperts.apply = apply
+    experts: Any = CPUUnquantizedExperts
+    experts.process_weights_after_loading = leave_unpacked
+    experts.apply = apply
 
 
 @contextmanager
@@ -127,7 +129,7 @@ def encoder_budget(num_tokens: int) -> Iterator[None]:
         yield
 
 
-def take_given_media(model: torch.nn.Module) -> None:
+def take_given_media(model: Any) -> None:
     """A model of vLLM 0.32 makes embeddings of pictures and sound itself, or takes ready ones in fields that differ
     between families, for some kinds in none: hand back the rows that the request holds."""
 
@@ -137,7 +139,7 @@ def take_given_media(model: torch.nn.Module) -> None:
     model.embed_multimodal = given
 
 
-def take_given_positions(model: torch.nn.Module) -> None:
+def take_given_positions(model: Any) -> None:
     """A model of vLLM 0.32 works out the rotary positions of media from its own processor's fields, by rules that are
     not the trainer's for every family: take those of the request. Text counts up."""
 

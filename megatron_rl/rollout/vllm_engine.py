@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from megatron_rl.types import FORBIDDEN_BIAS, Completion, EncodedMedia, EngineMo
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
+    from vllm.logprobs import Logprob
 
 NO_MEDIA = {"image": 0, "video": 0, "audio": 0}  # of a request for vLLM's own encoders: it builds none
 
@@ -77,10 +78,10 @@ class VllmEngine:
             adaptations.deepstack_without_tower() if settings.model.deepstack_levels else nullcontext(),
         ):
             self._llm = _build(settings, backend)
-        client = self._llm.llm_engine.engine_core
+        client: Any = self._llm.llm_engine.engine_core  # vLLM's in-process client, whose parts it does not type
         client._finalizer.detach()  # vLLM's own shutdown would also destroy the trainer's process groups; see `close`
-        core = client.engine_core
-        self._model = core.model_executor.driver_worker.get_model()
+        self._core = client.engine_core
+        self._model = self._core.model_executor.driver_worker.get_model()
         adaptations.take_given_media(self._model)
         if settings.model.positions == "mrope":
             adaptations.take_given_positions(self._model)
@@ -123,7 +124,7 @@ class VllmEngine:
     def _run(self, prompts: Sequence[Prompt], media: EncodedMedia, sampling: Sampling) -> list[RequestOutput]:
         """One finished request for each prompt. None is left in the engine, whatever happens."""
         engine = self._llm.llm_engine
-        finished: dict[str, RequestOutput] = {}
+        finished: dict[str, Any] = {}  # step() may give outputs of embedding models, which this is not
         names: list[str] = []
         given: list[str] = []
         try:
@@ -151,12 +152,12 @@ class VllmEngine:
         """Free the engine and its own process groups, part by part."""
         from vllm.distributed.parallel_state import destroy_model_parallel
 
-        core = self._llm.llm_engine.engine_core.engine_core
+        core = self._core
         core.structured_output_manager.clear_backend()
         core.model_executor.shutdown()
         core.scheduler.shutdown()
         destroy_model_parallel()
-        del self._llm, self._model
+        del core, self._core, self._llm, self._model
         gc.unfreeze()
         gc.collect()
         self._backend.release_cache()
@@ -178,11 +179,13 @@ class VllmEngine:
         )
 
     def _completions(self, prompt: Prompt, output: RequestOutput) -> Iterator[Completion]:
-        if tuple(output.prompt_token_ids) != prompt.token_ids:
-            raise RuntimeError(_prompt_difference(prompt, output.prompt_token_ids))
+        seen = output.prompt_token_ids or []
+        if tuple(seen) != prompt.token_ids:
+            raise RuntimeError(_prompt_difference(prompt, seen))
         for choice in sorted(output.outputs, key=lambda c: c.index):
             ids = tuple(choice.token_ids)
-            logprobs = tuple(step[token].logprob for step, token in zip(choice.logprobs, ids, strict=True))
+            by_token = cast("list[dict[int, Logprob]]", choice.logprobs)  # asked for, and not flat
+            logprobs = tuple(step[token].logprob for step, token in zip(by_token, ids, strict=True))
             truncated = choice.finish_reason == "length"
             yield Completion(prompt.prompt_id, choice.index, ids, logprobs, self._detokenize(ids), truncated)
 
@@ -211,13 +214,14 @@ def _build(settings: EngineSettings, backend: Backend) -> LLM:
 
     model = settings.model
     overrides = dict(model.overrides) | ({"architectures": [model.architecture]} if model.architecture else {})
+    dtypes: dict[torch.dtype, Literal["float32", "bfloat16"]] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
     longest = 0 if backend.chunked_prefill else settings.max_model_len
     return LLM(
         model=model.folder,
         tokenizer=model.folder,
         hf_overrides=overrides,
         load_format="dummy",
-        dtype={torch.float32: "float32", torch.bfloat16: "bfloat16"}[backend.dtype],
+        dtype=dtypes[backend.dtype],
         tensor_parallel_size=settings.tensor,
         distributed_executor_backend="external_launcher",
         max_model_len=settings.max_model_len,

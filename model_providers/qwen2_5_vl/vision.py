@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from megatron_rl.runtime.device import Backend, define_torchvision_operators
 from megatron_rl.types import MediaItem, MediaKind, Placeholder, VisionPart
 from model_providers.family import PixelBounds
 from model_providers.hf_checkpoint import HfCheckpoint
+
+if TYPE_CHECKING:
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 HF_PREFIX = "visual."
 
@@ -85,6 +88,7 @@ class VisionTower:
     def __init__(
         self,
         module: torch.nn.Module,
+        config: Qwen2_5_VLVisionConfig,
         spec: QwenMediaSpec,
         backend: Backend,
         device: torch.device,
@@ -93,7 +97,7 @@ class VisionTower:
         self.module = module.to(device=device, dtype=backend.dtype).eval()
         for name, param in self.module.named_parameters():
             param.requires_grad_(("projector" if name.startswith("merger.") else "tower") in trained)
-        self.spec = spec
+        self.spec, self._config = spec, config
         self.device = device
         self.dtype = backend.dtype
         self.trained = trained
@@ -102,7 +106,7 @@ class VisionTower:
 
     @property
     def width(self) -> int:
-        return int(self.module.config.out_hidden_size)
+        return self._config.out_hidden_size
 
     @property
     def is_trained(self) -> bool:
@@ -116,7 +120,7 @@ class VisionTower:
         """sha256 of all that decides what `encode` makes of given frames: weights, dtype, kind of device, patches."""
         spec = self.spec
         settings = (spec.patch_size, spec.temporal_patch_size, spec.merge_size, spec.mean, spec.std)
-        digest = hashlib.sha256(repr((settings, self.dtype, self.device.type, self.module.config.to_dict())).encode())
+        digest = hashlib.sha256(repr((settings, self.dtype, self.device.type, self._config.to_dict())).encode())
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy())
@@ -181,4 +185,4 @@ def build_tower(
     module.load_state_dict({name: checkpoint.tensor(f"{HF_PREFIX}{name}") for name in state})
     spec = specs.pictures
     assert isinstance(spec, QwenMediaSpec), "what `specs_of` makes"
-    return VisionTower(module, spec, backend, device, trained)
+    return VisionTower(module, config, spec, backend, device, trained)
