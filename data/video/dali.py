@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, pipeline_def
 from nvidia.dali.data_node import DataNode
+from nvidia.dali.types import DALIDataType, DALIInterpType
 
 from data.video.clip import Clip, clip_parts, cut_clip
 from data.video.gop_plan import plan_runs
@@ -36,8 +37,8 @@ def _frames_pipeline(on_gpu: bool) -> DataNode:
     size_hw = fn.external_source(name="size_hw", dtype=DALIDataType.FLOAT, ndim=1)
     # pad_mode "none": an index past the end is an error; by default it would be a black frame.
     video = fn.decoders.video(encoded, device="mixed" if on_gpu else "cpu", frames=positions, pad_mode="none")
-    video = fn.resize(video, size=size_hw, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
-    return fn.transpose(video, perm=[0, 3, 1, 2])
+    resized = fn.resize(video, size=size_hw, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
+    return fn.transpose(resized, perm=[0, 3, 1, 2])
 
 
 class DaliVideoDecoder:
