@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vllm.inputs import EngineInput
     from vllm.multimodal.inputs import MultiModalKwargsItem, PlaceholderRange
 
+Placed = tuple[MediaItem, Sequence[Run]]  # an item and the runs of tokens that it fills
+
 
 def engine_input(prompt: Prompt, media: EncodedMedia, position_ids: PositionRule) -> EngineInput:
     """What `LLMEngine.add_request` takes; `media` holds the rows of all items of the prompt."""
@@ -33,11 +35,38 @@ def engine_input(prompt: Prompt, media: EncodedMedia, position_ids: PositionRule
     rows: dict[str, list[MultiModalKwargsItem]] = {}
     identities: dict[str, list[str]] = {}
     ranges: dict[str, list[PlaceholderRange]] = {}
-    for item, runs in zip(prompt.media, prompt.spans, strict=True):
-        rows.setdefault(item.kind, []).append(_rows(media.tables[item.key], positions))
-        identities.setdefault(item.kind, []).append(identity(item, media.made_by))
-        ranges.setdefault(item.kind, []).append(_range(runs))
+    for stretch in _stretches(prompt):
+        kind = stretch[0][0].kind
+        rows.setdefault(kind, []).append(_rows(_in_token_order(stretch, media), positions))
+        identities.setdefault(kind, []).append("+".join(identity(item, media.made_by) for item, _ in stretch))
+        ranges.setdefault(kind, []).append(_range(sorted(run for _, runs in stretch for run in runs)))
     return mm_input(ids, MultiModalKwargsItems(rows), identities, ranges)
+
+
+def _stretches(prompt: Prompt) -> list[list[Placed]]:
+    """The items with their runs; those that stand among each other together: vLLM 0.32 takes the rows of one item after
+    those of another, whatever the order of their tokens."""
+    stretches: list[list[Placed]] = []
+    stop = -1
+    for item, runs in zip(prompt.media, prompt.spans, strict=True):
+        if runs[0][0] < stop:
+            stretches[-1].append((item, runs))
+        else:
+            stretches.append([(item, runs)])
+        stop = max(stop, runs[-1][1])
+    return stretches
+
+
+def _in_token_order(stretch: Sequence[Placed], media: EncodedMedia) -> Tensor:
+    """[tokens, width]; of a single item the very table, so that no copy stands beside it."""
+    tables = [media.tables[item.key] for item, _ in stretch]
+    if len(stretch) == 1:
+        return tables[0]
+    parts: list[tuple[int, Tensor]] = []
+    for table, (_, runs) in zip(tables, stretch, strict=True):
+        lengths = [stop - start for start, stop in runs]
+        parts += [(start, part) for (start, _), part in zip(runs, table.split(lengths), strict=True)]
+    return torch.cat([part for _, part in sorted(parts, key=lambda pair: pair[0])])
 
 
 def identity(item: MediaItem, made_by: str) -> str:
@@ -60,7 +89,7 @@ def _rows(embeds: Tensor, positions: Tensor) -> MultiModalKwargsItem:
 
 
 def _range(runs: Sequence[Run]) -> PlaceholderRange:
-    """From the first token of an item to its last; where others stand between them, with a mask of its own."""
+    """From the first token of the runs to the last; where others stand between them, with a mask."""
     from vllm.multimodal.inputs import PlaceholderRange
 
     start, stop = runs[0][0], runs[-1][1]
