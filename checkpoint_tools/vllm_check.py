@@ -15,7 +15,8 @@ def generate_greedily(folder: Path, prompt_ids: Sequence[int], num_tokens: int, 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
 
     length = len(prompt_ids) + num_tokens
     engine = LLM(
@@ -25,7 +26,7 @@ def generate_greedily(folder: Path, prompt_ids: Sequence[int], num_tokens: int, 
         max_num_batched_tokens=length,
         max_num_seqs=1,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
-        limit_mm_per_prompt={"image": 0, "video": 0},
+        limit_mm_per_prompt={"image": 0, "video": 0, "audio": 0},
         enforce_eager=True,
         seed=0,
     )

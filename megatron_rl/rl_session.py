@@ -118,7 +118,7 @@ def open_engine(cfg: RlConfig, session: Session) -> tuple[VllmEngine, Resharder]
 
     mesh, provider = session.mesh, session.provider
     settings = EngineSettings(
-        folder=cfg.model.hf,
+        model=provider.engine,
         tensor=cfg.rollout.tensor,
         max_model_len=cfg.max_model_len,
         max_num_seqs=cfg.rollout.max_num_seqs,
@@ -131,7 +131,7 @@ def open_engine(cfg: RlConfig, session: Session) -> tuple[VllmEngine, Resharder]
         session.backend,
         provider.forbidden_tokens,
         eos_token_ids(session.tokenizer, cfg.model.hf),
-        provider.engine_prompt,
+        provider.position_ids,
         lambda ids: str(session.tokenizer.decode(list(ids), skip_special_tokens=True)),
     )
     plan = make_plan(provider.weight_map, provider.shape.num_layers, mesh.trainer, mesh.engine)

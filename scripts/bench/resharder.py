@@ -46,7 +46,7 @@ from megatron_rl.runtime.grid import Grid
 from megatron_rl.weight_sync.plan import make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 from model_providers.weight_map import HfTensor
 from scripts.bench.baselines import BUCKET_BYTES, CoreResharding, FullGather, LiveBytes, ReceivedBytes, as_matrix
 from scripts.bench.world import enter, fork_world
