@@ -89,8 +89,8 @@ def compare(checkpoint: HfCheckpoint, weights: McoreWeights) -> Iterator[Differe
     for name in follow(ours, len(ours), "comparing"):
         if name not in theirs:
             yield Difference(name, "only in the Megatron checkpoint")
-        elif weights.is_readable(name) and (problem := _difference(checkpoint.tensor(name), weights.tensor(name))):
-            yield Difference(name, problem)
+        elif weights.is_readable(name) and (found := _difference(checkpoint.tensor(name), weights.tensor(name))):
+            yield Difference(name, found)
 
 
 def _difference(hf: Tensor, mcore: Tensor) -> str | None:

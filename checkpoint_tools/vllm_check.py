@@ -16,6 +16,7 @@ def generate_greedily(folder: Path, prompt_ids: Sequence[int], num_tokens: int, 
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
 
     length = len(prompt_ids) + num_tokens
     engine = LLM(
@@ -25,7 +26,7 @@ def generate_greedily(folder: Path, prompt_ids: Sequence[int], num_tokens: int, 
         max_num_batched_tokens=length,
         max_num_seqs=1,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
-        limit_mm_per_prompt={"image": 0, "video": 0},
+        limit_mm_per_prompt={"image": 0, "video": 0, "audio": 0},
         enforce_eager=True,
         seed=0,
     )
@@ -34,7 +35,7 @@ def generate_greedily(folder: Path, prompt_ids: Sequence[int], num_tokens: int, 
         temperature=0.0, max_tokens=num_tokens, ignore_eos=True, logit_bias=bias, detokenize=False
     )
     try:
-        output = engine.generate([{"prompt_token_ids": list(prompt_ids)}], sampling, use_tqdm=False)
+        output = engine.generate([TokensPrompt(prompt_token_ids=list(prompt_ids))], sampling, use_tqdm=False)
     finally:
         engine.llm_engine.engine_core.shutdown()  # and with it the process group that vLLM made
     return list(output[0].outputs[0].token_ids)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.rows.loader import RowLoader
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.evaluate import Evaluation, EvaluationPlan
 from megatron_rl.protocols import GroupSource
 from megatron_rl.rewards.registry import load_reward
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_colocated(cfg: RunConfig, session: Session, learner: TokenLearner) -> Iterator[ColocatedEngine]:
+def open_colocated(cfg: RlConfig, session: Session, learner: TokenLearner) -> Iterator[ColocatedEngine]:
     """The engine on the trainer's ranks; freed at the end of the block. Collective."""
-    reward = load_reward(cfg.reward.name, cfg.reward.format_weight)
+    reward = load_reward(cfg.reward.name, cfg.reward.terms)
     with learner.offloaded():  # the engine measures what memory is left for it
         engine, resharder = open_engine(cfg, session)
     colocated = ColocatedEngine(
@@ -52,7 +52,7 @@ def open_colocated(cfg: RunConfig, session: Session, learner: TokenLearner) -> I
 
 
 def open_source(
-    cfg: RunConfig, session: Session, colocated: ColocatedEngine | None, loader: RowLoader | None
+    cfg: RlConfig, session: Session, colocated: ColocatedEngine | None, loader: RowLoader | None
 ) -> GroupSource:
     """Where the groups of a step come from: the engine or, without one, the files of an earlier run."""
     folder, progress = cfg.rollout.replay_from or cfg.rollout.save_to, session.run_state.progress
@@ -75,11 +75,11 @@ def open_source(
     )
 
 
-def _sampling(cfg: RunConfig, num_samples: int, temperature: float, greedy: bool) -> Sampling:
+def _sampling(cfg: RlConfig, num_samples: int, temperature: float, greedy: bool) -> Sampling:
     return Sampling(num_samples, temperature, cfg.rollout.max_response_tokens, cfg.seed, greedy=greedy)
 
 
-def open_evaluation(cfg: RunConfig, session: Session, colocated: ColocatedEngine | None) -> Evaluation:
+def open_evaluation(cfg: RlConfig, session: Session, colocated: ColocatedEngine | None) -> Evaluation:
     settings, data = cfg.eval, cfg.data
     found = usable_rows(data.eval, data.media_root, "data.eval", session.quarantine) if data.eval else []
     plan = EvaluationPlan(
@@ -113,12 +113,12 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str) -> tuple[int,
     return tuple(sorted(ids))
 
 
-def open_engine(cfg: RunConfig, session: Session) -> tuple[VllmEngine, Resharder]:
+def open_engine(cfg: RlConfig, session: Session) -> tuple[VllmEngine, Resharder]:
     """A vLLM replica over this rank's rollout group, and the plan that fills it. Collective."""
 
     mesh, provider = session.mesh, session.provider
     settings = EngineSettings(
-        folder=cfg.model.hf,
+        model=provider.engine,
         tensor=cfg.rollout.tensor,
         max_model_len=cfg.max_model_len,
         max_num_seqs=cfg.rollout.max_num_seqs,
@@ -131,7 +131,7 @@ def open_engine(cfg: RunConfig, session: Session) -> tuple[VllmEngine, Resharder
         session.backend,
         provider.forbidden_tokens,
         eos_token_ids(session.tokenizer, cfg.model.hf),
-        provider.engine_prompt,
+        provider.position_ids,
         lambda ids: str(session.tokenizer.decode(list(ids), skip_special_tokens=True)),
     )
     plan = make_plan(provider.weight_map, provider.shape.num_layers, mesh.trainer, mesh.engine)

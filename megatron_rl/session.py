@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the parts of a job from its configuration. The parts get the few values they need and never see RunConfig.
+"""Builds the parts of a job from its configuration. The parts get the few values they need and never see all of it.
 
 `open_session` joins the world and builds what every job has; the other `open_` functions build what a job needs
 besides. What only reinforcement learning has is in rl_session.py.
@@ -27,15 +27,24 @@ from data.video.prefetch import FramePrefetcher
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.correction import CORRECTIONS, CorrectedLoss
 from megatron_rl.algorithms.losses import LOSSES
-from megatron_rl.config.schema import AlgorithmConfig, DataConfig, RunConfig
+from megatron_rl.config.schema import (
+    AlgorithmConfig,
+    CacheConfig,
+    DataConfig,
+    JobConfig,
+    RlConfig,
+    SftConfig,
+    TrainConfig,
+)
 from megatron_rl.config.sizes import trainer_grid
 from megatron_rl.media.embedding_store import DiskStore
 from megatron_rl.media.encoder import ParallelEncoder
+from megatron_rl.media.no_media import NoMedia
 from megatron_rl.media.prompt_prefetcher import PromptPrefetcher
 from megatron_rl.observe.metric_log import MetricLog
 from megatron_rl.observe.progress import Progress
 from megatron_rl.observe.quarantine import Quarantine
-from megatron_rl.protocols import MediaEncoder, ModelProvider, PolicyLoss, VideoDecoder
+from megatron_rl.protocols import MediaEncoder, ModelProvider, PolicyLoss, StepEncoder, VideoDecoder
 from megatron_rl.run_state import RunState, SavePlan
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import Backend, choose_backend, define_torchvision_operators
@@ -48,7 +57,7 @@ from megatron_rl.training.answers import AnswerSource
 from megatron_rl.training.policy import Hyperparameters, Policy, Reference
 from megatron_rl.training.token_learner import Objective, PackingSettings, TokenLearner
 from megatron_rl.types import Row, VisionPart
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +74,7 @@ class Session:
     mesh: ParallelMesh
     provider: ModelProvider
     tokenizer: PreTrainedTokenizerBase
-    encoder: ParallelEncoder
+    encoder: StepEncoder
     prompts: PromptPrefetcher
     policy: Policy
     quarantine: Quarantine
@@ -73,7 +82,7 @@ class Session:
 
 
 @contextmanager
-def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
+def open_session(cfg: JobConfig, temperature: float) -> Iterator[Session]:
     """Join the world, build the model, fill it with weights; leave the world at the end of the block. Collective.
 
     `temperature` is that at which the policy scores tokens: the one they are sampled at. Whatever happens in the block,
@@ -82,7 +91,8 @@ def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
     stop = StopFlag()
     backend = choose_backend(cfg.device, cfg.model.dtype)
     world = parallel.world_size()
-    trainer, engine = trainer_grid(cfg.parallel, world), Grid(world, tensor=cfg.rollout.tensor)
+    trainer = trainer_grid(cfg.parallel, world)
+    engine = Grid(world, tensor=cfg.rollout.tensor if isinstance(cfg, RlConfig) else 1)
     mesh = parallel.initialize(backend, trainer, engine, cfg.parallel.context_comm)
     with watch_world() as watchdog, ExitStack() as stack:
         yield _build_session(cfg, temperature, backend, mesh, watchdog, stop, stack)
@@ -90,7 +100,7 @@ def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
 
 
 def _build_session(
-    cfg: RunConfig,
+    cfg: JobConfig,
     temperature: float,
     backend: Backend,
     mesh: ParallelMesh,
@@ -135,11 +145,11 @@ def _build_session(
     )
 
 
-def open_model(cfg: RunConfig) -> ModelProvider:
+def open_model(cfg: CacheConfig) -> ModelProvider:
     return open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels, cfg.data.total_pixels)
 
 
-def open_decoder(cfg: RunConfig, backend: Backend) -> VideoDecoder:
+def open_decoder(cfg: CacheConfig, backend: Backend) -> VideoDecoder:
     indexes = IndexStore(Path(cfg.run_dir) / "index")
     return open_video_decoder(backend.decoder_device, cfg.data.decode_threads, indexes)
 
@@ -149,10 +159,8 @@ def open_builder(
 ) -> PromptBuilder:
     return PromptBuilder(
         tokenizer,
-        provider.video_spec,
+        provider.specs,
         decoder,
-        video_placeholder_id=provider.video_token_id,
-        image_placeholder_id=provider.image_token_id,
         format_prompt=data.format_prompt,
         frames=FrameSettings(data.num_frames, data.fps, data.min_frames, data.max_frames, data.frame_rule),
         max_prompt_tokens=data.max_prompt_tokens,
@@ -160,32 +168,35 @@ def open_builder(
     )
 
 
-def open_tower(cfg: RunConfig, backend: Backend, provider: ModelProvider) -> MediaEncoder | None:
+def open_tower(cfg: CacheConfig, backend: Backend, provider: ModelProvider) -> MediaEncoder | None:
     """The vision tower of the model, if it has one, with the weights to start from. Collective."""
     parts: tuple[VisionPart, ...] = (
         ("tower", "projector") if cfg.model.train_vision == "all" else (cfg.model.train_vision,)
     )
     trained = frozenset(() if cfg.model.freeze_vision else parts)
-    tower = provider.build_vision(backend, backend.local_device(parallel.local_rank()), trained)
+    tower = provider.build_encoder(backend, backend.local_device(parallel.local_rank()), trained)
     if cfg.model.weights_from and tower is not None:
         checkpoint.load_tower(cfg.model.weights_from, tower)
     return tower
 
 
 def open_encoder(
-    cfg: RunConfig, tower: MediaEncoder | None, provider: ModelProvider, decoder: VideoDecoder
-) -> ParallelEncoder:
+    cfg: CacheConfig, tower: MediaEncoder | None, provider: ModelProvider, decoder: VideoDecoder
+) -> StepEncoder:
     """What encodes the media of a step, and what their embeddings are kept in."""
-    hidden, store = provider.shape.hidden_size, None
-    if cfg.data.cache_dir and tower is not None:
+    if tower is None:
+        return NoMedia()
+    store = None
+    if cfg.data.cache_dir:
         max_bytes = int(cfg.data.cache_gib * 2**30)
-        store = DiskStore(cfg.data.cache_dir, max_bytes, tower.fingerprint(), tower.dtype, hidden)
-    frames = FramePrefetcher(decoder, cfg.data.prefetch_mib << 20, cfg.data.decode_threads)
-    return ParallelEncoder(tower, frames, hidden, frames_per_chunk=cfg.data.frames_per_chunk, store=store)
+        store = DiskStore(cfg.data.cache_dir, max_bytes, tower.fingerprint(), tower.dtype, tower.width)
+    sound = provider.specs.sound
+    frames = FramePrefetcher(decoder, cfg.data.prefetch_mib << 20, cfg.data.decode_threads, sound)
+    return ParallelEncoder(tower, frames, frames_per_chunk=cfg.data.frames_per_chunk, store=store)
 
 
 def _build_policy(
-    cfg: RunConfig,
+    cfg: JobConfig,
     temperature: float,
     backend: Backend,
     mesh: ParallelMesh,
@@ -225,7 +236,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _open_log(cfg: RunConfig, mesh: ParallelMesh) -> MetricLog:
+def _open_log(cfg: JobConfig, mesh: ParallelMesh) -> MetricLog:
     return MetricLog(cfg.run_dir, mesh.rank == 0, cfg.log.wandb, cfg.log.project, cfg.log.tensorboard, asdict(cfg))
 
 
@@ -237,7 +248,7 @@ def usable_rows(setting: str, media_root: str, field: str, quarantine: Quarantin
     return [rows for rows, _ in found]
 
 
-def open_loader(cfg: RunConfig, quarantine: Quarantine) -> RowLoader:
+def open_loader(cfg: JobConfig, quarantine: Quarantine) -> RowLoader:
     rows = usable_rows(cfg.data.train, cfg.data.media_root, "data.train", quarantine)
     return RowLoader(rows, cfg.train.prompts_per_step, cfg.seed, cfg.data.shuffle, cfg.data.weights)
 
@@ -245,20 +256,34 @@ def open_loader(cfg: RunConfig, quarantine: Quarantine) -> RowLoader:
 # ------------------------------------------------------------------------------------------------------------ learning
 
 
-def open_learner(cfg: RunConfig, session: Session) -> TokenLearner:
+def open_learner(cfg: RlConfig, session: Session) -> TokenLearner:
     """Before a resume: the reference is the weights that the run starts from."""
-    algorithm, train = cfg.algorithm, cfg.train
-    packing = PackingSettings(
-        train.updates_per_step, train.max_tokens_per_microbatch, train.share_prefix, algorithm.loss_average
-    )
+    algorithm = cfg.algorithm
+    reference = Reference(session.policy) if algorithm.kl_coef else None
+    objective = Objective(ADVANTAGES[algorithm.advantage], build_loss(algorithm), cfg.rollout.truncated)
+    return _token_learner(session, _packing(cfg.train, algorithm.loss_average), reference, objective)
+
+
+def open_answer_learner(cfg: SftConfig, session: Session) -> TokenLearner:
+    """A learner for `learn_answers` alone."""
+    return _token_learner(session, _packing(cfg.train, cfg.train.loss_average), reference=None, objective=None)
+
+
+def _packing(train: TrainConfig, loss_average: str) -> PackingSettings:
+    return PackingSettings(train.updates_per_step, train.max_tokens_per_microbatch, train.share_prefix, loss_average)
+
+
+def _token_learner(
+    session: Session, packing: PackingSettings, reference: Reference | None, objective: Objective | None
+) -> TokenLearner:
     return TokenLearner(
         session.policy,
-        Reference(session.policy) if algorithm.kl_coef else None,
+        reference,
         session.encoder,
         session.provider,
         session.mesh,
         packing,
-        Objective(ADVANTAGES[algorithm.advantage], build_loss(algorithm), cfg.rollout.truncated),
+        objective,
         session.run_state.progress,
     )
 
@@ -271,7 +296,7 @@ def build_loss(algorithm: AlgorithmConfig) -> PolicyLoss:
     return CorrectedLoss(loss, CORRECTIONS[algorithm.correction](algorithm))
 
 
-def open_answers(cfg: RunConfig, session: Session, loader: RowLoader) -> AnswerSource:
+def open_answers(cfg: SftConfig, session: Session, loader: RowLoader) -> AnswerSource:
     tokenizer = session.tokenizer
     return AnswerSource(
         loader,
@@ -282,5 +307,5 @@ def open_answers(cfg: RunConfig, session: Session, loader: RowLoader) -> AnswerS
         cfg.train.num_steps,
         lambda text: tokenizer.encode(text, add_special_tokens=False),
         tokenizer.eos_token_id,
-        cfg.rollout.max_response_tokens,
+        cfg.train.max_answer_tokens,
     )

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_rl.observe.metric_log import METRICS_FILE, read_metrics
+from megatron_rl.runtime.files import write_atomically, written_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +64,8 @@ def plot_curves(run_dir: str | Path) -> Path | None:
     for axes, (panel, series) in zip(figure.subplots(1, len(filled), squeeze=False)[0], filled, strict=True):
         _draw(axes, panel, series)
     path = Path(run_dir) / "curves.png"
-    figure.savefig(path, dpi=120)
+    with written_atomically(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
     return path
 
 
@@ -109,7 +111,5 @@ def rollout_table(rollouts: Sequence[SampleRollout]) -> Table:
 def write_summary(run_dir: str | Path, values: Mapping[str, object]) -> Path:
     """Write `<run_dir>/summary.json` in one piece: readers see the old file or the new one, never half of one."""
     path = Path(run_dir) / "summary.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     return path

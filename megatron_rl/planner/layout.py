@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.planner.activations import ActivationSplit
 from megatron_rl.runtime.grid import Grid
 
@@ -23,7 +23,7 @@ def layout_name(trainer: Grid, engine: Grid) -> str:
     return f"{trainer_name(trainer)}, vLLM {engine.data} x TP{engine.tensor}"
 
 
-def split_of(cfg: RunConfig) -> ActivationSplit:
+def split_of(cfg: RlConfig) -> ActivationSplit:
     return ActivationSplit(
         tensor=cfg.parallel.tensor,
         context=cfg.parallel.context,

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.planner import activations as act
 from megatron_rl.planner.engine import EngineNeed, engine_need
 from megatron_rl.planner.gpus import Gpu
@@ -68,7 +68,7 @@ class Memory:
 class Case:
     """Everything that memory and time depend on."""
 
-    cfg: RunConfig
+    cfg: RlConfig
     model: PlannedModel
     gpu: Gpu
     trainer: Grid
@@ -116,7 +116,7 @@ def plan_memory(case: Case) -> Memory:
     return Memory(tuple(phases), need, host_bytes(case, need), case.gpu.memory)
 
 
-def phase_names(cfg: RunConfig) -> list[str]:
+def phase_names(cfg: RlConfig) -> list[str]:
     """In the order of a step. An evaluation counts where it takes more prompts at a time than a step does."""
     names = ["encode", "generate"]
     if cfg.data.eval and cfg.eval.batch_size > cfg.train.prompts_per_step:
@@ -125,12 +125,12 @@ def phase_names(cfg: RunConfig) -> list[str]:
     return [*names, *log_probs, "update", *([] if updates_beside_state(cfg) else [OPTIMIZER_STEP])]
 
 
-def updates_beside_state(cfg: RunConfig) -> bool:
+def updates_beside_state(cfg: RlConfig) -> bool:
     """Whether optimizer state is on the GPU while an update computes: from the second one on, if it may stay."""
     return cfg.train.updates_per_step > 1 and not cfg.train.offload_optimizer
 
 
-def passes_without_gradients(cfg: RunConfig) -> int:
+def passes_without_gradients(cfg: RlConfig) -> int:
     """Over all that a step trains on: the old log-probabilities, if there is a second update, and the reference's."""
     return int(cfg.train.updates_per_step > 1) + int(cfg.algorithm.kl_coef > 0)
 

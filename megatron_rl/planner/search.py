@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.config.sizes import rank_problems, size_problems, trainer_grid
 from megatron_rl.errors import raise_all
 from megatron_rl.planner.engine import kv_bytes
@@ -38,7 +38,7 @@ class Machine:
 class Option:
     """A recipe that could be run, what it needs and how long a step is predicted to take."""
 
-    cfg: RunConfig
+    cfg: RlConfig
     case: Case
     memory: Memory
     times: Times
@@ -71,7 +71,7 @@ class FrameLimit:
     stopped_by: str
 
 
-def with_settings(cfg: RunConfig, settings: dict[str, Any]) -> RunConfig:
+def with_settings(cfg: RlConfig, settings: dict[str, Any]) -> RlConfig:
     """A copy with `section.key: value` replaced."""
     for path, value in settings.items():
         section, key = path.split(".")
@@ -79,7 +79,7 @@ def with_settings(cfg: RunConfig, settings: dict[str, Any]) -> RunConfig:
     return cfg
 
 
-def evaluate(cfg: RunConfig, model: PlannedModel, machine: Machine) -> Option:
+def evaluate(cfg: RlConfig, model: PlannedModel, machine: Machine) -> Option:
     """What the recipe needs on this machine. Raises ValueError where it could not even start."""
     case = _case(cfg, model, machine)
     if case is None:
@@ -88,7 +88,7 @@ def evaluate(cfg: RunConfig, model: PlannedModel, machine: Machine) -> Option:
     return Option(cfg, case, plan_memory(case), predict(case))
 
 
-def _case(cfg: RunConfig, model: PlannedModel, machine: Machine) -> Case | None:
+def _case(cfg: RlConfig, model: PlannedModel, machine: Machine) -> Case | None:
     work, train = workload_of(cfg, model, machine.assumed), cfg.train
     trainer, engine = trainer_grid(cfg.parallel, machine.world), Grid(machine.world, tensor=cfg.rollout.tensor)
     packing = pack_step(
@@ -108,14 +108,14 @@ def _case(cfg: RunConfig, model: PlannedModel, machine: Machine) -> Case | None:
 # -------------------------------------------------------------------------------------------------------------- layouts
 
 
-def parallel_problems(cfg: RunConfig, model: PlannedModel, world: int) -> list[str]:
+def parallel_problems(cfg: RlConfig, model: PlannedModel, world: int) -> list[str]:
     """What the checks of a recipe say about its parallel sizes; the length of the context is not asked here."""
     trainer, engine = trainer_grid(cfg.parallel, world), Grid(world, tensor=cfg.rollout.tensor)
     of_model = size_problems(trainer, engine, model.shape, cfg.parallel.context_comm)
     return [*of_model, *rank_problems(trainer, engine)]
 
 
-def layouts(cfg: RunConfig, model: PlannedModel, world: int) -> Iterator[RunConfig]:
+def layouts(cfg: RlConfig, model: PlannedModel, world: int) -> Iterator[RlConfig]:
     """The recipe at every size of both grids that its checks allow. The engine's replicas stay within a node."""
     sizes = [n for n in range(1, world + 1) if world % n == 0]
     for tensor in sizes:
@@ -135,10 +135,10 @@ def layouts(cfg: RunConfig, model: PlannedModel, world: int) -> Iterator[RunConf
                         yield candidate
 
 
-def search(cfg: RunConfig, model: PlannedModel, machine: Machine, tight_cache: bool = False) -> list[Option]:
+def search(cfg: RlConfig, model: PlannedModel, machine: Machine, tight_cache: bool = False) -> list[Option]:
     """All layouts: those that fit first, by predicted time; then the others, by what they lack. `tight_cache`: a KV
     cache for one prompt and its responses, instead of the recipe's."""
-    candidates: Iterable[RunConfig] = layouts(cfg, model, machine.world)
+    candidates: Iterable[RlConfig] = layouts(cfg, model, machine.world)
     if tight_cache:
         candidates = (with_tight_cache(one, model, machine.assumed) for one in candidates)
     cases = [(one, _case(one, model, machine)) for one in candidates]
@@ -155,7 +155,7 @@ def suggested(options: Sequence[Option]) -> Option | None:
     return min((o for o in fitting if o.times.step <= limit), key=lambda o: o.memory.peak)
 
 
-def with_tight_cache(cfg: RunConfig, model: PlannedModel, assumed: Assumptions) -> RunConfig:
+def with_tight_cache(cfg: RlConfig, model: PlannedModel, assumed: Assumptions) -> RlConfig:
     tokens = max(workload_of(cfg, model, assumed).group_tokens, cfg.max_model_len)
     size = tokens * kv_bytes(model.shape, cfg.rollout.tensor, BYTES[cfg.model.dtype])
     return with_settings(cfg, {"rollout.kv_cache_gib": math.ceil(100 * size / GIB) / 100})
@@ -238,7 +238,7 @@ def larger_budget(option: Option, machine: Machine) -> Knob | None:
 # --------------------------------------------------------------------------------------------------------------- frames
 
 
-def with_frames(cfg: RunConfig, model: PlannedModel, assumed: Assumptions, num_frames: int) -> RunConfig:
+def with_frames(cfg: RlConfig, model: PlannedModel, assumed: Assumptions, num_frames: int) -> RlConfig:
     """The recipe on longer videos: room for the prompt, micro-batches that hold a prompt with all of its responses."""
     cfg = with_settings(cfg, {"data.num_frames": num_frames, "data.fps": 0.0, "rollout.max_model_len": 0})
     work = workload_of(cfg, model, assumed)
@@ -247,7 +247,7 @@ def with_frames(cfg: RunConfig, model: PlannedModel, assumed: Assumptions, num_f
     return with_settings(cfg, settings)
 
 
-def largest_frames(cfg: RunConfig, model: PlannedModel, machine: Machine) -> FrameLimit:
+def largest_frames(cfg: RlConfig, model: PlannedModel, machine: Machine) -> FrameLimit:
     """By bisection, to 1 % or one temporal patch, over all layouts, with full recomputation and a KV cache for one
     prompt and its responses; text and other settings of the recipe stay."""
     assert model.tower is not None, "a text model takes no frames"

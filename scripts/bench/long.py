@@ -37,12 +37,13 @@ import torch.distributed as dist
 from megatron_rl.algorithms.losses import NllLoss
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
+from megatron_rl.runtime.files import write_atomically
 from megatron_rl.runtime.grid import Grid
 from megatron_rl.training.batch import ScoredBatch, pack
 from megatron_rl.training.microbatch import MicroBatch
 from megatron_rl.training.policy import Hyperparameters, Policy
 from megatron_rl.types import Prompt, Row, TrainSample
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 from model_providers.shape import TransformerShape
 from scripts.bench.baselines import LiveBytes, ReceivedBytes
 from scripts.bench.world import enter, fork_world
@@ -268,7 +269,7 @@ def main() -> None:
         whole = run_world(1, "all_gather", setting, folder)["all_gather"]
         spread = {comm: run_world(args.ranks, comm, setting, folder)[comm] for comm in args.comm.split(",")}
     record = {"setting": asdict(setting), "prefix": prefix, "context": context_record(whole, spread)}
-    args.json.write_text(json.dumps(record, indent=2) + "\n")
+    write_atomically(args.json, (json.dumps(record, indent=2) + "\n").encode())
     print(render(setting, record), flush=True)
     differences = [prefix, *record["context"]["variants"].values()]
     if max(d["loss_difference"] for d in differences) > LOSS_TOLERANCE:

@@ -41,11 +41,12 @@ from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import Backend, choose_backend
+from megatron_rl.runtime.files import write_atomically
 from megatron_rl.runtime.grid import Grid
 from megatron_rl.weight_sync.plan import make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 from model_providers.weight_map import HfTensor
 from scripts.bench.baselines import BUCKET_BYTES, CoreResharding, FullGather, LiveBytes, ReceivedBytes, as_matrix
 from scripts.bench.world import enter, fork_world
@@ -314,7 +315,7 @@ def run_rank(setting: SyncSetting, folder: str, json_path: str) -> None:
     replica = parallel.gather_lists([num_bytes(bench.target)])[: setting.rollout_tensor]
     if dist.get_rank() == 0:
         record = summarize(setting, sum(replica), ranks)
-        Path(json_path).write_text(json.dumps(record, indent=2) + "\n")
+        write_atomically(Path(json_path), (json.dumps(record, indent=2) + "\n").encode())
         print(render(record), flush=True)
         if wrong := [name for name, figures in record["variants"].items() if not figures["bit_equal"]]:
             raise SystemExit(f"not what vLLM's loader gives: {', '.join(wrong)}")

@@ -20,7 +20,7 @@ from megatron_rl.config.schema import (
     EvalConfig,
     OptimizerConfig,
     RewardConfig,
-    RunConfig,
+    RlConfig,
 )
 from megatron_rl.types import Group
 from tests.rollout_parts import small_config
@@ -35,7 +35,7 @@ def variety(prompts, completions):
 """
 
 
-def rl_config(checkpoint: Path, videos: Path, run_dir: Path) -> RunConfig:
+def rl_config(checkpoint: Path, videos: Path, run_dir: Path) -> RlConfig:
     """Two steps of two prompts, evaluated on the held-out file, checkpoint after each step.
 
     The reward is a user's own, which even a random model earns in part, so that there is something to learn.
@@ -53,14 +53,14 @@ def rl_config(checkpoint: Path, videos: Path, run_dir: Path) -> RunConfig:
     )
 
 
-def train(rank: int, *configs: RunConfig) -> None:
+def train(rank: int, *configs: RlConfig) -> None:
     from megatron_rl.train import run
 
     for cfg in configs:
         run(cfg)
 
 
-def metrics_of(cfg: RunConfig) -> list[dict[str, float]]:
+def metrics_of(cfg: RlConfig) -> list[dict[str, float]]:
     lines = (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("timing_s/")} for line in lines]
 
@@ -109,21 +109,21 @@ def transformers_answer(rank: int, hf: Path, eval_file: Path) -> list[tuple[list
 
     from data.video.pixels import CpuVideoDecoder
     from megatron_rl.rollout.store import RolloutStore
-    from model_providers.registry import open_provider
+    from model_providers.provider import open_provider
 
     provider, decoder = open_provider(hf, 3136, 3136), CpuVideoDecoder(1)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).eval()
     pairs = []
     for group in RolloutStore(eval_file.parent, writes=False).load(int(eval_file.stem.removeprefix("step_"))):
-        (video,), ids = group.prompt.videos, torch.tensor([group.prompt.token_ids])
-        patches, grid = provider.video_spec.patchify(decoder.decode(video.path, video.frame_indices, video.size_hw))
+        (video,), ids = group.prompt.media, torch.tensor([group.prompt.token_ids])
+        patches, grid = provider.specs.pictures.patchify(decoder.decode(video.path, video.frame_indices, video.size_hw))
         vllm_tokens = list(group.scored[0].completion.token_ids)
         output = model.generate(
             input_ids=ids,
             pixel_values_videos=patches,
             video_grid_thw=torch.tensor([grid]),
             second_per_grid_ts=torch.tensor([video.seconds_per_grid]),
-            mm_token_type_ids=(ids == provider.video_token_id).int() * 2,
+            mm_token_type_ids=(ids == provider.specs.placeholder_ids["video"]).int() * 2,
             do_sample=False,
             max_new_tokens=len(vllm_tokens),
             suppress_tokens=list(provider.forbidden_tokens),
@@ -164,7 +164,7 @@ def test_bad_rows_are_set_aside_and_counted(tiny_checkpoint: Path, tiny_videos: 
         run_world(2, train, strict)
 
 
-def stop_after_first_sync(rank: int, cfg: RunConfig) -> None:
+def stop_after_first_sync(rank: int, cfg: RlConfig) -> None:
     from megatron_rl.training.token_learner import TokenLearner
 
     original = TokenLearner.learn

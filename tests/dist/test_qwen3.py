@@ -23,17 +23,17 @@ from megatron_rl.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     RewardConfig,
-    RunConfig,
+    RlConfig,
 )
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.grid import Grid
 from megatron_rl.weight_sync.plan import make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
+from model_providers.provider import open_provider
 from model_providers.qwen3.weights import shape_of
-from model_providers.registry import open_provider
 from tests import tiny_policy as tp
-from tests.rollout_parts import fill_with_hf_weights, open_plain_engine, small_config
+from tests.rollout_parts import as_sft, fill_with_hf_weights, open_plain_engine, small_config
 from tests.world import run_world
 
 pytestmark = pytest.mark.usefixtures("heavy_imports")
@@ -261,7 +261,7 @@ def variety(prompts, completions):
 """
 
 
-def text_config(folder: Path, root: Path, rows: Sequence[dict[str, Any]]) -> RunConfig:
+def text_config(folder: Path, root: Path, rows: Sequence[dict[str, Any]]) -> RlConfig:
     (root / "reward.py").write_text(REWARD)
     (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = small_config(folder, root / "run", tensor=2, rollout_tensor=2)
@@ -275,10 +275,13 @@ def text_config(folder: Path, root: Path, rows: Sequence[dict[str, Any]]) -> Run
     )
 
 
-def _run_job(rank: int, cfg: RunConfig, job: str) -> None:
+def _run_job(rank: int, cfg: RlConfig, job: str) -> None:
     from megatron_rl import sft, train
 
-    {"rl": train.run, "sft": sft.run}[job](cfg)
+    if job == "rl":
+        train.run(cfg)
+    else:
+        sft.run(as_sft(cfg))
 
 
 @pytest.mark.parametrize(

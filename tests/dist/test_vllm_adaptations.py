@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each adaptation in vllm_engine.py is still needed: without it, this vLLM has the fault that it mends.
+"""Each adaptation in vllm_adaptations.py is still needed: without it, this vLLM has the fault that it mends.
 
 A test that fails here after an upgrade says that an adaptation can go.
 """
@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.rollout import vllm_engine
+from megatron_rl.rollout import vllm_adaptations, vllm_engine
 from megatron_rl.runtime.device import choose_backend
 from tests.rollout_parts import join_world, open_plain_engine
 from tests.world import run_world
@@ -33,7 +33,7 @@ def _pack_linear(rank: int, adapted: bool) -> tuple[tuple[int, ...], float]:
 
     assert vllm.platforms.current_platform.is_cpu()
     if adapted:
-        vllm_engine.keep_cpu_linear_weights()
+        vllm_adaptations.keep_cpu_linear_weights()
     layer = torch.nn.Linear(128, 64, bias=False).requires_grad_(False)
     original, x = layer.weight, torch.randn(3, 128)
     layer_utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
@@ -63,7 +63,7 @@ def test_vllm_takes_no_item_larger_than_a_scheduled_batch() -> None:
         return config.max_num_encoder_input_tokens, config.encoder_cache_size
 
     assert sizes() == (2048, 2048)
-    with vllm_engine.encoder_budget(16_384):
+    with vllm_adaptations.encoder_budget(16_384):
         assert sizes() == (16_384, 16_384)
     assert sizes() == (2048, 2048)
 
@@ -74,7 +74,7 @@ def _inspect_model(rank: int, cache: Path, adapted: bool) -> str:
     from vllm.model_executor.models.registry import ModelRegistry
 
     if adapted:
-        vllm_engine.inspect_models_in_process()
+        vllm_adaptations.inspect_models_in_process()
     model = ModelRegistry.models["Qwen2_5_VLForConditionalGeneration"]
     with mock.patch.object(subprocess, "run", side_effect=PermissionError("no process")):
         try:
@@ -150,7 +150,7 @@ def _shared_memory_names(rank: int) -> list[str]:
     os.environ["VLLM_DIST_IDENT"] = "//"
     names = []
     for _ in range(2):
-        with vllm_engine.private_shared_memory():
+        with vllm_adaptations.private_shared_memory():
             names.append(_CPUSHMDistributed.make_group_name(SimpleNamespace(unique_name="tp:0", ranks=[0, 1])))
     return names
 

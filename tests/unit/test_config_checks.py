@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from megatron_rl.config.checks import check
-from megatron_rl.config.io import load_config
+from megatron_rl.config.checks import _RANGES, check
+from megatron_rl.config.io import keys_of, load_config
+from megatron_rl.config.schema import RlConfig, SftConfig
 
 HF = {
     "model_type": "qwen2",
@@ -41,7 +42,7 @@ def make(tmp_path):
         f"run_dir: runs/a\nmodel: {{hf: {tmp_path}/model}}\n"
         f"train: {{num_steps: 3}}\ndata: {{train: {tmp_path}/train.jsonl}}\n"
     )
-    return lambda *overrides: load_config(str(tmp_path / "recipe.yaml"), overrides)
+    return lambda *overrides, schema=RlConfig: load_config(str(tmp_path / "recipe.yaml"), schema, overrides)
 
 
 def problems(cfg, world_size=1, job="rl", require_files=True) -> list[str]:
@@ -56,7 +57,7 @@ def problems(cfg, world_size=1, job="rl", require_files=True) -> list[str]:
 
 def test_the_defaults_pass(make):
     assert problems(make()) == []
-    assert problems(make(), job="sft") == []
+    assert problems(make(schema=SftConfig), job="sft") == []
     assert problems(make("parallel.tensor=2", "parallel.pipeline=2", "rollout.tensor=4"), world_size=8) == []
 
 
@@ -69,7 +70,10 @@ def test_the_defaults_pass(make):
         ("train.optimizer.lr=-1e-6", "train.optimizer.lr=-1e-06: out of range; it must be at least 0"),
         ("rollout.temperature=0", "rollout.temperature=0.0: out of range; it must be above 0"),
         ("rollout.gpu_memory_utilization=1.5", "it must be above 0 and at most 1"),
-        ("reward.format_weight=-0.1", "reward.format_weight=-0.1: out of range; it must be from 0 to 1"),
+        (
+            "reward.terms={acuracy: 1}",
+            "reward.terms.acuracy=1.0: reward.name=r1v has no such part; it has accuracy, format",
+        ),
         ("train.optimizer.betas=[0.9, 1]", "train.optimizer.betas=(0.9, 1.0): out of range"),
         ("data.fps=2", "data.fps=2.0: data.num_frames=32 is set as well"),
         ("data.num_frames=0", "data.num_frames=0: data.fps is 0 as well"),
@@ -131,7 +135,6 @@ def test_sizes_that_do_not_split_the_model(make):
     assert problems(make("parallel.tensor=16"), 16) == []
     found = problems(make("rollout.tensor=43"), 43)
     assert len(found) == 2 and all(line.startswith("rollout.tensor=43") for line in found)
-    assert problems(make("rollout.tensor=43"), 43, job="sft") == []
 
 
 def test_key_value_heads_that_neither_divide_nor_repeat(make, tmp_path):
@@ -152,7 +155,7 @@ def test_the_language_model_may_be_nested(make, tmp_path):
 def test_model_files_that_are_no_language_model(make, tmp_path):
     for text, expected in (
         ("{", "is not readable"),
-        ("[]", "lacks num_attention_heads"),
+        ("[]", "is not a JSON object"),
         ("{}", "is it a language model?"),
     ):
         (tmp_path / "model/config.json").write_text(text)
@@ -172,8 +175,29 @@ def test_replay_trains_without_data_and_excludes_generation(make, tmp_path):
     assert problems(make("rollout.only=true", "rollout.save_to=x", "rollout.num_samples=1")) == []
 
 
-def test_sft_does_not_care_about_rollouts(make):
-    assert problems(make("rollout.num_samples=1", "reward.name=maths"), job="sft") == []
+def test_sft_bounds_its_answers(make):
+    assert problems(make("train.max_answer_tokens=12288", schema=SftConfig), job="sft") == []
+    (budget,) = problems(make("train.max_answer_tokens=12289", schema=SftConfig), job="sft")
+    assert "the longest sequence has 16385 tokens and must fit" in budget
+    (none,) = problems(make("train.max_answer_tokens=0", schema=SftConfig), job="sft")
+    assert none == "train.max_answer_tokens=0: out of range; it must be at least 1"
+    (long,) = problems(
+        make("train.max_answer_tokens=130000", "train.max_tokens_per_microbatch=140000", schema=SftConfig), job="sft"
+    )
+    assert long.startswith("data.max_prompt_tokens=4096: prompt + response may have 134096 tokens")
+
+
+def test_the_recipe_of_either_job_can_be_cached(make, tmp_path):
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | {"vision_config": {}}))
+    for schema in (RlConfig, SftConfig):
+        assert problems(make(f"data.cache_dir={tmp_path}/cache", schema=schema), world_size=3, job="cache") == []
+        (nothing,) = problems(make(schema=schema), job="cache")
+        assert nothing.startswith("data.cache_dir=: there is nothing to fill")
+
+
+def test_every_range_is_that_of_a_key():
+    keys = {*keys_of(RlConfig), *keys_of(SftConfig)}
+    assert {path for _, _, paths in _RANGES for path in paths.split()} <= keys
 
 
 def test_numbers_alone_can_be_checked(make):

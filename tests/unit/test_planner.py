@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.config.schema import DataConfig, ModelConfig, ParallelConfig, RolloutConfig, RunConfig, TrainConfig
+from megatron_rl.config.schema import DataConfig, ModelConfig, ParallelConfig, RlConfig, RolloutConfig, TrainConfig
 from megatron_rl.planner import long_rl, search
 from megatron_rl.planner.activations import ActivationSplit, layer_saved
 from megatron_rl.planner.command_line import main
@@ -36,9 +36,9 @@ A100 = Machine(gpu_of("a100-80g"), 8, Assumptions())
 VL = [name for name in KNOWN_CONFIGS if "VL" in name]
 
 
-def small_recipe(**changes: Any) -> RunConfig:
+def small_recipe(**changes: Any) -> RlConfig:
     """64 frames of 1280 x 720 in 128 patches each, 8 prompts, 4 responses of 512 tokens; Qwen2.5-VL-7B."""
-    cfg = RunConfig(
+    cfg = RlConfig(
         run_dir="runs/planned",
         model=ModelConfig(hf="Qwen2.5-VL-7B", recompute="full"),
         data=DataConfig(num_frames=64, min_pixels=100352, max_pixels=100352, max_prompt_tokens=5000),
