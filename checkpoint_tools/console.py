@@ -12,6 +12,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import track
 
+from megatron_rl.runtime.files import write_atomically
+
 T = TypeVar("T")
 
 
@@ -30,8 +32,7 @@ def say(text: str) -> None:
 
 
 def write_json(path: Path, report: Mapping[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_atomically(path, (json.dumps(report, indent=2) + "\n").encode())
 
 
 def size_text(num_bytes: int) -> str:

@@ -17,16 +17,17 @@ from checkpoint_tools.frozen import copy_frozen_parts
 from checkpoint_tools.mcore_file import Param, Place, place_of, write_mcore
 from checkpoint_tools.weights import HEAD, different_bits, full_shard, fuse, hf_dtype, stored_entries
 from megatron_rl.errors import WeightMismatch, raise_all
+from megatron_rl.runtime.grid import Grid
 from model_providers.hf_checkpoint import HfCheckpoint
 from model_providers.provider import open_provider
 from model_providers.shape import TransformerShape
-from model_providers.weight_map import Entry, WeightMap
+from model_providers.weight_map import Entry
 
 
 def hf_to_mcore(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1, force: bool = False) -> dict[str, object]:
     """Write `out`; the sizes are only checked against the model, since the file does not depend on them."""
     provider = open_provider(hf)
-    raise_all(layout_problems(provider.shape, provider.weight_map, tensor, pipeline), f"layout of {hf}")
+    raise_all(size_problems(provider.shape, tensor, pipeline), f"layout of {hf}")
     checkpoint = HfCheckpoint(hf)
     entries = stored_entries(provider.weight_map)
     checkpoint.check({t.name: t.shape for t in provider.weight_map.hf_tensors().values()})
@@ -51,19 +52,10 @@ def hf_to_mcore(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1, force: 
     return {"out": str(out), "num_parameters": num_parameters, "num_tensors": len(params), "bytes": folder_bytes(out)}
 
 
-def layout_problems(shape: TransformerShape, weight_map: WeightMap, tensor: int, pipeline: int) -> Iterator[str]:
-    """Why the model cannot be cut this way."""
-    if tensor < 1 or pipeline < 1:
-        yield f"--tp={tensor} --pp={pipeline}: sizes start at 1; give positive numbers"
-        return
-    if shape.num_layers % pipeline:
-        yield f"--pp={pipeline}: does not divide {shape.num_layers} layers; use a divisor"
-    if shape.num_heads % tensor:
-        yield f"--tp={tensor}: does not divide {shape.num_heads} attention heads; use a divisor"
-    if shape.num_groups % tensor and tensor % shape.num_groups:
-        yield f"--tp={tensor}: neither divides nor is a multiple of {shape.num_groups} KV heads; use another size"
-    if shape.ffn_hidden_size % tensor:
-        yield f"--tp={tensor}: does not divide {shape.ffn_hidden_size} feed-forward columns; use a divisor"
+def size_problems(shape: TransformerShape, tensor: int, pipeline: int) -> list[str]:
+    """Why the model cannot be loaded with these sizes."""
+    grid = Grid(max(1, tensor * pipeline), tensor=tensor, pipeline=pipeline)
+    return [problem.told("--", {"tensor": "tp", "pipeline": "pp"}) for problem in grid.problems(shape)]
 
 
 def _make(entry: Entry, dtype: torch.dtype, checkpoint: HfCheckpoint, steps: Iterator[int]) -> Tensor:

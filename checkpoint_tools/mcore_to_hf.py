@@ -13,10 +13,11 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from checkpoint_tools.console import follow
+from checkpoint_tools.console import follow, write_json
 from checkpoint_tools.folders import folder_bytes, new_folder
 from checkpoint_tools.frozen import FROZEN_FILE
 from checkpoint_tools.weights import McoreWeights
+from megatron_rl.runtime.files import written_atomically
 from model_providers.hf_checkpoint import INDEX_FILE
 
 DTYPES = {"keep": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -41,7 +42,7 @@ def mcore_to_hf(
             _write_shard(scratch / file, shards.filename_to_tensors[file], weights, wanted)
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            (scratch / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            write_json(scratch / INDEX_FILE, index)
     return {
         "out": str(out),
         "from": str(folder),
@@ -59,8 +60,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _write_shard(path: Path, names: Sequence[str], weights: McoreWeights, dtype: torch.dtype | None) -> None:
     tensors = {name: weights.tensor(name) for name in names}
-    save_file({name: t.to(dtype or t.dtype) for name, t in tensors.items()}, path, metadata={"format": "pt"})
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
+    with written_atomically(path) as shard:
+        save_file({name: t.to(dtype or t.dtype) for name, t in tensors.items()}, shard, metadata={"format": "pt"})
+        shard.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets only the owner read
 
 
 def _copy_small_files(source: Path, target: Path) -> None:
@@ -75,7 +77,7 @@ def _name_dtype(path: Path, dtype: torch.dtype) -> None:
     places = [config, *(part for part in config.values() if isinstance(part, dict))]
     changed = [_set_dtype(part, dtype_name(dtype)) for part in places]
     if any(changed):
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(path, config)
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> bool:

@@ -96,11 +96,12 @@ def _our_logprobs(folder: Path, ids: Sequence[int], targets: Tensor) -> Tensor:
 @contextmanager
 def _world_of_one(backend: Any) -> Iterator[Any]:
     from megatron_rl.runtime import parallel
+    from megatron_rl.runtime.grid import Grid
 
     with mock.patch.dict(os.environ):
         dist.init_process_group(backend.process_group, store=dist.HashStore(), rank=0, world_size=1)
         try:
-            yield parallel.initialize(backend, tensor=1, pipeline=1, context=1, rollout_tensor=1)
+            yield parallel.initialize(backend, Grid(1), Grid(1))
         finally:
             parallel.shut_down()
 

@@ -3,6 +3,8 @@
 
 Fills `data.cache_dir` with what the training and evaluation rows will ask for, on any number of ranks. What is there
 already is checked and left alone, so a job that was stopped goes on where it was.
+
+The recipe is the one that will run, for RL or for SFT: all of it is checked, what this job reads is `CacheConfig`.
 """
 
 from __future__ import annotations
@@ -12,22 +14,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_rl.config.command_line import run_job
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import CacheConfig
 
 FOLDER = "cache_videos"  # in run_dir: what could not be used
 
 
 def main(argv: Sequence[str]) -> None:
-    summary = "Encode the videos of a recipe into data.cache_dir, ahead of training."
-    run_job(argv, "cache", "python -m megatron_rl.cache_videos", summary, run)
+    summary = (
+        "Encode the videos of a recipe into data.cache_dir, ahead of training. Give it the recipe that will run: one\n"
+        "for megatron_rl.train or for megatron_rl.sft."
+    )
+    run_job(argv, CacheConfig, "python -m megatron_rl.cache_videos", summary, run)
 
 
-def run(cfg: RunConfig) -> None:
+def run(cfg: CacheConfig) -> None:
     """The whole job on this rank."""
     fill_cache(cfg)
 
 
-def fill_cache(cfg: RunConfig) -> dict[str, float]:
+def fill_cache(cfg: CacheConfig) -> dict[str, float]:
     """Encode what is not in the cache; returns the counts of all ranks together. Collective."""
     from checkpoint_tools.console import follow, note
     from megatron_rl.media.prompt_prefetcher import build_prompts, encode_media
@@ -35,6 +40,7 @@ def fill_cache(cfg: RunConfig) -> dict[str, float]:
     from megatron_rl.observe.step_metrics import media_metrics
     from megatron_rl.runtime import parallel
     from megatron_rl.runtime.device import choose_backend
+    from megatron_rl.runtime.grid import Grid
     from megatron_rl.runtime.watchdog import watch_world
     from megatron_rl.session import (
         load_tokenizer,
@@ -47,7 +53,8 @@ def fill_cache(cfg: RunConfig) -> dict[str, float]:
     )
 
     backend = choose_backend(cfg.device, cfg.model.dtype)
-    mesh = parallel.initialize(backend, tensor=1, pipeline=1, context=1, rollout_tensor=1)
+    alone = Grid(parallel.world_size())  # every rank encodes by itself
+    mesh = parallel.initialize(backend, alone, alone)
     with watch_world():
         provider = open_model(cfg)
         decoder = open_decoder(cfg, backend)
@@ -71,7 +78,7 @@ def fill_cache(cfg: RunConfig) -> dict[str, float]:
     return counts
 
 
-def _report(cfg: RunConfig, num_rows: int, counts: dict[str, float], num_bad: int) -> str:
+def _report(cfg: CacheConfig, num_rows: int, counts: dict[str, float], num_bad: int) -> str:
     encoded, cached = int(counts["vision/encoded_patches"]), int(counts["vision/cached_patches"])
     text = f"{cfg.data.cache_dir}: videos of {num_rows} rows; {encoded} patches encoded, {cached} were there"
     return f"{text}; {num_bad} rows set aside, see {cfg.run_dir}/{FOLDER}/quarantine.jsonl" if num_bad else text

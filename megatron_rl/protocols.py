@@ -288,6 +288,20 @@ class RolloutEngine(Protocol):
         """`what`: "weights" before a sync, "kv_cache" before generation."""
 
 
+class PartsFunction(Protocol):
+    """Grades one batch, part by part; rewards/terms.py makes a RewardFunction of it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def terms(self) -> Mapping[str, float]:
+        """Every part it may return, with its weight in the overall reward where a recipe gives none."""
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
+        """One dict of named parts per completion, without "overall"."""
+
+
 class RewardFunction(Protocol):
     """Scores one batch. An unparsable answer scores 0.0; an exception is a bug and propagates."""
 
@@ -295,7 +309,8 @@ class RewardFunction(Protocol):
     def name(self) -> str: ...
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
-        """One dict of named parts per completion; the key "overall" is the reward."""
+        """One dict per completion: "overall" is the reward, every other key a part of it. Completions of one batch may
+        have different parts."""
 
 
 class AdvantageEstimator(Protocol):

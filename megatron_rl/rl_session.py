@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.rows.loader import RowLoader
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.evaluate import Evaluation, EvaluationPlan
 from megatron_rl.protocols import GroupSource
 from megatron_rl.rewards.registry import load_reward
@@ -22,7 +22,7 @@ from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_rl.session import Session, usable_rows
 from megatron_rl.training.token_learner import TokenLearner
 from megatron_rl.types import Sampling
-from megatron_rl.weight_sync.plan import Layouts, make_plan
+from megatron_rl.weight_sync.plan import make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.weight_map import WeightMap
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_colocated(cfg: RunConfig, session: Session, learner: TokenLearner) -> Iterator[ColocatedEngine]:
+def open_colocated(cfg: RlConfig, session: Session, learner: TokenLearner) -> Iterator[ColocatedEngine]:
     """The engine on the trainer's ranks; freed at the end of the block. Collective."""
-    reward = load_reward(cfg.reward.name, cfg.reward.format_weight)
+    reward = load_reward(cfg.reward.name, cfg.reward.terms)
     with learner.offloaded():  # the engine measures what memory is left for it
         engine, resharder = open_engine(cfg, session)
     colocated = ColocatedEngine(
@@ -52,7 +52,7 @@ def open_colocated(cfg: RunConfig, session: Session, learner: TokenLearner) -> I
 
 
 def open_source(
-    cfg: RunConfig, session: Session, colocated: ColocatedEngine | None, loader: RowLoader | None
+    cfg: RlConfig, session: Session, colocated: ColocatedEngine | None, loader: RowLoader | None
 ) -> GroupSource:
     """Where the groups of a step come from: the engine or, without one, the files of an earlier run."""
     folder, progress = cfg.rollout.replay_from or cfg.rollout.save_to, session.run_state.progress
@@ -75,11 +75,11 @@ def open_source(
     )
 
 
-def _sampling(cfg: RunConfig, num_samples: int, temperature: float, greedy: bool) -> Sampling:
+def _sampling(cfg: RlConfig, num_samples: int, temperature: float, greedy: bool) -> Sampling:
     return Sampling(num_samples, temperature, cfg.rollout.max_response_tokens, cfg.seed, greedy=greedy)
 
 
-def open_evaluation(cfg: RunConfig, session: Session, colocated: ColocatedEngine | None) -> Evaluation:
+def open_evaluation(cfg: RlConfig, session: Session, colocated: ColocatedEngine | None) -> Evaluation:
     settings, data = cfg.eval, cfg.data
     found = usable_rows(data.eval, data.media_root, "data.eval", session.quarantine) if data.eval else []
     plan = EvaluationPlan(
@@ -113,7 +113,7 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str) -> tuple[int,
     return tuple(sorted(ids))
 
 
-def open_engine(cfg: RunConfig, session: Session) -> tuple[VllmEngine, Resharder]:
+def open_engine(cfg: RlConfig, session: Session) -> tuple[VllmEngine, Resharder]:
     """A vLLM replica over this rank's rollout group, and the plan that fills it. Collective."""
 
     mesh, provider = session.mesh, session.provider
@@ -134,28 +134,10 @@ def open_engine(cfg: RunConfig, session: Session) -> tuple[VllmEngine, Resharder
         provider.position_ids,
         lambda ids: str(session.tokenizer.decode(list(ids), skip_special_tokens=True)),
     )
-    layouts = Layouts(
-        mesh.world,
-        mesh.tensor,
-        mesh.pipeline,
-        mesh.context,
-        mesh.rollout_tensor,
-        virtual=mesh.virtual,
-        expert=mesh.expert,
-    )
-    plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
+    plan = make_plan(provider.weight_map, provider.shape.num_layers, mesh.trainer, mesh.engine)
     source = {name: param.data for name, param in session.policy.language_model.named_weights().items()}
     target = engine.parameters()
-    check_fit(
-        provider.weight_map,
-        mesh.here.tp,
-        mesh.tensor,
-        mesh.rollout_tp_rank,
-        mesh.rollout_tensor,
-        source,
-        target,
-        mesh.slot(is_expert=True),
-    )
+    check_fit(provider.weight_map, mesh.trainer, mesh.engine, mesh.rank, source, target)
     frozen = frozen_in_engine(provider.weight_map, cfg.model.freeze)
     return engine, Resharder(plan, mesh.rank, source, target, cfg.rollout.sync_buffer_mib * 2**20, frozen)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the parts of a job from its configuration. The parts get the few values they need and never see RunConfig.
+"""Builds the parts of a job from its configuration. The parts get the few values they need and never see all of it.
 
 `open_session` joins the world and builds what every job has; the other `open_` functions build what a job needs
 besides. What only reinforcement learning has is in rl_session.py.
@@ -27,7 +27,16 @@ from data.video.prefetch import FramePrefetcher
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.correction import CORRECTIONS, CorrectedLoss
 from megatron_rl.algorithms.losses import LOSSES
-from megatron_rl.config.schema import AlgorithmConfig, DataConfig, RunConfig
+from megatron_rl.config.schema import (
+    AlgorithmConfig,
+    CacheConfig,
+    DataConfig,
+    JobConfig,
+    RlConfig,
+    SftConfig,
+    TrainConfig,
+)
+from megatron_rl.config.sizes import trainer_grid
 from megatron_rl.media.embedding_store import DiskStore
 from megatron_rl.media.encoder import ParallelEncoder
 from megatron_rl.media.no_media import NoMedia
@@ -39,6 +48,7 @@ from megatron_rl.protocols import MediaEncoder, ModelProvider, PolicyLoss, StepE
 from megatron_rl.run_state import RunState, SavePlan
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import Backend, choose_backend, define_torchvision_operators
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.runtime.signals import StopFlag
 from megatron_rl.runtime.watchdog import Watchdog, watch_world
@@ -72,7 +82,7 @@ class Session:
 
 
 @contextmanager
-def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
+def open_session(cfg: JobConfig, temperature: float) -> Iterator[Session]:
     """Join the world, build the model, fill it with weights; leave the world at the end of the block. Collective.
 
     `temperature` is that at which the policy scores tokens: the one they are sampled at. Whatever happens in the block,
@@ -80,24 +90,17 @@ def open_session(cfg: RunConfig, temperature: float) -> Iterator[Session]:
     """
     stop = StopFlag()
     backend = choose_backend(cfg.device, cfg.model.dtype)
-    sizes = cfg.parallel
-    mesh = parallel.initialize(
-        backend,
-        sizes.tensor,
-        sizes.pipeline,
-        sizes.context,
-        cfg.rollout.tensor,
-        sizes.expert,
-        sizes.virtual_pipeline,
-        sizes.context_comm,
-    )
+    world = parallel.world_size()
+    trainer = trainer_grid(cfg.parallel, world)
+    engine = Grid(world, tensor=cfg.rollout.tensor if isinstance(cfg, RlConfig) else 1)
+    mesh = parallel.initialize(backend, trainer, engine, cfg.parallel.context_comm)
     with watch_world() as watchdog, ExitStack() as stack:
         yield _build_session(cfg, temperature, backend, mesh, watchdog, stop, stack)
     parallel.shut_down()
 
 
 def _build_session(
-    cfg: RunConfig,
+    cfg: JobConfig,
     temperature: float,
     backend: Backend,
     mesh: ParallelMesh,
@@ -142,11 +145,11 @@ def _build_session(
     )
 
 
-def open_model(cfg: RunConfig) -> ModelProvider:
+def open_model(cfg: CacheConfig) -> ModelProvider:
     return open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels, cfg.data.total_pixels)
 
 
-def open_decoder(cfg: RunConfig, backend: Backend) -> VideoDecoder:
+def open_decoder(cfg: CacheConfig, backend: Backend) -> VideoDecoder:
     indexes = IndexStore(Path(cfg.run_dir) / "index")
     return open_video_decoder(backend.decoder_device, cfg.data.decode_threads, indexes)
 
@@ -165,7 +168,7 @@ def open_builder(
     )
 
 
-def open_tower(cfg: RunConfig, backend: Backend, provider: ModelProvider) -> MediaEncoder | None:
+def open_tower(cfg: CacheConfig, backend: Backend, provider: ModelProvider) -> MediaEncoder | None:
     """The vision tower of the model, if it has one, with the weights to start from. Collective."""
     parts: tuple[VisionPart, ...] = (
         ("tower", "projector") if cfg.model.train_vision == "all" else (cfg.model.train_vision,)
@@ -178,7 +181,7 @@ def open_tower(cfg: RunConfig, backend: Backend, provider: ModelProvider) -> Med
 
 
 def open_encoder(
-    cfg: RunConfig, tower: MediaEncoder | None, provider: ModelProvider, decoder: VideoDecoder
+    cfg: CacheConfig, tower: MediaEncoder | None, provider: ModelProvider, decoder: VideoDecoder
 ) -> StepEncoder:
     """What encodes the media of a step, and what their embeddings are kept in."""
     if tower is None:
@@ -193,7 +196,7 @@ def open_encoder(
 
 
 def _build_policy(
-    cfg: RunConfig,
+    cfg: JobConfig,
     temperature: float,
     backend: Backend,
     mesh: ParallelMesh,
@@ -233,7 +236,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _open_log(cfg: RunConfig, mesh: ParallelMesh) -> MetricLog:
+def _open_log(cfg: JobConfig, mesh: ParallelMesh) -> MetricLog:
     return MetricLog(cfg.run_dir, mesh.rank == 0, cfg.log.wandb, cfg.log.project, cfg.log.tensorboard, asdict(cfg))
 
 
@@ -245,7 +248,7 @@ def usable_rows(setting: str, media_root: str, field: str, quarantine: Quarantin
     return [rows for rows, _ in found]
 
 
-def open_loader(cfg: RunConfig, quarantine: Quarantine) -> RowLoader:
+def open_loader(cfg: JobConfig, quarantine: Quarantine) -> RowLoader:
     rows = usable_rows(cfg.data.train, cfg.data.media_root, "data.train", quarantine)
     return RowLoader(rows, cfg.train.prompts_per_step, cfg.seed, cfg.data.shuffle, cfg.data.weights)
 
@@ -253,20 +256,34 @@ def open_loader(cfg: RunConfig, quarantine: Quarantine) -> RowLoader:
 # ------------------------------------------------------------------------------------------------------------ learning
 
 
-def open_learner(cfg: RunConfig, session: Session) -> TokenLearner:
+def open_learner(cfg: RlConfig, session: Session) -> TokenLearner:
     """Before a resume: the reference is the weights that the run starts from."""
-    algorithm, train = cfg.algorithm, cfg.train
-    packing = PackingSettings(
-        train.updates_per_step, train.max_tokens_per_microbatch, train.share_prefix, algorithm.loss_average
-    )
+    algorithm = cfg.algorithm
+    reference = Reference(session.policy) if algorithm.kl_coef else None
+    objective = Objective(ADVANTAGES[algorithm.advantage], build_loss(algorithm), cfg.rollout.truncated)
+    return _token_learner(session, _packing(cfg.train, algorithm.loss_average), reference, objective)
+
+
+def open_answer_learner(cfg: SftConfig, session: Session) -> TokenLearner:
+    """A learner for `learn_answers` alone."""
+    return _token_learner(session, _packing(cfg.train, cfg.train.loss_average), reference=None, objective=None)
+
+
+def _packing(train: TrainConfig, loss_average: str) -> PackingSettings:
+    return PackingSettings(train.updates_per_step, train.max_tokens_per_microbatch, train.share_prefix, loss_average)
+
+
+def _token_learner(
+    session: Session, packing: PackingSettings, reference: Reference | None, objective: Objective | None
+) -> TokenLearner:
     return TokenLearner(
         session.policy,
-        Reference(session.policy) if algorithm.kl_coef else None,
+        reference,
         session.encoder,
         session.provider,
         session.mesh,
         packing,
-        Objective(ADVANTAGES[algorithm.advantage], build_loss(algorithm), cfg.rollout.truncated),
+        objective,
         session.run_state.progress,
     )
 
@@ -279,7 +296,7 @@ def build_loss(algorithm: AlgorithmConfig) -> PolicyLoss:
     return CorrectedLoss(loss, CORRECTIONS[algorithm.correction](algorithm))
 
 
-def open_answers(cfg: RunConfig, session: Session, loader: RowLoader) -> AnswerSource:
+def open_answers(cfg: SftConfig, session: Session, loader: RowLoader) -> AnswerSource:
     tokenizer = session.tokenizer
     return AnswerSource(
         loader,
@@ -290,5 +307,5 @@ def open_answers(cfg: RunConfig, session: Session, loader: RowLoader) -> AnswerS
         cfg.train.num_steps,
         lambda text: tokenizer.encode(text, add_special_tokens=False),
         tokenizer.eos_token_id,
-        cfg.rollout.max_response_tokens,
+        cfg.train.max_answer_tokens,
     )

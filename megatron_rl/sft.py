@@ -11,22 +11,22 @@ import sys
 from collections.abc import Sequence
 
 from megatron_rl.config.command_line import run_job
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import SftConfig
 
 
 def main(argv: Sequence[str]) -> None:
-    run_job(argv, "sft", "python -m megatron_rl.sft", "Supervised fine-tuning on text and video.", run)
+    run_job(argv, SftConfig, "python -m megatron_rl.sft", "Supervised fine-tuning on text and video.", run)
 
 
-def run(cfg: RunConfig) -> None:
+def run(cfg: SftConfig) -> None:
     """The whole job on this rank."""
     from megatron_rl.observe.step_metrics import media_metrics
     from megatron_rl.run_state import first, last
-    from megatron_rl.session import open_answers, open_learner, open_loader, open_session
+    from megatron_rl.session import open_answer_learner, open_answers, open_loader, open_session
 
     with open_session(cfg, temperature=1.0) as session:
         run_state, loader = session.run_state, open_loader(cfg, session.quarantine)
-        learner, answers = open_learner(cfg, session), open_answers(cfg, session, loader)
+        learner, answers = open_answer_learner(cfg, session), open_answers(cfg, session, loader)
         for step in range(run_state.resume(loader), cfg.train.num_steps):
             metrics = learner.learn_answers(answers.next_batch(step), step)
             metrics |= session.quarantine.metrics() | media_metrics(session.encoder.take_counts())

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from megatron_rl.config.command_line import run_job
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
 
 if TYPE_CHECKING:
     from megatron_rl.evaluate import Evaluation
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> None:
-    run_job(argv, "rl", "python -m megatron_rl.train", "Reinforcement learning on text and video (GRPO, DAPO).", run)
+    summary = "Reinforcement learning on text and video (GRPO, DAPO)."
+    run_job(argv, RlConfig, "python -m megatron_rl.train", summary, run)
 
 
-def run(cfg: RunConfig) -> None:
+def run(cfg: RlConfig) -> None:
     """The whole job on this rank."""
     from megatron_rl.loop import rl_step, sample_step
     from megatron_rl.observe.step_metrics import media_metrics
@@ -54,7 +55,7 @@ def run(cfg: RunConfig) -> None:
         finish(cfg, run_state, evaluation)
 
 
-def finish(cfg: RunConfig, run_state: RunState, evaluation: Evaluation) -> None:
+def finish(cfg: RlConfig, run_state: RunState, evaluation: Evaluation) -> None:
     """Export, then summary.json, the curves and a few sample answers."""
     from megatron_rl.evaluate import sample_rollouts
     from megatron_rl.run_state import first, highest, last

@@ -22,10 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_rl.runtime.chunks import FEED_FORWARD_ROWS
 from model_providers.deepstack import add_features
-
-FEED_FORWARD_ROWS = 8192
-"""Of a context parallel rank. Products over so many keep a GPU busy; adding up weight gradients costs a few percent."""
 
 
 def first_row(hidden: Tensor, group: dist.ProcessGroup, config: TransformerConfig) -> int:

@@ -84,23 +84,12 @@ class TransformerShape:
     """DeepStack (arXiv 2406.04334): each of the first so many layers adds media features of its own to the rows of
     media. The embedding of a media token is then [hidden_size * (1 + deepstack_levels)] wide."""
 
-
-def deepstack_problems(shape: TransformerShape, pipeline: int, virtual: int = 1) -> list[str]:
-    """What prevents the layers that take media features from being in the first part of the pipeline, the only one
-    that is given them. `virtual` is the number of parts of each stage."""
-    levels, problems = shape.deepstack_levels, []
-    if levels >= shape.num_layers:
-        problems.append(
-            f"model.hf: {levels} levels of media features for {shape.num_layers} layers: the last layer takes none; "
-            "use a checkpoint with fewer levels"
-        )
-    num_first = shape.num_layers // (pipeline * virtual)
-    if num_first < levels:
-        problems.append(
-            f"parallel.pipeline={pipeline}: the first stage holds {num_first} of the {levels} layers that take media "
-            "features; use fewer stages or virtual chunks"
-        )
-    return problems
+    def __post_init__(self) -> None:
+        if self.deepstack_levels >= self.num_layers:  # the last layer computes no rows of media
+            raise ValueError(
+                f"model.hf: {self.deepstack_levels} levels of media features for {self.num_layers} layers: the last "
+                "layer takes none; use a checkpoint with fewer levels"
+            )
 
 
 # ----------------------------------------------------------------------------------------------- reading config.json

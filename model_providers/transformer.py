@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_rl.errors import raise_all
+from megatron_rl.runtime.chunks import LOGIT_CHUNK
 from megatron_rl.runtime.device import Backend
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.types import FORBIDDEN_BIAS
@@ -40,10 +41,8 @@ from model_providers.deepstack import place_embeddings
 from model_providers.last_layer import LastLayer
 from model_providers.layer import Layer, first_row
 from model_providers.rotary import Rotary, set_attention_factor
-from model_providers.shape import TransformerShape, deepstack_problems
+from model_providers.shape import TransformerShape
 from model_providers.weight_map import canonical_name, padded_vocab
-
-LOGIT_CHUNK = 1024  # response tokens whose logits exist at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +82,19 @@ def transformer_config(
         num_attention_heads=shape.num_heads,
         num_query_groups=shape.num_groups,
         kv_channels=shape.head_dim,
-        tensor_model_parallel_size=mesh.tensor,
-        pipeline_model_parallel_size=mesh.pipeline,
-        virtual_pipeline_model_parallel_size=mesh.virtual if mesh.virtual > 1 else None,
-        context_parallel_size=mesh.context,
+        tensor_model_parallel_size=mesh.trainer.tensor,
+        pipeline_model_parallel_size=mesh.trainer.pipeline,
+        virtual_pipeline_model_parallel_size=mesh.trainer.virtual if mesh.trainer.virtual > 1 else None,
+        context_parallel_size=mesh.trainer.context,
         cp_comm_type=mesh.context_comm,
-        sequence_parallel=mesh.tensor > 1,
+        sequence_parallel=mesh.trainer.tensor > 1,
         params_dtype=backend.dtype,
         pipeline_dtype=backend.dtype,
         bf16=backend.dtype == torch.bfloat16,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # the default is refused together with variable_seq_lengths
         num_moe_experts=shape.num_experts or None,
-        expert_model_parallel_size=mesh.expert,
+        expert_model_parallel_size=mesh.trainer.expert,
         expert_tensor_parallel_size=1,
         moe_router_topk=shape.experts_per_token or 2,
         moe_router_pre_softmax=not shape.renormalized_routing,
@@ -184,10 +183,10 @@ class LanguageModel(GPTModel):
         super().__init__(
             config,
             _block_spec(config, backend, chunk),
-            vocab_size=padded_vocab(shape.vocab_size, mesh.tensor),
+            vocab_size=padded_vocab(shape.vocab_size, mesh.trainer.tensor),
             max_sequence_length=shape.max_positions,
             pre_process=mesh.is_first_stage and chunk in (None, 0),
-            post_process=mesh.is_last_stage and chunk in (None, mesh.virtual - 1),
+            post_process=mesh.is_last_stage and chunk in (None, mesh.trainer.virtual - 1),
             share_embeddings_and_output_weights=shape.tied_embeddings,
             position_embedding_type="none",  # the angles are ours
             vp_stage=chunk,
@@ -196,7 +195,7 @@ class LanguageModel(GPTModel):
         self.row_width = shape.hidden_size * (1 + shape.deepstack_levels)
         self.tokens = tokens
         self.real_vocab_size = shape.vocab_size
-        self._first_expert = mesh.expert_rank * (shape.num_experts // mesh.expert)
+        self._first_expert = mesh.expert_rank * (shape.num_experts // mesh.trainer.expert)
         if self.post_process:
             # _postprocess gathers the rows itself, before it repeats those that predict several tokens.
             self.output_layer.sequence_parallel = False
@@ -277,7 +276,7 @@ def build_language_model(
     shape: TransformerShape, backend: Backend, mesh: ParallelMesh, tokens: TokenPolicy, recompute: str = "none"
 ) -> LanguageModel | ChunkedStage:
     """This rank's stage, uninitialised, on its device."""
-    raise_all(deepstack_problems(shape, mesh.pipeline, mesh.virtual), "model")
+    raise_all([problem.told("parallel.", {}) for problem in mesh.trainer.deepstack_problems(shape)], "model")
     with backend.mcore_scope():
         config = transformer_config(shape, backend, mesh, recompute)
         set_attention_factor(config, shape.rope)

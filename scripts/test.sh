@@ -4,12 +4,14 @@ set -euo pipefail
 
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
     cat <<'HELP'
-usage: bash scripts/test.sh [--full] [pytest arguments]
+usage: bash scripts/test.sh [--quick | --full] [pytest arguments]
 
-  (default)   ruff, mypy and the fast tests
-  --full      ruff, mypy and every test
+  --quick     ruff, mypy and the unit tests: a few minutes, before each commit
+  (default)   the same and the tests with several ranks: what CI runs
+  --full      every test, benchmarks in small among them
 
 examples:
+  bash scripts/test.sh --quick
   bash scripts/test.sh tests/unit/test_world.py -x
   bash scripts/test.sh --full --durations=20
 HELP
@@ -20,10 +22,16 @@ source "$(dirname "$0")/common.sh"
 cd "$ROOT"
 
 tier=(-m "not full")
-if [[ "${1:-}" == "--full" ]]; then
-    tier=()
-    shift
-fi
+case "${1:-}" in
+    --quick)
+        tier=(-m "not full" tests/unit)
+        shift
+        ;;
+    --full)
+        tier=()
+        shift
+        ;;
+esac
 ensure_venv cpu test
 
 status=0

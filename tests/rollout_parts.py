@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,11 +15,14 @@ from safetensors.torch import load_file
 from data.rows.dataset import read_rows
 from megatron_rl.config.schema import (
     DataConfig,
+    JobConfig,
     LogConfig,
     ModelConfig,
     ParallelConfig,
+    RlConfig,
     RolloutConfig,
-    RunConfig,
+    SftConfig,
+    SftTrainConfig,
     TrainConfig,
 )
 from megatron_rl.protocols import ModelProvider
@@ -39,9 +42,9 @@ def small_config(
     pipeline: int = 1,
     rollout_tensor: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",
-) -> RunConfig:
+) -> RlConfig:
     """Prompts of at most 512 tokens, 4 responses of 12 tokens each."""
-    return RunConfig(
+    return RlConfig(
         run_dir=str(run_dir),
         device="cpu",
         model=ModelConfig(hf=str(checkpoint), dtype=dtype),
@@ -59,6 +62,13 @@ def small_config(
         train=TrainConfig(num_steps=2, max_tokens_per_microbatch=1024),
         log=LogConfig(wandb="off", tensorboard=False),
     )
+
+
+def as_sft(cfg: RlConfig) -> SftConfig:
+    """SFT with the settings that it shares with RL; answers may be as long as the responses."""
+    shared = {f.name: getattr(cfg, f.name) for f in fields(JobConfig) if f.name != "train"}
+    train = {f.name: getattr(cfg.train, f.name) for f in fields(TrainConfig)}
+    return SftConfig(**shared, train=SftTrainConfig(**train, max_answer_tokens=cfg.rollout.max_response_tokens))
 
 
 def mixed_rows(videos: Path) -> list[Row]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_rl.protocols import ModelProvider
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.batch import ScoredBatch, pack
 from megatron_rl.training.microbatch import MicroBatch
@@ -111,9 +112,9 @@ class Trainer:
 def join(
     tensor: int = 1, pipeline: int = 1, expert: int = 1, virtual: int = 1, context: int = 1, comm: str = "all_gather"
 ) -> ParallelMesh:
-    return parallel.initialize(
-        BACKEND, tensor, pipeline, context, rollout_tensor=1, expert=expert, virtual=virtual, context_comm=comm
-    )
+    world = parallel.world_size()
+    trainer = Grid(world, tensor=tensor, pipeline=pipeline, context=context, expert=expert, virtual=virtual)
+    return parallel.initialize(BACKEND, trainer, Grid(world), comm)
 
 
 def open_trainer(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of a RunConfig that need more than one field: ranges, exclusions, parallel sizes against the model, files.
+"""Checks of a recipe that need more than one field: ranges, exclusions, parallel sizes against the model, files.
 
 Everything that can be known before a GPU is touched is said here, in one message. Imports no torch.
 """
@@ -9,7 +9,8 @@ from __future__ import annotations
 import fnmatch
 import netrc
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -18,10 +19,13 @@ from data.rows.loader import weight_problems
 from data.rows.prompts import template_problems
 from data.rows.sources import source_names, source_problems
 from data.video.frames import FrameSettings
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import JobConfig, RlConfig
+from megatron_rl.config.sizes import rank_problems, size_problems, trainer_grid
 from megatron_rl.errors import raise_all
 from megatron_rl.rewards.registry import load_reward
+from megatron_rl.runtime.grid import Grid
 from model_providers.family import Config, read_config, shape_and_weights, text_section
+from model_providers.shape import TransformerShape
 
 Job = Literal["rl", "sft", "cache"]
 
@@ -31,7 +35,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
         lambda value: value >= 1,
         "parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.context parallel.expert "
         "rollout.tensor rollout.num_samples data.min_frames "
-        "rollout.max_response_tokens rollout.max_num_seqs rollout.sync_buffer_mib data.max_frames data.min_pixels "
+        "rollout.max_response_tokens train.max_answer_tokens "
+        "rollout.max_num_seqs rollout.sync_buffer_mib data.max_frames data.min_pixels "
         "data.max_pixels data.max_prompt_tokens data.decode_threads data.frames_per_chunk "
         "algorithm.max_filter_rounds train.num_steps "
         "train.prompts_per_step train.updates_per_step train.max_tokens_per_microbatch eval.batch_size checkpoint.keep",
@@ -51,54 +56,66 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
     ),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "rollout.gpu_memory_utilization"),
     ("between 0 and 1, both excluded", lambda value: 0 < value < 1, "algorithm.clip_low"),
-    ("from 0 to 1", lambda value: 0 <= value <= 1, "data.max_bad_fraction reward.format_weight"),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, "data.max_bad_fraction"),
     ("above 1 (3.0 is usual)", lambda value: value > 1, "algorithm.clip_dual"),
     ("two numbers from 0 to below 1", lambda betas: all(0 <= beta < 1 for beta in betas), "train.optimizer.betas"),
     ("the name of a folder", bool, "run_dir model.hf"),
 )
 
 
-def check(cfg: RunConfig, world_size: int, job: Job, require_files: bool = True) -> None:
-    """Raise one ValueError with every problem; `require_files=False` checks the numbers only."""
+def check(cfg: JobConfig, world_size: int, job: Job, require_files: bool = True) -> None:
+    """Raise one ValueError with every problem; `require_files=False` checks the numbers only. The job "cache" takes the
+    recipe of another job."""
     problems = [
         *_ranges(cfg),
         *_data(cfg),
-        *(_cache(cfg) if job == "cache" else _parallel(cfg, world_size, job)),
+        *(_cache(cfg) if job == "cache" else _parallel(cfg, world_size)),
         *_lengths(cfg),
         *_log(cfg),
     ]
     if job == "rl":
+        assert isinstance(cfg, RlConfig)
         problems += [*_rollout(cfg), *_algorithm(cfg)]
     if require_files:
         problems += [*_files(cfg, job), *_model(cfg, job), *([] if job == "cache" else _checkpoints(cfg))]
     raise_all(problems, f"configuration of {cfg.run_dir}")
 
 
-def range_problems(cfg: RunConfig) -> list[str]:
+def range_problems(cfg: JobConfig) -> list[str]:
     """Values out of their range, and settings of data that exclude each other."""
     return [*_ranges(cfg), *_data(cfg)]
 
 
-def _at(cfg: RunConfig, path: str) -> Any:
+def _has(cfg: JobConfig, path: str) -> bool:
+    """Whether the schema of the recipe has the key."""
+    value: Any = cfg
+    for key in path.split("."):
+        if not hasattr(value, key):
+            return False
+        value = getattr(value, key)
+    return True
+
+
+def _at(cfg: JobConfig, path: str) -> Any:
     value: Any = cfg
     for key in path.split("."):
         value = getattr(value, key)
     return value
 
 
-def _problem(cfg: RunConfig, path: str, why: str) -> str:
+def _problem(cfg: JobConfig, path: str, why: str) -> str:
     value = _at(cfg, path)
     return f"{path}={str(value).lower() if isinstance(value, bool) else value}: {why}"
 
 
-def _ranges(cfg: RunConfig) -> Iterator[str]:
+def _ranges(cfg: JobConfig) -> Iterator[str]:
     for wanted, holds, paths in _RANGES:
-        for path in paths.split():
+        for path in filter(partial(_has, cfg), paths.split()):
             if not holds(_at(cfg, path)):
                 yield _problem(cfg, path, f"out of range; it must be {wanted}")
 
 
-def _data(cfg: RunConfig) -> Iterator[str]:
+def _data(cfg: JobConfig) -> Iterator[str]:
     data = cfg.data
     if data.num_frames > 0 and data.fps > 0:
         yield _problem(cfg, "data.fps", f"data.num_frames={data.num_frames} is set as well; set one of them to 0")
@@ -111,36 +128,28 @@ def _data(cfg: RunConfig) -> Iterator[str]:
         yield _problem(cfg, "data.cache_dir", why)
     if data.cache_dir and Path(data.cache_dir).exists() and not Path(data.cache_dir).is_dir():
         yield _problem(cfg, "data.cache_dir", "is a file; give a folder")
-    if not data.eval and (cfg.eval.every > 0 or cfg.eval.blind):
+    if isinstance(cfg, RlConfig) and not data.eval and (cfg.eval.every > 0 or cfg.eval.blind):
         path = "eval.every" if cfg.eval.every > 0 else "eval.blind"
         yield _problem(cfg, path, "there is nothing to evaluate; set data.eval")
 
 
-def _cache(cfg: RunConfig) -> Iterator[str]:
+def _cache(cfg: JobConfig) -> Iterator[str]:
     """Filling the cache takes any number of ranks."""
     if not cfg.data.cache_dir:
         yield "data.cache_dir=: there is nothing to fill; set it to a folder"
 
 
-def _parallel(cfg: RunConfig, world_size: int, job: Job) -> Iterator[str]:
-    parallel = cfg.parallel
-    size = parallel.tensor * parallel.pipeline * parallel.context
-    if size > 0 and world_size % size:
-        product = f"{parallel.tensor} * {parallel.pipeline} * {parallel.context}"
-        fix = f"start a multiple of {size} processes or change the parallel sizes"
-        yield f"parallel.tensor * pipeline * context={product}: does not divide {world_size} ranks; {fix}"
-    elif size > 0 and parallel.expert > 0 and world_size // parallel.pipeline % parallel.expert:
-        ranks = world_size // parallel.pipeline
-        yield _problem(cfg, "parallel.expert", f"does not divide the {ranks} ranks of a stage; use a divisor")
-    if job == "rl" and cfg.rollout.tensor > 0 and world_size % cfg.rollout.tensor:
-        yield _problem(cfg, "rollout.tensor", f"does not divide {world_size} ranks; use a divisor")
+def _parallel(cfg: JobConfig, world_size: int) -> Iterator[str]:
+    engine = Grid(world_size, tensor=cfg.rollout.tensor) if isinstance(cfg, RlConfig) else None
+    yield from rank_problems(trainer_grid(cfg.parallel, world_size), engine)
 
 
-def _lengths(cfg: RunConfig) -> Iterator[str]:
-    need = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
-    if need > cfg.max_model_len:
-        parts = f"data.max_prompt_tokens + rollout.max_response_tokens = {need}"
-        yield _problem(cfg, "rollout.max_model_len", f"is below {parts}; raise it, or 0 to derive it")
+def _lengths(cfg: JobConfig) -> Iterator[str]:
+    if isinstance(cfg, RlConfig):
+        need = cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens
+        if need > cfg.max_model_len:
+            parts = f"data.max_prompt_tokens + rollout.max_response_tokens = {need}"
+            yield _problem(cfg, "rollout.max_model_len", f"is below {parts}; raise it, or 0 to derive it")
     if cfg.train.max_tokens_per_microbatch < cfg.max_model_len:
         why = f"the longest sequence has {cfg.max_model_len} tokens and must fit; raise it to that"
         yield _problem(cfg, "train.max_tokens_per_microbatch", why)
@@ -149,7 +158,7 @@ def _lengths(cfg: RunConfig) -> Iterator[str]:
         yield _problem(cfg, "train.prompts_per_step", why)
 
 
-def _checkpoints(cfg: RunConfig) -> Iterator[str]:
+def _checkpoints(cfg: JobConfig) -> Iterator[str]:
     if cfg.checkpoint.export_hf and not cfg.checkpoint.save_at_end:
         yield _problem(cfg, "checkpoint.export_hf", "exports the last checkpoint; set checkpoint.save_at_end=true too")
     old = sorted(path.name for path in (Path(cfg.run_dir) / "checkpoints").glob("step_*"))
@@ -158,7 +167,7 @@ def _checkpoints(cfg: RunConfig) -> Iterator[str]:
         yield _problem(cfg, "checkpoint.resume", why)
 
 
-def _rollout(cfg: RunConfig) -> Iterator[str]:
+def _rollout(cfg: RlConfig) -> Iterator[str]:
     rollout = cfg.rollout
     if rollout.only and not rollout.save_to:
         yield _problem(cfg, "rollout.only", "the rollouts would be lost; set rollout.save_to")
@@ -167,7 +176,7 @@ def _rollout(cfg: RunConfig) -> Iterator[str]:
             yield _problem(cfg, path, f"rollout.replay_from={rollout.replay_from} generates nothing; unset one of them")
 
 
-def _algorithm(cfg: RunConfig) -> Iterator[str]:
+def _algorithm(cfg: RlConfig) -> Iterator[str]:
     algorithm = cfg.algorithm
     if cfg.rollout.num_samples == 1 and not cfg.rollout.only:
         why = f"algorithm.advantage={algorithm.advantage} compares the responses of a prompt; use 2 or more"
@@ -176,13 +185,14 @@ def _algorithm(cfg: RunConfig) -> Iterator[str]:
         why = f"is not below algorithm.filter_high={algorithm.filter_high}; no group could pass"
         yield _problem(cfg, "algorithm.filter_low", why)
     try:
-        load_reward(cfg.reward.name, cfg.reward.format_weight)
+        load_reward(cfg.reward.name, cfg.reward.terms)
     except ValueError as error:
         yield str(error)
 
 
-def _files(cfg: RunConfig, job: Job) -> Iterator[str]:
-    if not cfg.data.train and not (job == "rl" and cfg.rollout.replay_from):
+def _files(cfg: JobConfig, job: Job) -> Iterator[str]:
+    replays = job == "rl" and isinstance(cfg, RlConfig) and cfg.rollout.replay_from
+    if not cfg.data.train and not replays:
         yield "data.train=: there is nothing to train on; set it to a JSONL file"
     for path in ("data.train", "data.eval"):
         yield from source_problems(_at(cfg, path), path)
@@ -193,14 +203,14 @@ def _files(cfg: RunConfig, job: Job) -> Iterator[str]:
     if cfg.data.format_prompt and Path(cfg.data.format_prompt).is_file():
         yield from template_problems(cfg.data.format_prompt)
     for path in ("model.weights_from", "data.media_root", "rollout.replay_from"):
-        if _at(cfg, path) and not Path(_at(cfg, path)).is_dir():
+        if _has(cfg, path) and _at(cfg, path) and not Path(_at(cfg, path)).is_dir():
             yield _problem(cfg, path, "no such folder; check the path")
 
 
 # ------------------------------------------------------------------------------------- the model's own configuration
 
 
-def _model(cfg: RunConfig, job: Job) -> Iterator[str]:
+def _model(cfg: JobConfig, job: Job) -> Iterator[str]:
     try:
         hf = read_config(cfg.model.hf)
     except ValueError as error:
@@ -212,24 +222,24 @@ def _model(cfg: RunConfig, job: Job) -> Iterator[str]:
     if missing:
         yield _problem(cfg, "model.hf", f"config.json lacks {', '.join(missing)}; is it a language model?")
         return
-    yield from _fits_model(cfg, text)
-    yield from _fits_provider(cfg, hf)
+    yield from _fits_positions(cfg, text["max_position_embeddings"])
+    yield from _fits_provider(cfg, hf, job)
     if not cfg.model.freeze_vision and "vision_config" not in hf:
         yield _problem(cfg, "model.freeze_vision", "the model has no vision tower that could be trained; use true")
     patch = hf.get("vision_config", {}).get("temporal_patch_size", 1)
     if cfg.data.num_frames > 0:
         yield from FrameSettings(cfg.data.num_frames).problems(patch)
-    if job == "rl":
-        yield from _fits_engine(cfg, text)
 
 
-def _fits_provider(cfg: RunConfig, hf: Config) -> Iterator[str]:
+def _fits_provider(cfg: JobConfig, hf: Config, job: Job) -> Iterator[str]:
     """What the model's own weight table has to say."""
     try:
-        names = list(shape_and_weights(hf, cfg.model.hf)[1].entries)
+        shape, weights = shape_and_weights(hf, cfg.model.hf)
     except ValueError as error:  # one problem, or several below a heading
         yield from str(error).splitlines()[1:] or [str(error)]
         return
+    names = list(weights.entries)
+    yield from _fits_sizes(cfg, shape, job)
     for pattern in cfg.model.freeze:
         if not fnmatch.filter(names, pattern):
             yield f"model.freeze={pattern}: matches no parameter; names look like {names[0]}"
@@ -238,73 +248,25 @@ def _fits_provider(cfg: RunConfig, hf: Config) -> Iterator[str]:
         yield _problem(cfg, "model.freeze", "nothing is left to train; freeze less")
 
 
-def size_problems(cfg: RunConfig, text: Mapping[str, int]) -> list[str]:
-    """Sizes of trainer and engine that do not go with the model's, whose config.json holds the integers `text`."""
-    return [*_fits_model(cfg, text), *_fits_engine(cfg, text)]
-
-
-def _fits_model(cfg: RunConfig, text: Mapping[str, int]) -> Iterator[str]:
-    for key in ("num_attention_heads", "hidden_size", "intermediate_size"):
-        yield from _divides(cfg, "parallel.tensor", key, text)
-    yield from _divides(cfg, "parallel.pipeline", "num_hidden_layers", text)
-    yield from _chunks(cfg, text["num_hidden_layers"])
-    yield from _heads(cfg, text["num_attention_heads"])
-    yield from _experts(cfg, text.get("num_experts", text.get("num_local_experts", 0)))
-    yield from _kv_heads(cfg, "parallel.tensor", text)
-    if cfg.max_model_len > text["max_position_embeddings"]:
-        longest = text["max_position_embeddings"]
+def _fits_positions(cfg: JobConfig, longest: int) -> Iterator[str]:
+    if cfg.max_model_len > longest:
         why = f"prompt + response may have {cfg.max_model_len} tokens, the model takes {longest}; lower it"
-        yield _problem(cfg, "rollout.max_model_len" if cfg.rollout.max_model_len else "data.max_prompt_tokens", why)
+        is_set = isinstance(cfg, RlConfig) and cfg.rollout.max_model_len
+        yield _problem(cfg, "rollout.max_model_len" if is_set else "data.max_prompt_tokens", why)
 
 
-def _heads(cfg: RunConfig, num_heads: int) -> Iterator[str]:
-    parallel = cfg.parallel
-    if parallel.context_comm != "a2a" or parallel.context <= 1 or num_heads % (parallel.tensor * parallel.context) == 0:
-        return
-    why = f"{num_heads} heads / tensor={parallel.tensor} do not divide over context={parallel.context} ranks"
-    yield _problem(cfg, "parallel.context_comm", f"{why}; use all_gather or p2p")
-
-
-def _chunks(cfg: RunConfig, num_layers: int) -> Iterator[str]:
-    stages, chunks = cfg.parallel.pipeline, cfg.parallel.virtual_pipeline
-    if chunks > 1 and stages <= 2:  # between two stages, Megatron-core's two directions of messages get mixed up
-        yield _problem(cfg, "parallel.virtual_pipeline", "needs parallel.pipeline above 2; use 1")
-    elif chunks > 1 and num_layers % (stages * chunks):
-        why = f"{stages} stages times {chunks} chunks do not divide the model's {num_layers} layers; use a divisor"
-        yield _problem(cfg, "parallel.virtual_pipeline", why)
-
-
-def _experts(cfg: RunConfig, num_experts: int) -> Iterator[str]:
-    if cfg.parallel.expert > 1 and (not num_experts or num_experts % cfg.parallel.expert):
-        yield _problem(cfg, "parallel.expert", f"does not divide the model's {num_experts} experts; use a divisor")
-    if num_experts and cfg.checkpoint.export_hf:
+def _fits_sizes(cfg: JobConfig, shape: TransformerShape, job: Job) -> Iterator[str]:
+    """Parallel sizes against the model's; the number of ranks is not asked here."""
+    engine = Grid(1, tensor=cfg.rollout.tensor) if job == "rl" and isinstance(cfg, RlConfig) else None
+    yield from size_problems(trainer_grid(cfg.parallel, 1), engine, shape, cfg.parallel.context_comm)
+    if shape.num_experts and cfg.checkpoint.export_hf:
         yield _problem(cfg, "checkpoint.export_hf", "exporting experts is not built yet; use false")
-
-
-def _fits_engine(cfg: RunConfig, text: Mapping[str, int]) -> Iterator[str]:
-    for key in ("num_attention_heads", "intermediate_size"):
-        yield from _divides(cfg, "rollout.tensor", key, text)
-    yield from _kv_heads(cfg, "rollout.tensor", text)
-
-
-def _divides(cfg: RunConfig, path: str, key: str, text: Mapping[str, int]) -> Iterator[str]:
-    size = _at(cfg, path)
-    if size > 0 and text[key] % size:
-        yield _problem(cfg, path, f"does not divide the model's {key} {text[key]}; use a divisor")
-
-
-def _kv_heads(cfg: RunConfig, path: str, text: Mapping[str, int]) -> Iterator[str]:
-    size, heads = _at(cfg, path), text.get("num_key_value_heads", text["num_attention_heads"])
-    if size > 0 and size % heads and heads % size:
-        yield _problem(
-            cfg, path, f"neither divides nor is a multiple of the model's {heads} key-value heads; change it"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------- logging
 
 
-def _log(cfg: RunConfig) -> Iterator[str]:
+def _log(cfg: JobConfig) -> Iterator[str]:
     if cfg.log.wandb == "online" and not os.environ.get("WANDB_API_KEY") and not _wandb_login():
         yield _problem(cfg, "log.wandb", "not logged in; run `wandb login`, set WANDB_API_KEY, or use offline")
 

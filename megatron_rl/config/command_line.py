@@ -1,33 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every job does around its work: read the recipe, refuse what cannot run, tell who failed.
+"""What every job does around its work: explain its keys, read the recipe, refuse what cannot run, tell who failed.
 
 All mistakes of a recipe are reported together, before any process group or device is touched.
 """
 
 from __future__ import annotations
 
+import argparse
+import ast
+import inspect
 import os
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
+from megatron_rl.config import schema as schema_module
 from megatron_rl.config.checks import Job, check
-from megatron_rl.config.io import dump_config, parse_args
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.io import C, dump_config, is_required, load_config, sections_of, show, type_name
+from megatron_rl.config.schema import CacheConfig, JobConfig, RlConfig, SftConfig
 from megatron_rl.errors import PeerLost
+from megatron_rl.runtime.files import write_atomically
 from megatron_rl.runtime.quiet import quiet_libraries
 
 EXIT_USAGE = 2
+JOBS: Mapping[type[CacheConfig], Job] = {RlConfig: "rl", SftConfig: "sft", CacheConfig: "cache"}
+_HELP_OF_KEYS: Mapping[Job, str] = {
+    "rl": "keys of a recipe",
+    "sft": "keys of a recipe",
+    "cache": "what is read of a recipe for megatron_rl.train or megatron_rl.sft (their --help lists the other keys)",
+}
 
 
-def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Callable[[RunConfig], None]) -> None:
-    """Run `body` with the checked configuration; a ValueError is the user's to mend and ends without a traceback."""
+def run_job(argv: Sequence[str], schema: type[C], program: str, summary: str, body: Callable[[C], object]) -> None:
+    """Run `body` with the checked configuration; a ValueError is the user's to mend and ends without a traceback.
+
+    `schema` is that of the job: RlConfig, SftConfig, or CacheConfig, which takes a recipe for either of the two.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         _check_data_package()
-        cfg, only_check = parse_args(argv, program, summary)
-        check(cfg, world, job)
+        cfg, only_check = parse_args(argv, schema, program, summary)
+        assert isinstance(cfg, JobConfig)
+        check(cfg, world, JOBS[schema])
     except ValueError as error:
         _report(error, rank)
         raise SystemExit(EXIT_USAGE) from None
@@ -37,9 +56,7 @@ def run_job(argv: Sequence[str], job: Job, program: str, summary: str, body: Cal
         return
     quiet_libraries()
     if rank == 0:
-        folder = Path(cfg.run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
+        write_atomically(Path(cfg.run_dir) / "config.yaml", dump_config(cfg).encode())
     try:
         body(cfg)
     except ValueError as error:
@@ -57,10 +74,10 @@ def _report(error: ValueError, rank: int) -> None:
         sys.stderr.write(f"{error}\n")
 
 
-def _keep_traceback(cfg: RunConfig, rank: int) -> None:
+def _keep_traceback(cfg: CacheConfig, rank: int) -> None:
     """A ValueError is usually the user's to mend; where it is a library's, its traceback is wanted after all."""
     path = Path(cfg.run_dir) / f"error_rank{rank}.txt"
-    path.write_text(traceback.format_exc(), encoding="utf-8")
+    write_atomically(path, traceback.format_exc().encode())
     sys.stderr.write(f"rank {rank}: stopped by an error; where it was raised stands in {path}\n")
 
 
@@ -74,3 +91,64 @@ def _check_data_package() -> None:
         raise ValueError(
             f"PYTHONPATH: the package `data` is {found}, not {ours}; set PYTHONSAFEPATH=1 or use scripts/launch.sh"
         )
+
+
+# ---------------------------------------------------------------------------------------------- arguments and help
+
+
+def parse_args(argv: Sequence[str], schema: type[C], program: str, summary: str) -> tuple[C, bool]:
+    """The command line of every job: a recipe, then overrides. The second result tells whether only to check them."""
+    examples = (
+        "examples:\n"
+        f"  {program} recipe.yaml\n"
+        f"  {program} recipe.yaml data.train=rows.jsonl train.prompts_per_step=32 data.eval=\n"
+    )
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=summary,
+        epilog=f"{examples}\n{_HELP_OF_KEYS[JOBS[schema]]}:\n\n{describe(schema)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="YAML file, for example one of scripts/recipes")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
+    parser.add_argument("--check", action="store_true", help="only tell whether this could run, and what is wrong")
+    args = parser.parse_intermixed_args(argv)
+    return load_config(args.recipe, schema, args.overrides), args.check
+
+
+def describe(job: type) -> str:
+    """Every key of a schema with its type, default and meaning, grouped by section, from the dataclasses themselves."""
+    docs = _docs(schema_module)
+    lines: list[str] = []
+    for path, section in sections_of(job):
+        lines += ["", f"{path}:" if path else "top level:"]
+        hints = get_type_hints(section)
+        for item in fields(section):
+            if not is_dataclass(hints[item.name]):
+                default = "required" if is_required(item) else f"default {_default(item)}"
+                lines.append(f"  {item.name:<26} {type_name(hints[item.name])}; {default}")
+                doc = next(
+                    (docs[c.__name__, item.name] for c in section.__mro__ if (c.__name__, item.name) in docs), ""
+                )
+                lines += textwrap.wrap(doc, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines[1:])
+
+
+def _default(item: Field[Any]) -> str:
+    default = item.default if item.default_factory is MISSING else item.default_factory()
+    if default == "":
+        return '""'
+    return show(list(default) if isinstance(default, tuple) else default)
+
+
+def _docs(module: types.ModuleType) -> dict[tuple[str, str], str]:
+    """{(class, field): the string literal written under it}."""
+    found = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for item, below in zip(node.body, node.body[1:], strict=False):
+            if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr):
+                assert isinstance(item.target, ast.Name) and isinstance(below.value, ast.Constant)
+                found[node.name, item.target.id] = " ".join(str(below.value.value).split())
+    return found

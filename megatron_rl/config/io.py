@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes on disk <-> RunConfig: strict keys and types, `key.path=value` overrides, and the `--help` text.
+"""Recipes on disk <-> the dataclasses of schema.py: strict keys and types, `key.path=value` overrides.
 
 Every problem of a recipe is reported in one message. YAML is read by its 1.2 rules, so that `off` is a word and
 `1e-6` a number; what `dump_config` writes loads back to an equal object.
@@ -7,24 +7,22 @@ Every problem of a recipe is reported in one message. YAML is read by its 1.2 ru
 
 from __future__ import annotations
 
-import argparse
-import ast
 import difflib
-import inspect
 import math
 import re
 import textwrap
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from megatron_rl.config import schema
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.moved_keys import advice_for, is_section_of_another_job
+from megatron_rl.config.schema import CacheConfig, JobConfig, RlConfig, SftConfig
 from megatron_rl.errors import raise_all
+
+C = TypeVar("C", bound=CacheConfig)
 
 # ---------------------------------------------------------------------------------------------------------------- YAML
 
@@ -78,8 +76,9 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], text: str) -> Iterator[str]:
-    """Set one `key.path=value` in the tree; yields a problem when that cannot be done."""
+def _apply_override(tree: dict[str, Any], text: str, mappings: Collection[str]) -> Iterator[str]:
+    """Set one `key.path=value` in the tree; yields a problem when that cannot be done. The keys in `mappings` take a
+    whole `{name: value}` as well."""
     path, equals, raw = text.partition("=")
     if not equals or not path:
         yield f"{text}: not an override; write key.path=value"
@@ -97,7 +96,7 @@ def _apply_override(tree: dict[str, Any], text: str) -> Iterator[str]:
         if not isinstance(tree, dict):
             yield f"{text}: '{section}' is a value, not a section; see --help for the keys"
             return
-    if isinstance(value, dict):
+    if isinstance(value, dict) and path not in mappings:
         yield f"{text}: an override sets one value; write {path}.<key>=value"
         return
     tree[key] = value
@@ -110,44 +109,69 @@ def _one_line(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------- tree -> dataclasses
 
 
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a recipe, apply the overrides in order, and check every key and type (not yet the values: config_checks)."""
+def load_config(recipe: str, schema: type[C], overrides: Sequence[str] = ()) -> C:
+    """Read a recipe, apply the overrides in order, and check every key and type (not yet the values: checks.py).
+
+    `schema` is that of the job. With CacheConfig the recipe is one for RL or SFT, and is read as such.
+    """
     tree = _read_recipe(recipe)
-    problems = [problem for text in overrides for problem in _apply_override(tree, text)]
-    config = _build(RunConfig, tree, "", problems)
+    problems = [problem for text in overrides for problem in _apply_override(tree, text, _mappings())]
+    job = _job_of(tree) if schema is CacheConfig else schema
+    config = _build(job, job, tree, "", problems)
     raise_all(problems, f"recipe {recipe}")
-    assert isinstance(config, RunConfig)
+    assert isinstance(config, schema)
     return config
 
 
-def _build(section: type, tree: Any, path: str, problems: list[str]) -> Any:
+def _mappings() -> list[str]:
+    """Keys whose value is a mapping of its own; only RL has any."""
+    hints = ((path, get_type_hints(section)) for path, section in sections_of(RlConfig))
+    return [join(path, name) for path, kinds in hints for name, kind in kinds.items() if get_origin(kind) is dict]
+
+
+def _job_of(tree: dict[str, Any]) -> type[JobConfig]:
+    """The job that a recipe is for: SFT where `train` has a key that only SFT has, else RL."""
+    train = tree.get("train")
+    only_sft = set(keys_of(SftConfig)) - set(keys_of(RlConfig))
+    return SftConfig if isinstance(train, dict) and any(f"train.{key}" in only_sft for key in train) else RlConfig
+
+
+def _build(job: type, section: type, tree: Any, path: str, problems: list[str]) -> Any:
     """An instance of the dataclass, or None with the reasons appended to `problems`."""
     tree = {} if tree is None else tree  # `data:` with every key commented out
     if not isinstance(tree, dict):
-        problems.append(f"{path}={_show(tree)}: is a section; put its keys below it, indented")
+        problems.append(f"{path}={show(tree)}: is a section; put its keys below it, indented")
         return None
     num_before = len(problems)
     hints = get_type_hints(section)
-    problems.extend(_unknown(key, value, path, list(hints)) for key, value in tree.items() if key not in hints)
+    for key, value in tree.items():
+        if key not in hints:
+            problems.extend(_unknown(job, key, value, path, list(hints)))
     values: dict[str, Any] = {}
     for item in fields(section):
-        here = _join(path, item.name)
+        here = join(path, item.name)
         if is_dataclass(hints[item.name]):
-            values[item.name] = _build(hints[item.name], tree.get(item.name), here, problems)
+            values[item.name] = _build(job, hints[item.name], tree.get(item.name), here, problems)
         elif item.name in tree:
             values[item.name] = _value(hints[item.name], tree[item.name], here, problems)
-        elif _is_required(item):
-            problems.append(f"{here}: missing; set it in the recipe or as {here}=<{_type_name(hints[item.name])}>")
+        elif is_required(item):
+            problems.append(f"{here}: missing; set it in the recipe or as {here}=<{type_name(hints[item.name])}>")
     return section(**values) if len(problems) == num_before else None
 
 
-def _unknown(key: Any, value: Any, path: str, known: list[str]) -> str:
-    here = _join(path, str(key))
-    close = difflib.get_close_matches(str(key), known, n=1)
-    elsewhere = [name for name in _all_keys() if name.rsplit(".", 1)[-1] == key]
-    guess = close or elsewhere
-    advice = f"did you mean '{guess[0]}'?" if guess else f"known here: {', '.join(known)}"
-    return f"{here}={_show(value)}: no such key; {advice}"
+def _unknown(job: type, key: Any, value: Any, path: str, known: list[str]) -> Iterator[str]:
+    here = join(path, str(key))
+    if is_section_of_another_job(job, here) and isinstance(value, dict) and value:
+        for name, item in value.items():
+            yield from _unknown(job, name, item, here, known)
+        return
+    advice = advice_for(job, here, value)
+    if advice is None:
+        close = difflib.get_close_matches(str(key), known, n=1)
+        elsewhere = [name for name in keys_of(job) if name.rsplit(".", 1)[-1] == key]
+        guess = close or elsewhere
+        advice = "no such key; " + (f"did you mean '{guess[0]}'?" if guess else f"known here: {', '.join(known)}")
+    yield f"{here}={show(value)}: {advice}"
 
 
 def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
@@ -159,6 +183,10 @@ def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         if isinstance(value, (list, tuple)) and len(value) == len(parts):
             pairs = enumerate(zip(parts, value, strict=True))
             return tuple(_value(part, item, f"{path}[{i}]", problems) for i, (part, item) in pairs)
+    elif get_origin(kind) is dict:
+        if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+            of = get_args(kind)[1]
+            return {name: _value(of, item, f"{path}.{name}", problems) for name, item in value.items()}
     elif get_origin(kind) is Literal:
         if isinstance(value, str) and value in get_args(kind):
             return value
@@ -169,7 +197,7 @@ def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     elif type(value) is kind:
         return value
     found = "not a choice" if get_origin(kind) is Literal and isinstance(value, str) else _kind_of(value)
-    problems.append(f"{path}={_show(value)}: {found}; expected {_type_name(kind)}")
+    problems.append(f"{path}={show(value)}: {found}; expected {type_name(kind)}")
     return value
 
 
@@ -181,11 +209,25 @@ def _finite(value: int | float | str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _is_required(item: Field[Any]) -> bool:
+def sections_of(section: type, path: str = "") -> Iterator[tuple[str, type]]:
+    """(dotted path, dataclass) of a schema and of every section in it."""
+    yield path, section
+    for name, kind in get_type_hints(section).items():
+        if is_dataclass(kind):
+            assert isinstance(kind, type)
+            yield from sections_of(kind, join(path, name))
+
+
+def keys_of(job: type) -> list[str]:
+    """Dotted paths of every key and section of a schema."""
+    return [join(path, item.name) for path, section in sections_of(job) for item in fields(section)]
+
+
+def is_required(item: Field[Any]) -> bool:
     return item.default is MISSING and item.default_factory is MISSING
 
 
-def _join(path: str, key: str) -> str:
+def join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
@@ -194,7 +236,7 @@ def _kind_of(value: Any) -> str:
     return names.get(type(value), "a list" if isinstance(value, list) else "a mapping")
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     if isinstance(value, (dict, list)):
         return textwrap.shorten(str(value), 60, placeholder=" ...")
     if isinstance(value, bool):
@@ -202,18 +244,20 @@ def _show(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _type_name(kind: Any) -> str:
+def type_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " | ".join(get_args(kind))
     if get_origin(kind) is tuple:
-        return f"[{', '.join('...' if part is Ellipsis else _type_name(part) for part in get_args(kind))}]"
+        return f"[{', '.join('...' if part is Ellipsis else type_name(part) for part in get_args(kind))}]"
+    if get_origin(kind) is dict:
+        return "{" + ": ".join(type_name(part) for part in get_args(kind)) + "}"
     return {str: "text", int: "integer", float: "number", bool: "true | false"}[kind]
 
 
-# ------------------------------------------------------------------------------------------------------- dump and help
+# --------------------------------------------------------------------------------------------- dataclasses -> YAML
 
 
-def dump_config(cfg: RunConfig) -> str:
+def dump_config(cfg: CacheConfig) -> str:
     """The whole configuration, defaults included, as YAML that loads back to an equal object."""
     text: str = yaml.dump(_plain(asdict(cfg)), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     return text
@@ -223,69 +267,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def describe() -> str:
-    """Every key with its type, default and meaning, grouped by section, from the dataclasses themselves."""
-    docs = _docs(schema)
-    lines: list[str] = []
-    for path, section in _sections(RunConfig, ""):
-        lines += ["", f"{path}:" if path else "top level:"]
-        hints = get_type_hints(section)
-        for item in fields(section):
-            if not is_dataclass(hints[item.name]):
-                default = "required" if _is_required(item) else f"default {_default(item)}"
-                lines.append(f"  {item.name:<26} {_type_name(hints[item.name])}; {default}")
-                doc = docs.get((section.__name__, item.name), "")
-                lines += textwrap.wrap(doc, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines[1:])
-
-
-def _default(item: Field[Any]) -> str:
-    if item.default == "":
-        return '""'
-    return _show(list(item.default) if isinstance(item.default, tuple) else item.default)
-
-
-def _sections(section: type, path: str) -> Iterator[tuple[str, type]]:
-    yield path, section
-    for name, kind in get_type_hints(section).items():
-        if is_dataclass(kind):
-            yield from _sections(kind, _join(path, name))  # type: ignore[arg-type]
-
-
-def _all_keys() -> list[str]:
-    return [_join(path, item.name) for path, section in _sections(RunConfig, "") for item in fields(section)]
-
-
-def _docs(module: types.ModuleType) -> dict[tuple[str, str], str]:
-    """{(class, field): the string literal written under it}."""
-    found = {}
-    for node in ast.parse(inspect.getsource(module)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for item, below in zip(node.body, node.body[1:], strict=False):
-            if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr):
-                assert isinstance(item.target, ast.Name) and isinstance(below.value, ast.Constant)
-                found[node.name, item.target.id] = " ".join(str(below.value.value).split())
-    return found
-
-
-def parse_args(argv: Sequence[str], program: str, summary: str) -> tuple[RunConfig, bool]:
-    """The command line of every job: a recipe, then overrides. The second result tells whether only to check them."""
-    examples = (
-        "examples:\n"
-        f"  {program} recipe.yaml\n"
-        f"  {program} recipe.yaml train.num_steps=20 train.optimizer.lr=2e-6 data.eval=\n"
-    )
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=summary,
-        epilog=f"{examples}\nkeys of a recipe, in the order of a run:\n\n{describe()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", help="YAML file, for example one of scripts/recipes")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
-    parser.add_argument("--check", action="store_true", help="only tell whether this could run, and what is wrong")
-    args = parser.parse_intermixed_args(argv)
-    return load_config(args.recipe, args.overrides), args.check

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run configuration: YAML -> frozen dataclasses. Imports no torch, so a mistake is reported in milliseconds.
+"""What a recipe may say, one schema per job: YAML -> frozen dataclasses. Imports no torch, so a mistake is reported in
+milliseconds.
 
-A field without a default is required. `load_config` (config_io.py) reads a recipe, applies `key.path=value` overrides
-and reports every problem at once; `config_checks.py` holds the checks that span several fields.
+`RlConfig` and `SftConfig` share `JobConfig`. `CacheConfig` is the part that filling the cache reads of either, so that
+`megatron_rl.cache_videos` takes the very recipe that will run. A field without a default is required. io.py reads a
+recipe, applies `key.path=value` overrides and reports every problem at once; checks.py holds the checks that span
+several fields.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -164,8 +168,10 @@ class AlgorithmConfig:
 class RewardConfig:
     name: str = "r1v"
     """A built-in reward (math, r1v, exact) or `path/to/file.py:function`."""
-    format_weight: float = 0.1
-    """Share of the format part in the overall reward, where the reward has one."""
+    terms: dict[str, float] = field(default_factory=dict)
+    """Weights of the reward's named parts in the overall reward; a part without one is only logged. Empty = the
+    reward's own weights, {accuracy: 0.9, format: 0.1} for math and r1v, {accuracy: 1.0} for exact; a function of your
+    own then returns `overall` itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +187,15 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    num_steps: int
-    """Optimizer rounds: rollout batches in RL, batches in SFT."""
+class BatchConfig:
     prompts_per_step: int = 128
     """Prompts of one rollout batch (rows of one batch in SFT), over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(BatchConfig):
+    num_steps: int
+    """Optimizer rounds: rollout batches in RL, batches in SFT."""
     updates_per_step: int = 1
     """Optimizer updates made from one rollout batch."""
     max_tokens_per_microbatch: int = 16_384
@@ -196,6 +206,14 @@ class TrainConfig:
     """Optimizer state in host memory except during its own step. In RL that is so for the first update of a step in
     any case, since the state waits there while the engine works; this is for SFT and for further updates."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftTrainConfig(TrainConfig):
+    max_answer_tokens: int = 1024
+    """Answers longer than this (the end-of-turn token included) are set aside and counted, never cut."""
+    loss_average: Literal["token", "sequence"] = "token"
+    """token: every answer token of the global batch weighs the same; sequence: every answer does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,22 +254,53 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class CacheConfig:
+    """What filling the cache reads of a recipe for another job."""
+
     run_dir: str
     """Folder of this run: resolved config, metrics, checkpoints, plots."""
-    seed: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
+    train: BatchConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig(CacheConfig, ABC):
+    """What every job that trains has."""
+
+    seed: int = 1
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
     train: TrainConfig
-    eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     @property
+    @abstractmethod
+    def max_model_len(self) -> int:
+        """Tokens of the longest sequence, prompt and response (or answer) together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlConfig(JobConfig):
+    """megatron_rl.train"""
+
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
     def max_model_len(self) -> int:
         return self.rollout.max_model_len or self.data.max_prompt_tokens + self.rollout.max_response_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(JobConfig):
+    """megatron_rl.sft"""
+
+    train: SftTrainConfig
+
+    @property
+    def max_model_len(self) -> int:
+        return self.data.max_prompt_tokens + self.train.max_answer_tokens

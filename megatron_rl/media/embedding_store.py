@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from megatron_rl.runtime.files import scratch_beside, write_atomically
+from megatron_rl.runtime.files import write_atomically, written_atomically
 from megatron_rl.runtime.parallel import local_rank
 from megatron_rl.types import MediaItem
 
@@ -152,12 +152,10 @@ class DiskStore:
     def _write_entry(self, key: str, embeds: Tensor) -> None:
         path = self._path(key)
         try:
-            path.parent.mkdir(exist_ok=True)
-            scratch = scratch_beside(path)
-            save_file({"embeds": embeds, "seal": _seal(key, embeds)}, scratch)
-            scratch.chmod(self.folder.stat().st_mode & 0o666)  # safetensors lets only the owner read
-            self._unseen_bytes += scratch.stat().st_size
-            scratch.replace(path)
+            with written_atomically(path) as scratch:
+                save_file({"embeds": embeds, "seal": _seal(key, embeds)}, scratch)
+                scratch.chmod(self.folder.stat().st_mode & 0o666)  # safetensors lets only the owner read
+                self._unseen_bytes += scratch.stat().st_size
         except (OSError, SafetensorError) as error:
             raise self._unwritable(error) from error
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from megatron_rl.runtime.files import write_atomically
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -45,9 +47,7 @@ class MetricLog:
             return
         self._file.close()
         kept = [row for row in read_metrics(self.path) if row["step"] < step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = self.path.open("a", encoding="utf-8")
         if self._tensorboard is not None:
             self._tensorboard.close()

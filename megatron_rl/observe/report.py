@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,11 +11,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from megatron_rl.observe.metric_log import METRICS_FILE, read_metrics
+from megatron_rl.runtime.files import write_atomically, written_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +64,8 @@ def plot_curves(run_dir: str | Path) -> Path | None:
     for axes, (panel, series) in zip(figure.subplots(1, len(filled), squeeze=False)[0], filled, strict=True):
         _draw(axes, panel, series)
     path = Path(run_dir) / "curves.png"
-    figure.savefig(path, dpi=120)
+    with written_atomically(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
     return path
 
 
@@ -108,17 +108,8 @@ def rollout_table(rollouts: Sequence[SampleRollout]) -> Table:
     return table
 
 
-def as_text(table: Table, width: int = 120) -> str:
-    """The table as plain text, for a file or a log."""
-    stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None).print(table)
-    return stream.getvalue()
-
-
 def write_summary(run_dir: str | Path, values: Mapping[str, object]) -> Path:
     """Write `<run_dir>/summary.json` in one piece: readers see the old file or the new one, never half of one."""
     path = Path(run_dir) / "summary.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
     return path

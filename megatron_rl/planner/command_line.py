@@ -19,6 +19,7 @@ from rich.console import Console
 
 from megatron_rl.config.checks import range_problems
 from megatron_rl.config.io import load_config
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.errors import raise_all
 from megatron_rl.planner import view
 from megatron_rl.planner.gpus import GIB, GPUS, gpu_of
@@ -35,6 +36,7 @@ from megatron_rl.planner.search import (
     search,
 )
 from megatron_rl.planner.workload import Assumptions, workload_of, workload_problems
+from megatron_rl.runtime.files import write_atomically
 
 EXIT_DOES_NOT_FIT, EXIT_USAGE = 1, 2
 
@@ -83,7 +85,7 @@ def _machine(args: argparse.Namespace) -> Machine:
 def _plan(args: argparse.Namespace, console: Console) -> tuple[bool, dict[str, Any]]:
     """Print the plan; (whether the recipe fits, the numbers)."""
     machine = _machine(args)
-    cfg = load_config(args.recipe, args.overrides)
+    cfg = load_config(args.recipe, RlConfig, args.overrides)
     raise_all(range_problems(cfg), f"recipe {args.recipe}")
     model = load_planned_model(cfg.model.hf)
     raise_all(parallel_problems(cfg, model, machine.world), f"recipe {args.recipe} on {machine.world} GPUs")
@@ -120,5 +122,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return EXIT_USAGE
     if args.json:
-        Path(args.json).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+        write_atomically(Path(args.json), (json.dumps(numbers) + "\n").encode())
     return 0 if fits else EXIT_DOES_NOT_FIT

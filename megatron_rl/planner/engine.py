@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.planner.gpus import GIB, Gpu
 from megatron_rl.planner.layout import BYTES
 from megatron_rl.planner.model import PlannedModel, engine_params
 from megatron_rl.planner.workload import Workload
+from megatron_rl.runtime.chunks import GPU_PREFILL_TOKENS
 from model_providers.shape import TransformerShape
 
-PREFILL_TOKENS = 8192  # device.Backend.prefill_tokens of a GPU, whose import would load torch
 CUDA_GRAPHS = GIB  # assumed, unless rollout.enforce_eager
 
 
@@ -47,7 +47,7 @@ def kv_bytes(shape: TransformerShape, tensor: int, element: int) -> int:
     return shape.num_layers * 2 * max(1, shape.num_groups // tensor) * shape.head_dim * element
 
 
-def engine_need(cfg: RunConfig, model: PlannedModel, gpu: Gpu, work: Workload) -> EngineNeed:
+def engine_need(cfg: RlConfig, model: PlannedModel, gpu: Gpu, work: Workload) -> EngineNeed:
     rollout, shape = cfg.rollout, model.shape
     element, tensor = BYTES[cfg.model.dtype], rollout.tensor
     weights = float(engine_params(model, tensor) * element)
@@ -70,11 +70,11 @@ def engine_need(cfg: RunConfig, model: PlannedModel, gpu: Gpu, work: Workload) -
     )
 
 
-def _batched_tokens(cfg: RunConfig) -> int:
-    return max(cfg.rollout.max_num_seqs, PREFILL_TOKENS)
+def _batched_tokens(cfg: RlConfig) -> int:
+    return max(cfg.rollout.max_num_seqs, GPU_PREFILL_TOKENS)
 
 
-def _working(cfg: RunConfig, shape: TransformerShape, element: int) -> float:
+def _working(cfg: RlConfig, shape: TransformerShape, element: int) -> float:
     """Of one forward pass over a chunk of a prompt (residuals, feed-forward), the logits of all sequences in fp32 twice
     (whole vocabulary, for sampling), and CUDA graphs."""
     times = shape.experts_per_token if shape.num_experts else 1
@@ -83,14 +83,14 @@ def _working(cfg: RunConfig, shape: TransformerShape, element: int) -> float:
     return _batched_tokens(cfg) * per_token + logits + (0 if cfg.rollout.enforce_eager else CUDA_GRAPHS)
 
 
-def _together(cfg: RunConfig, work: Workload, kv_tokens: int) -> int:
+def _together(cfg: RlConfig, work: Workload, kv_tokens: int) -> int:
     """Sequences that the cache holds at once; the samples of a prompt share its part of the cache."""
     groups, rest = divmod(kv_tokens, work.group_tokens)
     more = max(0, (rest - work.prompt_tokens) // work.response_tokens)
     return min(cfg.rollout.max_num_seqs, groups * work.num_samples + more)
 
 
-def _problems(cfg: RunConfig, kv_tokens: int, per_token: int) -> list[str]:
+def _problems(cfg: RlConfig, kv_tokens: int, per_token: int) -> list[str]:
     if kv_tokens >= cfg.max_model_len:
         return []
     rollout = cfg.rollout

@@ -17,8 +17,8 @@ from megatron_rl.config.schema import (
     DataConfig,
     ModelConfig,
     ParallelConfig,
+    RlConfig,
     RolloutConfig,
-    RunConfig,
     TrainConfig,
 )
 from megatron_rl.planner.gpus import Gpu
@@ -61,8 +61,8 @@ def claims(gpu: Gpu, assumed: Assumptions) -> Iterator[Claim]:
             yield _claim(title, model, Machine(gpu, world, assumed))
 
 
-def recipe(num_prompts: int) -> RunConfig:
-    return RunConfig(
+def recipe(num_prompts: int) -> RlConfig:
+    return RlConfig(
         run_dir="runs/long_rl",
         model=ModelConfig(hf="", recompute="full"),
         data=DataConfig(num_frames=NUM_FRAMES, min_pixels=PIXELS, max_pixels=PIXELS),

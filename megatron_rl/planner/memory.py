@@ -13,13 +13,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.planner import activations as act
 from megatron_rl.planner.engine import EngineNeed, engine_need
 from megatron_rl.planner.gpus import Gpu
-from megatron_rl.planner.layout import Layout, chunks_in_flight, split_of
+from megatron_rl.planner.layout import chunks_in_flight, split_of
 from megatron_rl.planner.model import PlannedModel, StageParams, stage_params
 from megatron_rl.planner.workload import Assumptions, Packing, Workload, fullest_share
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.types import DECODED_BYTES
 from model_providers.shape import TransformerShape
 
@@ -67,16 +68,17 @@ class Memory:
 class Case:
     """Everything that memory and time depend on."""
 
-    cfg: RunConfig
+    cfg: RlConfig
     model: PlannedModel
     gpu: Gpu
-    layout: Layout
+    trainer: Grid
+    engine: Grid
     work: Workload
     packing: Packing
     assumed: Assumptions
 
     @property
-    def cut(self) -> act.ActivationSplit:
+    def split(self) -> act.ActivationSplit:
         return split_of(self.cfg)
 
     @property
@@ -87,26 +89,26 @@ class Case:
     @property
     def rows(self) -> int:
         """Of a rank in that micro-batch, padding included."""
-        work, cut = self.work, self.cut
+        work, split = self.work, self.split
         responses = max(1, round(self.packing.responses_a_bundle))
-        args = work.prompt_tokens, work.response_tokens, responses, cut.context, self.model.shape.hidden_size
-        return math.ceil(self.largest * fullest_share(*args) / cut.tensor) * cut.tensor
+        args = work.prompt_tokens, work.response_tokens, responses, split.context, self.model.shape.hidden_size
+        return math.ceil(self.largest * fullest_share(*args) / split.tensor) * split.tensor
 
     @property
     def response_rows(self) -> int:
         """Response tokens of that micro-batch that a rank predicts."""
         per_bundle = self.packing.responses_a_bundle * self.work.response_tokens
         share = per_bundle / (self.work.prompt_tokens + per_bundle)
-        return math.ceil(self.largest * share / self.cut.context)
+        return math.ceil(self.largest * share / self.split.context)
 
     def params(self, stage: int) -> StageParams:
-        sizes = self.layout
+        sizes = self.trainer
         return stage_params(self.model, sizes.tensor, sizes.pipeline, stage, sizes.expert, self.cfg.model.freeze)
 
 
 def plan_memory(case: Case) -> Memory:
     need = engine_need(case.cfg, case.model, case.gpu, case.work)
-    stages = sorted({0, case.layout.pipeline - 1})
+    stages = sorted({0, case.trainer.pipeline - 1})
     phases = []
     for phase in phase_names(case.cfg):
         found = [PhaseMemory(phase, stage, dict(_items(case, need, phase, stage))) for stage in stages]
@@ -114,7 +116,7 @@ def plan_memory(case: Case) -> Memory:
     return Memory(tuple(phases), need, host_bytes(case, need), case.gpu.memory)
 
 
-def phase_names(cfg: RunConfig) -> list[str]:
+def phase_names(cfg: RlConfig) -> list[str]:
     """In the order of a step. An evaluation counts where it takes more prompts at a time than a step does."""
     names = ["encode", "generate"]
     if cfg.data.eval and cfg.eval.batch_size > cfg.train.prompts_per_step:
@@ -123,12 +125,12 @@ def phase_names(cfg: RunConfig) -> list[str]:
     return [*names, *log_probs, "update", *([] if updates_beside_state(cfg) else [OPTIMIZER_STEP])]
 
 
-def updates_beside_state(cfg: RunConfig) -> bool:
+def updates_beside_state(cfg: RlConfig) -> bool:
     """Whether optimizer state is on the GPU while an update computes: from the second one on, if it may stay."""
     return cfg.train.updates_per_step > 1 and not cfg.train.offload_optimizer
 
 
-def passes_without_gradients(cfg: RunConfig) -> int:
+def passes_without_gradients(cfg: RlConfig) -> int:
     """Over all that a step trains on: the old log-probabilities, if there is a second update, and the reference's."""
     return int(cfg.train.updates_per_step > 1) + int(cfg.algorithm.kl_coef > 0)
 
@@ -136,13 +138,13 @@ def passes_without_gradients(cfg: RunConfig) -> int:
 def _items(case: Case, need: EngineNeed, phase: str, stage: int) -> Iterator[tuple[str, float]]:
     params = case.params(stage)
     yield "reserve", case.assumed.reserve
-    yield "weights", params.total * case.cut.element
+    yield "weights", params.total * case.split.element
     if case.model.tower is not None:
-        yield "vision tower", case.model.tower.num_params * case.cut.element
+        yield "vision tower", case.model.tower.num_params * case.split.element
     if phase in ("encode", "generate", "evaluate"):
         num_prompts = case.cfg.eval.batch_size if phase == "evaluate" else case.work.num_prompts
         if case.model.tower is not None:
-            yield "embeddings made here", num_prompts * _video_bytes(case) / case.layout.world
+            yield "embeddings made here", num_prompts * _video_bytes(case) / case.trainer.world
         yield from need.items
         yield from (_encode_items(case) if phase == "encode" else _generate_items(case))
     else:
@@ -167,17 +169,17 @@ def _learning_items(case: Case, params: StageParams, stage: int, phase: str) -> 
 
 def optimizer_bytes(case: Case, params: StageParams) -> float:
     """Over all data and context ranks."""
-    return params.trained * _state_bytes(case) / case.layout.optimizer_shards
+    return params.trained * _state_bytes(case) / case.trainer.optimizer_shards
 
 
 def _state_bytes(case: Case) -> int:
     """A parameter: two moments and, where it is not fp32 itself, the fp32 copy."""
-    return 2 * FP32 + (FP32 if case.cut.element != FP32 else 0)
+    return 2 * FP32 + (FP32 if case.split.element != FP32 else 0)
 
 
 def _video_bytes(case: Case) -> float:
     """Embeddings of one video."""
-    return case.work.video_tokens * case.model.shape.hidden_size * case.cut.element
+    return case.work.video_tokens * case.model.shape.hidden_size * case.split.element
 
 
 def _encode_items(case: Case) -> Iterator[tuple[str, float]]:
@@ -185,7 +187,7 @@ def _encode_items(case: Case) -> Iterator[tuple[str, float]]:
     if tower is not None:
         frames = min(case.cfg.data.frames_per_chunk, work.num_frames)
         yield "decoded frames", min(DECODED_BYTES, _frame_bytes(case)) + _decoded_ahead(case)
-        yield "tower's activations", tower.working_bytes(frames, work.size_hw, case.cut.element)
+        yield "tower's activations", tower.working_bytes(frames, work.size_hw, case.split.element)
 
 
 def _generate_items(case: Case) -> Iterator[tuple[str, float]]:
@@ -201,7 +203,7 @@ def _frame_bytes(case: Case) -> float:
 
 def _decoded_ahead(case: Case) -> float:
     """This rank's share of the frames of the next batch; on a GPU they stay there."""
-    return min(case.cfg.data.prefetch_mib << 20, case.work.num_prompts * _frame_bytes(case) / case.layout.world)
+    return min(case.cfg.data.prefetch_mib << 20, case.work.num_prompts * _frame_bytes(case) / case.trainer.world)
 
 
 def _trained_tower(case: Case, backward: bool, has_state: bool) -> Iterator[tuple[str, float]]:
@@ -212,42 +214,42 @@ def _trained_tower(case: Case, backward: bool, has_state: bool) -> Iterator[tupl
         return
     yield "tower's gradients", tower.num_params * FP32
     if has_state:
-        yield "tower's optimizer", tower.num_params * _state_bytes(case) / case.layout.world
+        yield "tower's optimizer", tower.num_params * _state_bytes(case) / case.trainer.world
     if backward:
         frames = min(case.cfg.data.frames_per_chunk, case.work.num_frames)
-        yield "tower's activations", tower.kept_bytes(frames, case.work.size_hw, case.cut.element)
+        yield "tower's activations", tower.kept_bytes(frames, case.work.size_hw, case.split.element)
 
 
 def _fetched_bytes(case: Case) -> float:
     """The first stage fetches the tokens of its own rows for all micro-batches."""
     videos = min(case.packing.bundles, case.work.num_prompts)
-    wide = 1 if case.cfg.model.freeze_vision else FP32 / case.cut.element  # what is trained is fetched in fp32
-    return wide * videos * _video_bytes(case) / (case.layout.context * case.layout.tensor)
+    wide = 1 if case.cfg.model.freeze_vision else FP32 / case.split.element  # what is trained is fetched in fp32
+    return wide * videos * _video_bytes(case) / (case.trainer.context * case.trainer.tensor)
 
 
 def _in_flight_bytes(case: Case) -> float:
     """Copies of those of the micro-batches that are computed."""
-    work, layout = case.work, case.layout
-    in_flight = chunks_in_flight(layout, 0, case.packing.num_microbatches) / layout.virtual
-    rows = case.rows * work.video_tokens / work.prompt_tokens / layout.tensor
-    return in_flight * rows * case.model.shape.hidden_size * case.cut.element
+    work, trainer = case.work, case.trainer
+    in_flight = chunks_in_flight(trainer, 0, case.packing.num_microbatches) / trainer.virtual
+    rows = case.rows * work.video_tokens / work.prompt_tokens / trainer.tensor
+    return in_flight * rows * case.model.shape.hidden_size * case.split.element
 
 
 def _passes(case: Case, params: StageParams, stage: int, backward: bool) -> Iterator[tuple[str, float]]:
-    shape, cut, rows = case.model.shape, case.cut, case.rows
-    is_last = stage == case.layout.pipeline - 1
+    shape, split, rows = case.model.shape, case.split, case.rows
+    is_last = stage == case.trainer.pipeline - 1
     if not backward:
-        working = act.scoring_working(shape, cut, rows, case.largest)
+        working = act.scoring_working(shape, split, rows, case.largest)
     elif not is_last:
-        working = act.backward_working(shape, cut, rows, case.largest)
+        working = act.backward_working(shape, split, rows, case.largest)
     else:
-        num_layers = shape.num_layers // case.layout.pipeline
-        working = act.last_stage_working(shape, cut, rows, case.largest, case.response_rows, num_layers)
+        num_layers = shape.num_layers // case.trainer.pipeline
+        working = act.last_stage_working(shape, split, rows, case.largest, case.response_rows, num_layers)
     if backward:
         yield "activations", saved_bytes(case, stage)
     yield "working memory", working
     if is_last:
-        logits = act.logits_working(shape, cut, case.response_rows, params.largest, backward)
+        logits = act.logits_working(shape, split, case.response_rows, params.largest, backward)
         yield "logits, above that", max(0.0, logits - working)
 
 
@@ -255,41 +257,41 @@ def saved_bytes(case: Case, stage: int) -> float:
     """What all micro-batches in flight keep on a stage for their backward."""
     num_microbatches = case.packing.num_microbatches
     return saved_by_stage(
-        case.model.shape, case.cut, case.layout, stage, num_microbatches, case.rows, case.response_rows
+        case.model.shape, case.split, case.trainer, stage, num_microbatches, case.rows, case.response_rows
     )
 
 
 def saved_by_stage(
     shape: TransformerShape,
-    cut: act.ActivationSplit,
-    layout: Layout,
+    split: act.ActivationSplit,
+    trainer: Grid,
     stage: int,
     num_microbatches: int,
     rows: int,
     response_rows: int,
 ) -> float:
-    chunks = chunks_in_flight(layout, stage, num_microbatches)
-    layers = shape.num_layers / (layout.pipeline * layout.virtual)
-    saved = chunks * (layers * rows * act.layer_bytes(shape, cut) + act.rotary_table(shape, cut, rows))
-    is_last = stage == layout.pipeline - 1
-    if layout.pipeline > 1:  # outputs sent on, and the input and gradient that the schedule still refers to
-        kept = 2 + (0 if is_last and layout.virtual == 1 else chunks)
-        saved += kept * rows * shape.hidden_size / cut.tensor * cut.element
+    chunks = chunks_in_flight(trainer, stage, num_microbatches)
+    layers = shape.num_layers / (trainer.pipeline * trainer.virtual)
+    saved = chunks * (layers * rows * act.layer_bytes(shape, split) + act.rotary_table(shape, split, rows))
+    is_last = stage == trainer.pipeline - 1
+    if trainer.pipeline > 1:  # outputs sent on, and the input and gradient that the schedule still refers to
+        kept = 2 + (0 if is_last and trainer.virtual == 1 else chunks)
+        saved += kept * rows * shape.hidden_size / split.tensor * split.element
     if is_last:
-        saved += act.head_saved(shape, cut, response_rows)
-    if is_last and layout.virtual == 1:  # else the fullest moment is one of other chunks
-        saved += act.last_layer_bytes(shape, cut, rows, response_rows) - rows * act.layer_bytes(shape, cut)
+        saved += act.head_saved(shape, split, response_rows)
+    if is_last and trainer.virtual == 1:  # else the fullest moment is one of other chunks
+        saved += act.last_layer_bytes(shape, split, rows, response_rows) - rows * act.layer_bytes(shape, split)
     return saved
 
 
 def host_bytes(case: Case, need: EngineNeed) -> dict[str, float]:
     """Main memory of one rank: parked optimizer state, the sleeping engine's weights, the embeddings of all videos of
     its replica's prompts, the reference and, while it is swapped in, the policy."""
-    params = max((case.params(stage) for stage in (0, case.layout.pipeline - 1)), key=lambda p: p.total)
+    params = max((case.params(stage) for stage in (0, case.trainer.pipeline - 1)), key=lambda p: p.total)
     host = {"optimizer, parked": optimizer_bytes(case, params), "engine's weights, asleep": need.weights}
     if case.model.tower is not None:
         most = max(case.work.num_prompts, case.cfg.eval.batch_size if case.cfg.data.eval else 0)
-        host["videos for the engine"] = -(-most // case.layout.num_replicas) * _video_bytes(case)
+        host["videos for the engine"] = -(-most // case.engine.data) * _video_bytes(case)
     if case.cfg.algorithm.kl_coef > 0:
-        host["reference, and the policy meanwhile"] = 2.0 * params.total * case.cut.element
+        host["reference, and the policy meanwhile"] = 2.0 * params.total * case.split.element
     return host

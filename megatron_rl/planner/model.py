@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megatron_rl.planner.towers import Tower, tower_of
-from model_providers.family import Config, read_config, shape_and_weights, text_section
+from model_providers.family import Config, read_config, shape_and_weights
 from model_providers.known import KNOWN_CONFIGS
 from model_providers.shape import TransformerShape
 from model_providers.weight_map import Entry, WeightMap
@@ -19,14 +18,13 @@ from model_providers.weight_map import Entry, WeightMap
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedModel:
-    """`source` says where the numbers are from; `sizes` holds the integers of the language model's config.json."""
+    """`source` says where the numbers are from."""
 
     name: str
     source: str
     shape: TransformerShape
     weights: WeightMap
     tower: Tower | None
-    sizes: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +56,7 @@ def planned_model(name: str, source: str, config: Config) -> PlannedModel:
         tower = tower_of(config)
     except KeyError as error:
         raise ValueError(f"model.hf={name}: config.json has no {error.args[0]!r}; give a complete one") from error
-    sizes = {key: value for key, value in text_section(config).items() if type(value) is int}
-    return PlannedModel(name, source, shape, weights, tower, sizes | {"num_experts": shape.num_experts})
+    return PlannedModel(name, source, shape, weights, tower)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,12 +11,13 @@ from megatron_rl.planner.flops import step_flops
 from megatron_rl.planner.long_rl import Claim
 from megatron_rl.planner.search import FrameLimit, Knob, Option, reason
 from megatron_rl.planner.times import ASSUMED
+from megatron_rl.runtime.grid import Grid
 
 
 def option_json(option: Option) -> dict[str, Any]:
     case = option.case
     return {
-        "layout": asdict(case.layout) | {"data": case.layout.data},
+        "layout": _layout_json(case.trainer, case.engine),
         "recompute": option.cfg.model.recompute,
         "fits": option.memory.fits,
         "memory": {p.phase: {**p.items, "total": p.total, "stage": p.stage} for p in option.memory.phases},
@@ -29,6 +30,12 @@ def option_json(option: Option) -> dict[str, Any]:
     }
 
 
+def _layout_json(trainer: Grid, engine: Grid) -> dict[str, int]:
+    names = ("world", "tensor", "pipeline", "virtual", "context", "expert")
+    sizes = {name: getattr(trainer, name) for name in names}
+    return {**sizes, "rollout_tensor": engine.tensor, "data": trainer.data}
+
+
 def plan_json(
     option: Option, problems: Sequence[str], knobs: Sequence[Knob], options: Sequence[Option], limit: FrameLimit | None
 ) -> dict[str, Any]:
@@ -36,10 +43,10 @@ def plan_json(
     return {
         "model": {"name": case.model.name, "source": case.model.source},
         "gpu": asdict(case.gpu),
-        "gpus": case.layout.world,
+        "gpus": case.trainer.world,
         "work": asdict(case.work),
         "packing": asdict(case.packing) | {"rows_of_a_rank": case.rows},
-        "parameters": {str(stage): case.params(stage).total for stage in range(case.layout.pipeline)},
+        "parameters": {str(stage): case.params(stage).total for stage in range(case.trainer.pipeline)},
         "recipe": option_json(option),
         "problems": list(problems),
         "flops": asdict(step_flops(case)) | {"total": step_flops(case).total},
@@ -47,7 +54,7 @@ def plan_json(
         "knobs": [{"setting": k.setting, **option_json(k.option)} for k in knobs],
         "layouts": [
             {
-                "layout": str(o.layout),
+                "layout": o.layout,
                 "fits": o.memory.fits,
                 "peak": o.memory.peak,
                 "predicted_seconds": o.times.step,
@@ -64,7 +71,7 @@ def limit_json(limit: FrameLimit) -> dict[str, Any]:
     return {
         "num_frames": limit.num_frames,
         "prompt_tokens": found.case.work.prompt_tokens if found else 0,
-        "layout": str(found.layout) if found else "",
+        "layout": found.layout if found else "",
         "stopped_by": limit.stopped_by,
     }
 

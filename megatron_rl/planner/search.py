@@ -9,16 +9,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_rl.config.checks import size_problems
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
+from megatron_rl.config.sizes import rank_problems, size_problems, trainer_grid
 from megatron_rl.errors import raise_all
 from megatron_rl.planner.engine import kv_bytes
 from megatron_rl.planner.gpus import GIB, GPUS_PER_NODE, Gpu
-from megatron_rl.planner.layout import BYTES, Layout, layout_of
+from megatron_rl.planner.layout import BYTES, layout_name
 from megatron_rl.planner.memory import Case, Memory, plan_memory, updates_beside_state
 from megatron_rl.planner.model import PlannedModel
 from megatron_rl.planner.times import Times, predict
 from megatron_rl.planner.workload import Assumptions, pack_step, workload_of, workload_problems
+from megatron_rl.runtime.grid import Grid
 
 MAX_FRAMES = 1 << 17
 SAME_TIME = 0.03  # predictions that differ by less than this part are taken for equal
@@ -37,14 +38,15 @@ class Machine:
 class Option:
     """A recipe that could be run, what it needs and how long a step is predicted to take."""
 
-    cfg: RunConfig
+    cfg: RlConfig
     case: Case
     memory: Memory
     times: Times
 
     @property
-    def layout(self) -> Layout:
-        return self.case.layout
+    def layout(self) -> str:
+        """Both grids, for people."""
+        return layout_name(self.case.trainer, self.case.engine)
 
     @property
     def shortage(self) -> float:
@@ -69,7 +71,7 @@ class FrameLimit:
     stopped_by: str
 
 
-def with_settings(cfg: RunConfig, settings: dict[str, Any]) -> RunConfig:
+def with_settings(cfg: RlConfig, settings: dict[str, Any]) -> RlConfig:
     """A copy with `section.key: value` replaced."""
     for path, value in settings.items():
         section, key = path.split(".")
@@ -77,7 +79,7 @@ def with_settings(cfg: RunConfig, settings: dict[str, Any]) -> RunConfig:
     return cfg
 
 
-def evaluate(cfg: RunConfig, model: PlannedModel, machine: Machine) -> Option:
+def evaluate(cfg: RlConfig, model: PlannedModel, machine: Machine) -> Option:
     """What the recipe needs on this machine. Raises ValueError where it could not even start."""
     case = _case(cfg, model, machine)
     if case is None:
@@ -86,40 +88,34 @@ def evaluate(cfg: RunConfig, model: PlannedModel, machine: Machine) -> Option:
     return Option(cfg, case, plan_memory(case), predict(case))
 
 
-def _case(cfg: RunConfig, model: PlannedModel, machine: Machine) -> Case | None:
-    work, layout, train = workload_of(cfg, model, machine.assumed), layout_of(cfg, machine.world), cfg.train
+def _case(cfg: RlConfig, model: PlannedModel, machine: Machine) -> Case | None:
+    work, train = workload_of(cfg, model, machine.assumed), cfg.train
+    trainer, engine = trainer_grid(cfg.parallel, machine.world), Grid(machine.world, tensor=cfg.rollout.tensor)
     packing = pack_step(
         work,
         train.max_tokens_per_microbatch,
-        layout.data,
+        trainer.data,
         model.shape.hidden_size,
         train.share_prefix,
         train.updates_per_step,
-        layout.pipeline if layout.virtual > 1 else 1,
+        trainer.pipeline if trainer.virtual > 1 else 1,
     )
-    return Case(cfg, model, machine.gpu, layout, work, packing, machine.assumed) if packing is not None else None
+    if packing is None:
+        return None
+    return Case(cfg, model, machine.gpu, trainer, engine, work, packing, machine.assumed)
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
 
 
-def parallel_problems(cfg: RunConfig, model: PlannedModel, world: int) -> list[str]:
+def parallel_problems(cfg: RlConfig, model: PlannedModel, world: int) -> list[str]:
     """What the checks of a recipe say about its parallel sizes; the length of the context is not asked here."""
-    parallel, rollout = cfg.parallel, cfg.rollout
-    size = parallel.tensor * parallel.pipeline * parallel.context
-    problems = [p for p in size_problems(cfg, dict(model.sizes)) if p.startswith(("parallel.", "rollout.tensor="))]
-    if world % size:
-        problems.append(
-            f"parallel.tensor * pipeline * context={size}: does not divide {world} GPUs; change the sizes or --gpus"
-        )
-    elif world // parallel.pipeline % parallel.expert:
-        problems.append(f"parallel.expert={parallel.expert}: does not divide the GPUs of a stage; use a divisor")
-    if world % rollout.tensor:
-        problems.append(f"rollout.tensor={rollout.tensor}: does not divide {world} GPUs; use a divisor")
-    return problems
+    trainer, engine = trainer_grid(cfg.parallel, world), Grid(world, tensor=cfg.rollout.tensor)
+    of_model = size_problems(trainer, engine, model.shape, cfg.parallel.context_comm)
+    return [*of_model, *rank_problems(trainer, engine)]
 
 
-def layouts(cfg: RunConfig, model: PlannedModel, world: int) -> Iterator[RunConfig]:
+def layouts(cfg: RlConfig, model: PlannedModel, world: int) -> Iterator[RlConfig]:
     """The recipe at every size of both grids that its checks allow. The engine's replicas stay within a node."""
     sizes = [n for n in range(1, world + 1) if world % n == 0]
     for tensor in sizes:
@@ -139,10 +135,10 @@ def layouts(cfg: RunConfig, model: PlannedModel, world: int) -> Iterator[RunConf
                         yield candidate
 
 
-def search(cfg: RunConfig, model: PlannedModel, machine: Machine, tight_cache: bool = False) -> list[Option]:
+def search(cfg: RlConfig, model: PlannedModel, machine: Machine, tight_cache: bool = False) -> list[Option]:
     """All layouts: those that fit first, by predicted time; then the others, by what they lack. `tight_cache`: a KV
     cache for one prompt and its responses, instead of the recipe's."""
-    candidates: Iterable[RunConfig] = layouts(cfg, model, machine.world)
+    candidates: Iterable[RlConfig] = layouts(cfg, model, machine.world)
     if tight_cache:
         candidates = (with_tight_cache(one, model, machine.assumed) for one in candidates)
     cases = [(one, _case(one, model, machine)) for one in candidates]
@@ -159,7 +155,7 @@ def suggested(options: Sequence[Option]) -> Option | None:
     return min((o for o in fitting if o.times.step <= limit), key=lambda o: o.memory.peak)
 
 
-def with_tight_cache(cfg: RunConfig, model: PlannedModel, assumed: Assumptions) -> RunConfig:
+def with_tight_cache(cfg: RlConfig, model: PlannedModel, assumed: Assumptions) -> RlConfig:
     tokens = max(workload_of(cfg, model, assumed).group_tokens, cfg.max_model_len)
     size = tokens * kv_bytes(model.shape, cfg.rollout.tensor, BYTES[cfg.model.dtype])
     return with_settings(cfg, {"rollout.kv_cache_gib": math.ceil(100 * size / GIB) / 100})
@@ -242,7 +238,7 @@ def larger_budget(option: Option, machine: Machine) -> Knob | None:
 # --------------------------------------------------------------------------------------------------------------- frames
 
 
-def with_frames(cfg: RunConfig, model: PlannedModel, assumed: Assumptions, num_frames: int) -> RunConfig:
+def with_frames(cfg: RlConfig, model: PlannedModel, assumed: Assumptions, num_frames: int) -> RlConfig:
     """The recipe on longer videos: room for the prompt, micro-batches that hold a prompt with all of its responses."""
     cfg = with_settings(cfg, {"data.num_frames": num_frames, "data.fps": 0.0, "rollout.max_model_len": 0})
     work = workload_of(cfg, model, assumed)
@@ -251,7 +247,7 @@ def with_frames(cfg: RunConfig, model: PlannedModel, assumed: Assumptions, num_f
     return with_settings(cfg, settings)
 
 
-def largest_frames(cfg: RunConfig, model: PlannedModel, machine: Machine) -> FrameLimit:
+def largest_frames(cfg: RlConfig, model: PlannedModel, machine: Machine) -> FrameLimit:
     """By bisection, to 1 % or one temporal patch, over all layouts, with full recomputation and a KV cache for one
     prompt and its responses; text and other settings of the recipe stay."""
     assert model.tower is not None, "a text model takes no frames"

@@ -58,10 +58,10 @@ class Times:
 
 
 def predict(case: Case, assumed: Efficiency = ASSUMED) -> Times:
-    flops, layout, gpu, cfg = step_flops(case), case.layout, case.gpu, case.cfg
+    flops, trainer, gpu, cfg = step_flops(case), case.trainer, case.gpu, case.cfg
     phases = {"sync": _sync(case, assumed)}
     if case.model.tower is not None:
-        phases["encode"] = flops.encode / (layout.world * gpu.peak * assumed.tower)
+        phases["encode"] = flops.encode / (trainer.world * gpu.peak * assumed.tower)
     phases["generate: prompts"] = _prefill(case, assumed)
     phases["generate: responses"] = _decode(case, assumed)
     one_pass = _pass(case, assumed, backward=False)
@@ -83,29 +83,29 @@ def link(gpu: Gpu, num_ranks: int, stride: int = 1) -> float:
 def _sync(case: Case, assumed: Efficiency) -> float:
     """At most the engine's shard arrives; see plan_sync for the bytes of a given pair of layouts."""
     need = engine_need(case.cfg, case.model, case.gpu, case.work)
-    return need.weights / (link(case.gpu, case.layout.world) * assumed.link)
+    return need.weights / (link(case.gpu, case.trainer.world) * assumed.link)
 
 
 def _prefill(case: Case, assumed: Efficiency) -> float:
     """Every prompt once: its samples find it in the prefix cache."""
-    shape, work, tensor = case.model.shape, case.work, case.layout.rollout_tensor
+    shape, work, tensor = case.model.shape, case.work, case.engine.tensor
     flops = work.prompt_tokens * linear_flops(shape) + attention_flops(shape, work.prompt_tokens**2 / 2)
-    prompts = -(-work.num_prompts // case.layout.num_replicas)
+    prompts = -(-work.num_prompts // case.engine.data)
     seconds = flops / (tensor * case.gpu.peak * assumed.prefill)
     return prompts * (seconds + _all_reduces(case, shape, work.prompt_tokens, tensor, assumed))
 
 
 def _decode(case: Case, assumed: Efficiency) -> float:
     """Bound by memory: a step reads the weights once and the keys and values of every sequence."""
-    shape, work, layout = case.model.shape, case.work, case.layout
+    shape, work, engine = case.model.shape, case.work, case.engine
     need = engine_need(case.cfg, case.model, case.gpu, work)
-    sequences = -(-work.num_prompts // layout.num_replicas) * work.num_samples
+    sequences = -(-work.num_prompts // engine.data) * work.num_samples
     together = max(1, min(need.sequences, sequences))
     context = work.prompt_tokens + work.response_tokens / 2
-    read = need.weights + together * context * kv_bytes(shape, layout.rollout_tensor, BYTES[case.cfg.model.dtype])
-    compute = together * (linear_flops(shape) + head_flops(shape, 1)) / (layout.rollout_tensor * case.gpu.peak)
+    read = need.weights + together * context * kv_bytes(shape, engine.tensor, BYTES[case.cfg.model.dtype])
+    compute = together * (linear_flops(shape) + head_flops(shape, 1)) / (engine.tensor * case.gpu.peak)
     a_step = max(read / (case.gpu.hbm * assumed.hbm), compute / assumed.prefill)
-    a_step += _all_reduces(case, shape, together, layout.rollout_tensor, assumed)
+    a_step += _all_reduces(case, shape, together, engine.tensor, assumed)
     return math.ceil(sequences / together) * work.response_tokens * a_step
 
 
@@ -113,7 +113,7 @@ def _all_reduces(case: Case, shape: TransformerShape, tokens: float, tensor: int
     """Two of a token's hidden state in every layer."""
     if tensor == 1:
         return 0.0
-    sent = 2 * 2 * (tensor - 1) / tensor * shape.num_layers * tokens * shape.hidden_size * case.cut.element
+    sent = 2 * 2 * (tensor - 1) / tensor * shape.num_layers * tokens * shape.hidden_size * case.split.element
     return sent / (link(case.gpu, tensor) * assumed.link)
 
 
@@ -122,7 +122,7 @@ def _all_reduces(case: Case, shape: TransformerShape, tokens: float, tensor: int
 
 def _pass(case: Case, assumed: Efficiency, backward: bool) -> float:
     """All micro-batches of a step through the pipeline, the last stage's logits included."""
-    shape, work, layout = case.model.shape, case.work, case.layout
+    shape, work, trainer = case.model.shape, case.work, case.trainer
     linear, attention = trained_forward(case)
     head = head_flops(shape, work.num_prompts * work.num_samples * work.response_tokens)
     if backward:
@@ -132,24 +132,24 @@ def _pass(case: Case, assumed: Efficiency, backward: bool) -> float:
         head *= 2 + BACKWARD_LINEAR
     efficiency = assumed.linear * _shrunk(case)
     layers = linear / efficiency + attention / assumed.attention
-    here = (layers / layout.pipeline + head / efficiency) / (case.gpu.peak * layout.data * layout.context)
-    seconds = here / layout.tensor * _imbalance(case) + _communication(case, assumed, backward)
-    chunks = case.packing.num_microbatches * layout.virtual
-    return seconds * (chunks + layout.pipeline - 1) / chunks
+    here = (layers / trainer.pipeline + head / efficiency) / (case.gpu.peak * trainer.data * trainer.context)
+    seconds = here / trainer.tensor * _imbalance(case) + _communication(case, assumed, backward)
+    chunks = case.packing.num_microbatches * trainer.virtual
+    return seconds * (chunks + trainer.pipeline - 1) / chunks
 
 
 def _shrunk(case: Case) -> float:
     """Narrow shards of a matrix compute slower: assumed in proportion to the width of the smallest one."""
-    at = widths(case.model.shape, case.layout.tensor)
+    at = widths(case.model.shape, case.trainer.tensor)
     return min(1.0, (at.kv + at.q) / SMALL_MATRIX, at.ffn / SMALL_MATRIX)
 
 
 def _imbalance(case: Case) -> float:
     """Tokens of the busiest data parallel rank over the average."""
-    work, layout = case.work, case.layout
+    work, trainer = case.work, case.trainer
     bundles = work.num_prompts * work.num_samples / case.packing.responses_a_bundle
     in_bundle = work.prompt_tokens + case.packing.responses_a_bundle * work.response_tokens
-    average = bundles * in_bundle / layout.data / case.cfg.train.updates_per_step
+    average = bundles * in_bundle / trainer.data / case.cfg.train.updates_per_step
     return max(1.0, case.packing.rows / average)
 
 
@@ -157,32 +157,32 @@ def _communication(case: Case, assumed: Efficiency, backward: bool) -> float:
     """Of one stage over a step. Tensor parallel: two gathers and two scatters of the rows in a layer, twice as many
     and two gathers again in the backward. Context parallel: keys and values, again in the backward, with their fp32
     gradients; behind computation in a ring. Each between neighbours: rows * (ranks - 1) / ranks."""
-    shape, layout, cut = case.model.shape, case.layout, case.cut
+    shape, trainer, split = case.model.shape, case.trainer, case.split
     updates = case.cfg.train.updates_per_step
     rows = case.packing.rows * updates  # of all context parallel ranks
-    layers = shape.num_layers / layout.pipeline
-    again = float(backward and cut.recompute == "full")
+    layers = shape.num_layers / trainer.pipeline
+    again = float(backward and split.recompute == "full")
     seconds = 0.0
-    if layout.tensor > 1:
-        share = (layout.tensor - 1) / layout.tensor
+    if trainer.tensor > 1:
+        share = (trainer.tensor - 1) / trainer.tensor
         times = 4 * (1 + again) + (6 if backward else 0)
-        sent = times * layers * share * rows / layout.context * shape.hidden_size * cut.element
-        seconds += sent / (link(case.gpu, layout.tensor) * assumed.link)
-    if layout.context > 1 and cut.context_comm != "p2p":
-        at, share = widths(shape, layout.tensor), (layout.context - 1) / layout.context
-        width = (at.q * 2 + 2 * at.kv) / layout.context if cut.context_comm == "a2a" else 2 * at.kv
-        each = cut.element * (1 + again) + (cut.element + 4 if backward else 0)
-        speed = link(case.gpu, layout.context, layout.tensor)
+        sent = times * layers * share * rows / trainer.context * shape.hidden_size * split.element
+        seconds += sent / (link(case.gpu, trainer.tensor) * assumed.link)
+    if trainer.context > 1 and split.context_comm != "p2p":
+        at, share = widths(shape, trainer.tensor), (trainer.context - 1) / trainer.context
+        width = (at.q * 2 + 2 * at.kv) / trainer.context if split.context_comm == "a2a" else 2 * at.kv
+        each = split.element * (1 + again) + (split.element + 4 if backward else 0)
+        speed = link(case.gpu, trainer.context, trainer.tensor)
         seconds += layers * share * rows * width * each / (speed * assumed.link)
     return seconds
 
 
 def _optimizer(case: Case, assumed: Efficiency) -> float:
     """Gradients scattered in fp32, parameters gathered; twelve and more bytes a parameter read and written."""
-    layout, trained = case.layout, case.params(0).trained
-    shards = layout.optimizer_shards
-    moved = (4 + case.cut.element) * trained * (shards - 1) / shards
-    stride = layout.tensor
+    trainer, trained = case.trainer, case.params(0).trained
+    shards = trainer.optimizer_shards
+    moved = (4 + case.split.element) * trained * (shards - 1) / shards
+    stride = trainer.tensor
     touched = 2 * 16 * trained / shards / (case.gpu.hbm * assumed.hbm)
     seconds = moved / (link(case.gpu, shards, stride) * assumed.link) + touched
     return seconds * case.cfg.train.updates_per_step

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from megatron_rl.planner.flops import step_flops
 from megatron_rl.planner.gpus import GIB
+from megatron_rl.planner.layout import trainer_name
 from megatron_rl.planner.long_rl import Claim
 from megatron_rl.planner.search import FrameLimit, Knob, Option, reason, suggested
 from megatron_rl.planner.times import ASSUMED
@@ -23,11 +24,11 @@ def gib(size: float) -> str:
 
 
 def work_lines(option: Option) -> Iterator[RenderableType]:
-    """What a step consists of, and how it is cut."""
+    """What a step consists of, and how it is split."""
     case, work, packing = option.case, option.case.work, option.case.packing
-    stages = [case.params(stage).total for stage in range(case.layout.pipeline)]
+    stages = [case.params(stage).total for stage in range(case.trainer.pipeline)]
     per_rank = f"{max(stages):,} parameters a rank" + (" of the fullest stage" if len(stages) > 1 else "")
-    lines = [f"layout    {case.layout}; recompute {option.cfg.model.recompute}; {per_rank}"]
+    lines = [f"layout    {option.layout}; recompute {option.cfg.model.recompute}; {per_rank}"]
     if work.num_frames:
         size = f"{work.size_hw[1]} x {work.size_hw[0]}"
         lines.append(f"video     {work.num_frames:,} frames of {size} -> {work.video_tokens:,} tokens")
@@ -47,7 +48,7 @@ def memory_table(option: Option) -> Table:
     table = Table(title="Memory of the fullest GPU, GiB", title_justify="left")
     table.add_column("")
     for phase in phases:
-        stage = f"\n(stage {phase.stage})" if option.layout.pipeline > 1 else ""
+        stage = f"\n(stage {phase.stage})" if option.case.trainer.pipeline > 1 else ""
         table.add_column(phase.phase + stage, justify="right")
     names = list(dict.fromkeys(name for phase in phases for name in phase.items))
     for name in names:
@@ -130,20 +131,20 @@ def layouts_tables(options: Sequence[Option]) -> Iterator[RenderableType]:
     for column in ("layout", "peak, GiB", "predicted s a step"):
         table.add_column(column, justify="left" if column == "layout" else "right")
     for option in fitting[:SHOWN_LAYOUTS]:
-        table.add_row(str(option.layout), gib(option.memory.peak), f"{option.times.step:,.0f}")
+        table.add_row(option.layout, gib(option.memory.peak), f"{option.times.step:,.0f}")
     yield table
     if (best := suggested(options)) is not None:
         sizes = best.cfg.parallel
         settings = f"parallel.tensor={sizes.tensor} parallel.pipeline={sizes.pipeline} parallel.context={sizes.context}"
         yield Text(
-            f"Suggested: {settings} rollout.tensor={best.layout.rollout_tensor} ({best.times.step:,.0f} s predicted, "
+            f"Suggested: {settings} rollout.tensor={best.case.engine.tensor} ({best.times.step:,.0f} s predicted, "
             f"peak {gib(best.memory.peak)} GiB: nearly as fast as the fastest, with most memory to spare)"
         )
     others: dict[str, Option] = {}
-    fit = {o.layout.trainer for o in fitting}
+    fit = {trainer_name(o.case.trainer) for o in fitting}
     for option in options[len(fitting) :]:
-        if option.layout.trainer not in fit:
-            others.setdefault(option.layout.trainer, option)
+        if (name := trainer_name(option.case.trainer)) not in fit:
+            others.setdefault(name, option)
     if others:
         table = Table(title="Why others do not", title_justify="left")
         table.add_column("trainer")

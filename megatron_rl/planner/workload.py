@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 
 from data.video.frames import FrameSettings, choose_frames
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.planner.model import PlannedModel
 from megatron_rl.planner.towers import Tower
 from megatron_rl.training.packing import attention_weight, make_bundles, plan_packing
@@ -75,7 +75,7 @@ class Packing:
     responses_a_bundle: float
 
 
-def workload_of(cfg: RunConfig, model: PlannedModel, assumed: Assumptions) -> Workload:
+def workload_of(cfg: RlConfig, model: PlannedModel, assumed: Assumptions) -> Workload:
     responses = assumed.response_tokens or cfg.rollout.max_response_tokens
     if model.tower is None:
         prompt = cfg.data.max_prompt_tokens
@@ -94,7 +94,7 @@ def workload_of(cfg: RunConfig, model: PlannedModel, assumed: Assumptions) -> Wo
     )
 
 
-def _num_frames(cfg: RunConfig, multiple: int, assumed: Assumptions) -> int:
+def _num_frames(cfg: RlConfig, multiple: int, assumed: Assumptions) -> int:
     """As data/video/frames.py chooses them from a video of that length, though a number beyond its bound may be asked
     about."""
     data = cfg.data
@@ -106,7 +106,7 @@ def _num_frames(cfg: RunConfig, multiple: int, assumed: Assumptions) -> int:
     return len(choose_frames(info, settings, multiple))
 
 
-def _size_hw(cfg: RunConfig, tower: Tower, assumed: Assumptions, num_frames: int) -> tuple[int, int]:
+def _size_hw(cfg: RlConfig, tower: Tower, assumed: Assumptions, num_frames: int) -> tuple[int, int]:
     """As a model family's video spec does; data.total_pixels is shared evenly by the frames."""
     data, largest = cfg.data, cfg.data.max_pixels
     if data.total_pixels:
@@ -115,7 +115,7 @@ def _size_hw(cfg: RunConfig, tower: Tower, assumed: Assumptions, num_frames: int
     return tower.size_hw(assumed.height, assumed.width, data.min_pixels, largest)
 
 
-def workload_problems(cfg: RunConfig, model: PlannedModel, work: Workload) -> list[str]:
+def workload_problems(cfg: RlConfig, model: PlannedModel, work: Workload) -> list[str]:
     """Settings under which every prompt of this length would be refused or set aside."""
     problems = []
     if work.prompt_tokens > cfg.data.max_prompt_tokens:

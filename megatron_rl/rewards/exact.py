@@ -19,10 +19,13 @@ class ExactReward:
 
     name: str = "exact"
 
+    @property
+    def terms(self) -> dict[str, float]:
+        return {"accuracy": 1.0}
+
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
         return [self._parts(reference_answer(p.row.answer), c.text) for p, c in zip(prompts, completions, strict=True)]
 
     def _parts(self, reference: str, response: str) -> dict[str, float]:
         span = last_answer_span(response)
-        accuracy = float((response if span is None else span).strip() == reference)
-        return {"overall": accuracy, "accuracy": accuracy}
+        return {"accuracy": float((response if span is None else span).strip() == reference)}

@@ -18,10 +18,13 @@ _FORMAT = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
 
 @dataclass(frozen=True)
 class MathReward:
-    """overall = (1 - format_weight) * accuracy + format_weight * format; without a box, accuracy is 0."""
+    """accuracy: the box holds the reference; without a box it is 0. format: it thinks, then gives a box."""
 
-    format_weight: float = 0.1
     name: str = "math"
+
+    @property
+    def terms(self) -> dict[str, float]:
+        return {"accuracy": 0.9, "format": 0.1}
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
         return [self._parts(reference_answer(p.row.answer), c.text) for p, c in zip(prompts, completions, strict=True)]
@@ -29,6 +32,4 @@ class MathReward:
     def _parts(self, reference: str, response: str) -> dict[str, float]:
         boxed = last_boxed(response)
         right = boxed is not None and (same_text(boxed, reference) or same_value(boxed, reference))
-        accuracy, form = float(right), float(_FORMAT.fullmatch(response.strip()) is not None)
-        overall = (1 - self.format_weight) * accuracy + self.format_weight * form
-        return {"overall": overall, "accuracy": accuracy, "format": form}
+        return {"accuracy": float(right), "format": float(_FORMAT.fullmatch(response.strip()) is not None)}

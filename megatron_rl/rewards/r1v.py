@@ -18,14 +18,17 @@ _FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 
 @dataclass(frozen=True)
 class R1VReward:
-    """overall = (1 - format_weight) * accuracy + format_weight * format.
+    """accuracy: the answer is right; format: the response is `<think>...</think> <answer>...</answer>` and no more.
 
     The answer is the last `<answer>` span, or the whole response when there is none. Words are compared as text;
     a reference that is a number or a formula is compared as mathematics too.
     """
 
-    format_weight: float = 0.1
     name: str = "r1v"
+
+    @property
+    def terms(self) -> dict[str, float]:
+        return {"accuracy": 0.9, "format": 0.1}
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
         return [self._parts(reference_answer(p.row.answer), c.text) for p, c in zip(prompts, completions, strict=True)]
@@ -34,6 +37,4 @@ class R1VReward:
         span = last_answer_span(response)
         predicted = response if span is None else span
         right = same_text(predicted, reference) or (is_value(reference) and same_value(predicted, reference))
-        accuracy, form = float(right), float(_FORMAT.fullmatch(response.strip()) is not None)
-        overall = (1 - self.format_weight) * accuracy + self.format_weight * form
-        return {"overall": overall, "accuracy": accuracy, "format": form}
+        return {"accuracy": float(right), "format": float(_FORMAT.fullmatch(response.strip()) is not None)}

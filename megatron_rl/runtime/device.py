@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from megatron_rl.runtime.chunks import GPU_PREFILL_TOKENS
 from megatron_rl.runtime.mcore_on_cpu import redirect_cuda_to_cpu
 
 
@@ -84,7 +85,7 @@ def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
             engine_sleeps=True,
             engine_owns_weights=True,
             chunked_prefill=True,
-            prefill_tokens=8192,
+            prefill_tokens=GPU_PREFILL_TOKENS,
             kv_block_size=None,
             mcore_scope=nullcontext,
         )

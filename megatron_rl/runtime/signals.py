@@ -30,10 +30,6 @@ class StopFlag:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._requested = True
 
-    def requested(self) -> bool:
-        """On this rank, so far. Ranks may differ: only `agreed` is safe to act on."""
-        return self._requested
-
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; the same answer on all ranks. Collective."""
         return reduce_max(float(self._requested)) > 0

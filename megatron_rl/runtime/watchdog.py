@@ -118,8 +118,8 @@ class Watchdog:
 
     def _start(self, peers: list[int], store: dist.Store) -> None:
         # A wait in one connection blocks every other request in it, so each thread has its own.
-        self._main_store = store.clone()
-        self._store = store.clone()
+        self._main_store = store.clone()  # type: ignore[attr-defined]  # missing in the stub
+        self._store = store.clone()  # type: ignore[attr-defined]  # missing in the stub
         self._store.set_timeout(datetime.timedelta(seconds=self._patience_s))
         self._host, self._place = socket.gethostname(), this_place()
         self._started = process_start(os.getpid()) or ""

@@ -52,6 +52,6 @@ class AnswerSource:
     def _sample(self, prompt: Prompt) -> TrainSample | BadRow:
         answer = (*self._encode(prompt.row.answer), self._eos)
         if len(answer) > self._max_tokens:
-            reason = f"answer of {len(answer)} tokens is over rollout.max_response_tokens={self._max_tokens}"
+            reason = f"answer of {len(answer)} tokens is over train.max_answer_tokens={self._max_tokens}"
             return BadRow(prompt.row.source, reason, "overlong")
         return TrainSample(prompt, answer, rollout_logprobs=(0.0,) * len(answer))

@@ -119,8 +119,8 @@ def pack(
         if not samples:
             continue
         bundles = make_bundles(samples, max_tokens, provider.shape.hidden_size, share_prefix)
-        multiple = mesh.pipeline if mesh.virtual > 1 else 1
-        plan = plan_packing(bundles, mesh.data, max_tokens, multiple)
+        multiple = mesh.trainer.pipeline if mesh.trainer.virtual > 1 else 1
+        plan = plan_packing(bundles, mesh.trainer.data, max_tokens, multiple)
         batches = (
             build_microbatch(samples, members, part, provider.position_ids) for members in plan.bins[mesh.here.dp]
         )
@@ -132,10 +132,10 @@ def rank_slice(provider: ModelProvider, mesh: ParallelMesh) -> RankSlice:
     """Which rows of a micro-batch this rank holds."""
     return RankSlice(
         rank=mesh.here.cp,
-        num_ranks=mesh.context,
-        pad_multiple=mesh.tensor,
+        num_ranks=mesh.trainer.context,
+        pad_multiple=mesh.trainer.tensor,
         slice_rank=mesh.here.tp,
-        num_slices=mesh.tensor,
+        num_slices=mesh.trainer.tensor,
         attention_weight=attention_weight(provider.shape.hidden_size),
         by_heads=mesh.context_comm == "a2a",
     )

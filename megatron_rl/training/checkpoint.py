@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 
 from megatron_rl.protocols import MediaEncoder
+from megatron_rl.runtime.files import write_atomically
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.policy import Policy
 from megatron_rl.training.tower import load_tower_state, tower_state
@@ -69,7 +70,7 @@ def save(
     if mesh.rank == 0:
         vision = {"vision": vision_of(policy.tower)} if holds_tower(policy.tower) else {}
         whole = {"step": step, "version": policy.version, **vision, **state}
-        (partial / STATE_FILE).write_text(json.dumps(whole, indent=2) + "\n")
+        write_atomically(partial / STATE_FILE, (json.dumps(whole, indent=2) + "\n").encode())
         _flush(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)

@@ -49,7 +49,7 @@ class Objective:
 
 class TokenLearner:
     """The learner of language models (protocol Learner). `reference` scores with the weights of the start, if there is
-    one."""
+    one. Without an `objective` it learns from answers only."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class TokenLearner:
         provider: ModelProvider,
         mesh: ParallelMesh,
         packing: PackingSettings,
-        objective: Objective,
+        objective: Objective | None,
         progress: Progress,
     ):
         self.policy = policy
@@ -80,11 +80,13 @@ class TokenLearner:
 
     def learn(self, groups: Sequence[Group], step: int) -> dict[str, float]:
         """`updates_per_step` optimizer updates from one rollout batch. Returns the metrics of all ranks together."""
-        updates = self._pack(make_samples(groups, self._objective.truncated))
+        objective = self._objective
+        assert objective is not None, "a learner of answers has no objective for groups"
+        updates = self._pack(make_samples(groups, objective.truncated))
         updates = self._score(updates, step)
-        advantages = self._objective.estimator(advantage_inputs(groups))
+        advantages = objective.estimator(advantage_inputs(groups))
         updates = [update.with_advantages(advantages) for update in updates]
-        mismatch = MismatchMetric(self._objective.loss)
+        mismatch = MismatchMetric(objective.loss)
         return self._train(updates, mismatch, step) | mismatch.metrics() | self._skipped(updates)
 
     def learn_answers(self, samples: Sequence[TrainSample], step: int) -> dict[str, float]:
@@ -146,7 +148,7 @@ class TokenLearner:
         self._advised = True
         shape, settings, mesh = self._provider.shape, self._packing, self._mesh
         bundles = make_bundles(updates[0].samples, settings.max_tokens, shape.hidden_size, settings.share_prefix)
-        advice = advise(bundles, shape, mesh.context, mesh.context_comm, mesh.data, settings.max_tokens)
+        advice = advise(bundles, shape, mesh.trainer.context, mesh.context_comm, mesh.trainer.data, settings.max_tokens)
         if advice is not None:
             warnings.warn(advice, SmallerContext, stacklevel=2)
 

@@ -19,10 +19,12 @@ from typing import Any
 from rich.console import Console
 
 from megatron_rl.errors import raise_all
+from megatron_rl.runtime.files import write_atomically
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.weight_sync.cost import Links, SyncCost, cost_of, full_gather_elements
-from megatron_rl.weight_sync.layout_checks import layout_problems
+from megatron_rl.weight_sync.grid_checks import ROLLOUT_SIZES, TRAIN_SIZES, grid_problems
 from megatron_rl.weight_sync.placement import best_placement, overlap, ranks_in_order
-from megatron_rl.weight_sync.plan import Layouts, ReshardPlan, make_plan
+from megatron_rl.weight_sync.plan import ReshardPlan, make_plan
 from megatron_rl.weight_sync.view import explanation, report
 from model_providers.family import Config, read_config, shape_and_weights
 from model_providers.known import KNOWN_CONFIGS
@@ -30,15 +32,6 @@ from model_providers.shape import TransformerShape
 from model_providers.weight_map import WeightMap
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-TRAIN_SIZES = {
-    "tp": "tensor",
-    "pp": "pipeline",
-    "vp": "virtual",
-    "cp": "context",
-    "ep": "expert",
-    "etp": "expert_tensor",
-}
-ROLLOUT_SIZES = {"tp": "rollout_tensor"}
 GB = 1e9
 
 
@@ -69,15 +62,18 @@ class SyncPlan:
         return float((self.usual_cost.need - self.usual_cost.local).mean())
 
 
-def plan_sync(model: Model, layouts: Layouts, bytes_per_element: int, links: Links) -> SyncPlan:
+def plan_sync(model: Model, trainer: Grid, engine: Grid, bytes_per_element: int, links: Links) -> SyncPlan:
     """Plan a sync with the ranks in their usual order and in the order that keeps most bytes local."""
-    raise_all(layout_problems(model.shape, model.weights, layouts), "layouts")
+    raise_all(grid_problems(model.shape, model.weights, trainer, engine), "layouts")
     num_layers = model.shape.num_layers
-    usual = make_plan(model.weights, num_layers, layouts)
-    position = best_placement(overlap(model.weights, num_layers, layouts), links.ranks_per_node)
-    is_usual = position == tuple(range(layouts.world))
-    placed = replace(layouts, engine_position=position)
-    advised = replace(usual, layouts=placed) if is_usual else make_plan(model.weights, num_layers, placed)
+    usual = make_plan(model.weights, num_layers, trainer, engine)
+    position = best_placement(overlap(model.weights, num_layers, trainer, engine), links.ranks_per_node)
+    is_usual = position == tuple(range(engine.world))
+    advised = (
+        replace(usual, engine_position=position)
+        if is_usual
+        else make_plan(model.weights, num_layers, trainer, engine, position)
+    )
     usual_cost = cost_of(usual, bytes_per_element, links)
     return SyncPlan(
         model=model,
@@ -85,7 +81,7 @@ def plan_sync(model: Model, layouts: Layouts, bytes_per_element: int, links: Lin
         advised=advised,
         usual_cost=usual_cost,
         advised_cost=usual_cost if is_usual else cost_of(advised, bytes_per_element, links),
-        full_gather=full_gather_elements(model.weights, num_layers, layouts) * bytes_per_element,
+        full_gather=full_gather_elements(model.weights, num_layers, trainer) * bytes_per_element,
     )
 
 
@@ -101,7 +97,7 @@ def load_model(name: str) -> Model:
 
 
 def parse_sizes(option: str, text: str, names: Mapping[str, str]) -> dict[str, int]:
-    """`tp=4,pp=2` as fields of Layouts; every mistake in one message."""
+    """`tp=4,pp=2` as fields of Grid; every mistake in one message."""
     sizes: dict[str, int] = {}
     problems = []
     for part in text.split(","):
@@ -118,19 +114,12 @@ def parse_sizes(option: str, text: str, names: Mapping[str, str]) -> dict[str, i
     return sizes
 
 
-def layouts_of(world: int, sizes: Mapping[str, int]) -> Layouts:
-    layouts = Layouts(world)
-    for name, size in sizes.items():
-        layouts = replace(layouts, **{name: size})  # type: ignore[arg-type]  # engine_position is no size
-    return layouts
-
-
-def smallest_world(sizes: Mapping[str, int]) -> int:
+def smallest_world(train: Mapping[str, int], rollout: Mapping[str, int]) -> int:
     """The fewest GPUs, a usual node of 8 or more, that both grids divide."""
-    of = {name: max(1, sizes.get(name, 1)) for name in (*TRAIN_SIZES.values(), *ROLLOUT_SIZES.values())}
+    of = {name: max(1, train.get(name, 1)) for name in TRAIN_SIZES.values()}
     dense = of["tensor"] * of["pipeline"] * of["context"]
     experts = of["expert"] * of["expert_tensor"] * of["pipeline"]
-    base = math.lcm(dense, experts, of["rollout_tensor"])
+    base = math.lcm(dense, experts, max(1, rollout.get("tensor", 1)))
     return base * -(-8 // base)
 
 
@@ -140,11 +129,11 @@ def as_json(plan: SyncPlan, train: str, rollout: str) -> dict[str, Any]:
         "model": plan.model.name,
         "train": train,
         "rollout": rollout,
-        "gpus": plan.usual.layouts.world,
+        "gpus": plan.usual.world,
         "ranks": _ranks(plan.usual_cost),
         "full_gather_received": plan.full_gather,
         "minimum": plan.minimum,
-        "rank_permutation": list(ranks_in_order(plan.advised.layouts.engine_position)),
+        "rank_permutation": list(ranks_in_order(plan.advised.engine_position)),
         "permuted": _ranks(plan.advised_cost),
         "predicted_seconds": {"usual": plan.usual_cost.seconds, "permuted": plan.advised_cost.seconds},
     }
@@ -182,10 +171,11 @@ def _links(args: argparse.Namespace) -> Links:
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     try:
-        sizes = parse_sizes("--train", args.train, TRAIN_SIZES) | parse_sizes("--rollout", args.rollout, ROLLOUT_SIZES)
-        world = smallest_world(sizes) if args.gpus is None else args.gpus
+        train = parse_sizes("--train", args.train, TRAIN_SIZES)
+        rollout = parse_sizes("--rollout", args.rollout, ROLLOUT_SIZES)
+        world = smallest_world(train, rollout) if args.gpus is None else args.gpus
         model = load_model(args.model)
-        plan = plan_sync(model, layouts_of(world, sizes), BYTES[args.dtype], _links(args))
+        plan = plan_sync(model, Grid(world, **train), Grid(world, **rollout), BYTES[args.dtype], _links(args))
         explained = explanation(plan.usual, model.weights, args.explain) if args.explain else ()
     except ValueError as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
@@ -193,9 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     title = f"{model.name} in {args.dtype}: train {args.train} -> rollout {args.rollout} on {world} GPUs"
     console.print(title, highlight=False, soft_wrap=True)
-    shown = report(plan.usual_cost, plan.advised_cost, plan.advised.layouts, plan.full_gather)
+    shown = report(plan.usual_cost, plan.advised_cost, plan.advised, plan.full_gather)
     for part in (*shown, *explained):
         console.print(part)
     if args.json:
-        Path(args.json).write_text(json.dumps(as_json(plan, args.train, args.rollout)) + "\n", encoding="utf-8")
+        write_atomically(Path(args.json), (json.dumps(as_json(plan, args.train, args.rollout)) + "\n").encode())
     return 0

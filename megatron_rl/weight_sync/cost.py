@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rl.weight_sync.plan import Layouts, ReshardPlan, sources_by_engine_name
+from megatron_rl.runtime.grid import Grid
+from megatron_rl.weight_sync.plan import ReshardPlan, sources_by_engine_name
 from model_providers.weight_map import WeightMap
 
 Counts = NDArray[np.int64]
@@ -50,12 +51,12 @@ def cost_of(plan: ReshardPlan, bytes_per_element: int, links: Links) -> SyncCost
 
 def traffic(plan: ReshardPlan, ranks_per_node: int) -> tuple[Counts, Counts]:
     """[sent or received, rank] in elements, first within nodes, then across."""
-    totals = np.zeros((2, 2, plan.layouts.world), np.int64)
-    for piece in plan.pieces:
-        is_across = piece.senders // ranks_per_node != piece.receivers // ranks_per_node
+    totals = np.zeros((2, 2, plan.world), np.int64)
+    for transfer in plan.transfers:
+        is_across = transfer.senders // ranks_per_node != transfer.receivers // ranks_per_node
         for total, chosen in zip(totals, (~is_across, is_across), strict=True):
-            np.add.at(total[0], piece.senders[chosen], piece.numel)
-            np.add.at(total[1], piece.receivers[chosen], piece.numel)
+            np.add.at(total[0], transfer.senders[chosen], transfer.numel)
+            np.add.at(total[1], transfer.receivers[chosen], transfer.numel)
     return totals[0], totals[1]
 
 
@@ -64,14 +65,14 @@ def model_elements(weights: WeightMap) -> int:
     return sum(t.rows * t.cols for t in weights.hf_tensors().values())
 
 
-def full_gather_elements(weights: WeightMap, num_layers: int, layouts: Layouts) -> float:
-    """What a rank receives, on average, when every rank builds the whole model: all that its own shard lacks."""
-    held = np.zeros(layouts.world, np.int64)
-    for sources in sources_by_engine_name(weights, num_layers, layouts).values():
+def full_gather_elements(weights: WeightMap, num_layers: int, trainer: Grid) -> float:
+    """What a trainer's rank receives, on average, when every rank builds the whole model: all that its shard lacks."""
+    held = np.zeros(trainer.ranks.stop, np.int64)
+    for sources in sources_by_engine_name(weights, num_layers, trainer).values():
         for entry, stage in sources:
-            num_slots = layouts.num_slots(entry.layout.is_expert)
+            num_slots = trainer.num_slots(entry.layout.is_expert)
             for slot in range(num_slots):
                 shard = entry.layout.trainer(entry.hf, slot, num_slots)
-                ranks = layouts.trainer_ranks(stage, slot, entry.layout.is_expert)
+                ranks = np.array(trainer.ranks_of_slot(stage, slot, entry.layout.is_expert))
                 held[ranks] += sum(block.numel for block in shard.blocks)
-    return model_elements(weights) - float(held.mean())
+    return model_elements(weights) - float(held[trainer.first_rank :].mean())

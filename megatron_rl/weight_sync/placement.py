@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rl.weight_sync.plan import Layouts, wanted_pieces
+from megatron_rl.runtime.grid import Grid
+from megatron_rl.weight_sync.plan import wanted_rectangles, world_of
 from model_providers.weight_map import WeightMap
 
 Counts = NDArray[np.int64]
@@ -18,17 +19,17 @@ Counts = NDArray[np.int64]
 NEVER = -(1 << 60)  # below any sum of element counts
 
 
-def overlap(weights: WeightMap, num_layers: int, layouts: Layouts) -> Counts:
-    """[rank, engine shard]: elements of that shard which the rank's trainer shard holds."""
-    total = np.zeros((layouts.world, layouts.rollout_tensor), np.int64)
-    for wanted in wanted_pieces(weights, num_layers, layouts):
+def overlap(weights: WeightMap, num_layers: int, trainer: Grid, engine: Grid) -> Counts:
+    """[rank of the engine's grid, engine shard]: elements of that shard which the rank's trainer shard holds."""
+    total = np.zeros((world_of(trainer, engine), engine.tensor), np.int64)
+    for wanted in wanted_rectangles(weights, num_layers, trainer, engine):
         for holder in wanted.holders:
             total[holder.ranks, wanted.engine_tp] += wanted.target.numel
-    return total
+    return total[engine.ranks.start : engine.ranks.stop]
 
 
 def best_placement(held: Counts, ranks_per_node: int) -> tuple[int, ...]:
-    """Place of each rank in the engine's grid (`Layouts.engine_position`), from the `overlap` of ranks and shards.
+    """Place of each rank in the engine's grid (`ReshardPlan.engine_position`), from the `overlap` of ranks and shards.
 
     Each node is placed by itself if replicas fit on nodes evenly; else the world is placed as if it were one node.
     """

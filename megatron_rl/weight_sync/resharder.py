@@ -2,8 +2,8 @@
 """Moves weights from Megatron's shards into vLLM's live parameters, shard to shard.
 
 Nothing is gathered: a rank receives the bytes its engine shard needs and does not hold, in the engine's dtype, and
-writes them in place. Large pieces travel alone and, where they are contiguous, from and into the parameters themselves;
-small ones are coalesced per pair of ranks. No rank stages more than `buffer_bytes` at a time.
+writes them in place. Large rectangles travel alone and, where they are contiguous, from and into the parameters
+themselves; small ones are coalesced per pair of ranks. No rank stages more than `buffer_bytes` at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_rl.types import SyncReport
 from megatron_rl.weight_sync.plan import ReshardPlan, Transfer
 from model_providers.weight_map import Block
 
-ALONE_BYTES = 1 << 20  # a piece at least this large is a message of its own
+ALONE_BYTES = 1 << 20  # a rectangle at least this large is a message of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,8 @@ class Resharder:
     """Executes one plan, again and again. `source` and `target` are {name: live tensor} of this rank.
 
     `frozen` names engine parameters whose weights do not change in training: they are sent once, and again after
-    `frozen_changed`.
+    `frozen_changed`. `source` is empty on a rank that does not train; on one without an engine `target` is, and
+    `dtype` must tell the engine's type. `link` is the group of all ranks of both grids (None: the default group).
     """
 
     def __init__(
@@ -78,10 +79,13 @@ class Resharder:
         target: Mapping[str, Tensor],
         buffer_bytes: int,
         frozen: frozenset[str] = frozenset(),
+        dtype: torch.dtype | None = None,
+        link: dist.ProcessGroup | None = None,
     ):
         self._plan, self._rank = plan, rank
         self._source, self._target = source, target
-        self._dtype = next(iter(target.values())).dtype
+        self._dtype = dtype or next(iter(target.values())).dtype
+        self._link = link
         buffer_numel = max(1, buffer_bytes // self._dtype.itemsize)
         alone = ALONE_BYTES // self._dtype.itemsize
         self._whole = write_script(plan, rank, buffer_numel, alone)
@@ -97,7 +101,7 @@ class Resharder:
     def sync(self, version: int, verify: bool = False) -> SyncReport:
         """Write the trainer's weights of `version` into the engine's parameters. Collective over the world.
 
-        `verify` compares checksums of every piece afterwards; WeightMismatch names the pieces that differ.
+        `verify` compares checksums of every rectangle afterwards; WeightMismatch names those that differ.
         """
         start = time.perf_counter()
         script = self._trained if self._frozen_sent else self._whole
@@ -122,9 +126,9 @@ class Resharder:
         )
 
     def _exchange(self, round_: Round) -> None:
-        operations = [dist.P2POp(dist.isend, self._outgoing(m), m.peer) for m in round_.sends]
+        operations = [dist.P2POp(dist.isend, self._outgoing(m), m.peer, group=self._link) for m in round_.sends]
         incoming = [(m, self._landing(m)) for m in round_.receives]
-        operations += [dist.P2POp(dist.irecv, flat, m.peer) for m, flat in incoming]
+        operations += [dist.P2POp(dist.irecv, flat, m.peer, group=self._link) for m, flat in incoming]
         for work in dist.batch_isend_irecv(operations) if operations else []:
             work.wait()
         for message, flat in incoming:
@@ -151,23 +155,23 @@ class Resharder:
             offset += part.block.numel
 
     def _verify(self) -> None:
-        """Compare the checksum of each piece at one of its holders with that of every engine shard that has it now."""
+        """Compare the checksum of each rectangle at one of its holders with that of every engine shard that has it."""
         sums = {
-            index: _checksum(_view(self._source, Part(*piece.source_on(self._rank))).to(self._dtype))
-            for index, piece in enumerate(self._plan.pieces)
-            if piece.holders[0].ranks[0] == self._rank
+            index: _checksum(_view(self._source, Part(*transfer.source_on(self._rank))).to(self._dtype))
+            for index, transfer in enumerate(self._plan.transfers)
+            if transfer.holders[0].ranks[0] == self._rank
         }
-        everyone: list[dict[int, int]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, sums)
-        truth = {index: value for part in everyone for index, value in part.items()}
+        everyone: list[dict[int, int]] = [{} for _ in range(self._plan.world)]
+        dist.all_gather_object(everyone, sums, group=self._link)
+        truth = {index: value for found in everyone for index, value in found.items()}
         wrong = [
-            f"{piece.engine}, {piece.target.hf} rows {piece.target.rows} columns {piece.target.cols}"
-            for index, piece in enumerate(self._plan.pieces)
-            if self._rank in piece.receivers or self._rank in piece.local
-            if _checksum(_view(self._target, Part(piece.engine, piece.target))) != truth[index]
+            f"{transfer.engine}, {transfer.target.hf} rows {transfer.target.rows} columns {transfer.target.cols}"
+            for index, transfer in enumerate(self._plan.transfers)
+            if self._rank in transfer.receivers or self._rank in transfer.local
+            if _checksum(_view(self._target, Part(transfer.engine, transfer.target))) != truth[index]
         ]
-        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, wrong)
+        found: list[list[str]] = [[] for _ in range(self._plan.world)]
+        dist.all_gather_object(found, wrong, group=self._link)
         problems = [f"rank {rank}: {text}" for rank, texts in enumerate(found) for text in texts]
         if problems:
             raise WeightMismatch("the engine's weights differ after a sync:\n  " + "\n  ".join(problems[:50]))
@@ -180,62 +184,64 @@ def _view(tensors: Mapping[str, Tensor], part: Part) -> Tensor:
     return matrix[part.block.local_slices]
 
 
-def _checksum(piece: Tensor) -> int:
-    """Sum of the bytes as integers, each weighted by its place: also sees pieces that were swapped."""
-    data = piece.contiguous().view(torch.uint8).flatten().to(torch.int64)
+def _checksum(tensor: Tensor) -> int:
+    """Sum of the bytes as integers, each weighted by its place: also sees elements that were swapped."""
+    data = tensor.contiguous().view(torch.uint8).flatten().to(torch.int64)
     return int((data * (torch.arange(data.numel(), device=data.device) % 65_521 + 1)).sum())
 
 
 def _partly_covered(plan: ReshardPlan, rank: int, target: Mapping[str, Tensor]) -> list[str]:
     covered = dict.fromkeys(target, 0)
-    for piece in plan.pieces:
-        if rank in piece.receivers or rank in piece.local:
-            covered[piece.engine] += piece.numel
+    for transfer in plan.transfers:
+        if rank in transfer.receivers or rank in transfer.local:
+            covered[transfer.engine] += transfer.numel
     return [name for name, numel in covered.items() if numel < target[name].numel()]
 
 
 def write_script(plan: ReshardPlan, rank: int, buffer_numel: int, alone_numel: int) -> Script:
-    """This rank's part of the plan, with messages cut into rounds of bounded staging.
+    """This rank's part of the plan, with messages divided into rounds of bounded staging.
 
-    Every rank walks the pieces of the world in the same order, so that both ends of a message agree on its round.
+    Every rank walks the transfers of the world in the same order, so that both ends of a message agree on its round.
     """
     copies = [
-        (Part(*piece.source_on(rank)), Part(piece.engine, piece.target)) for piece in plan.pieces if rank in piece.local
+        (Part(*transfer.source_on(rank)), Part(transfer.engine, transfer.target))
+        for transfer in plan.transfers
+        if rank in transfer.local
     ]
-    rounds = [_round(group, rank, alone_numel) for group in _rounds(plan.pieces, plan.layouts.world, buffer_numel)]
+    rounds = [_round(group, rank, alone_numel) for group in _rounds(plan.transfers, plan.world, buffer_numel)]
     local = sum(target.block.numel for _, target in copies)
     return Script(tuple(copies), tuple(r for r in rounds if r.sends or r.receives), int(plan.needed[rank]), local)
 
 
-def _rounds(pieces: Sequence[Transfer], world: int, buffer_numel: int) -> Iterator[list[Transfer]]:
-    """Groups of pieces for which no rank stages (sends plus receives) more than `buffer_numel` elements."""
+def _rounds(transfers: Sequence[Transfer], world: int, buffer_numel: int) -> Iterator[list[Transfer]]:
+    """Groups of transfers for which no rank stages (sends plus receives) more than `buffer_numel` elements."""
     staged = np.zeros(world, np.int64)
     group: list[Transfer] = []
-    for whole in pieces:
+    for whole in transfers:
         if not len(whole.receivers):
             continue
         most_copies = int(np.unique(whole.senders, return_counts=True)[1].max())
-        for piece in whole.split(max(1, buffer_numel // (most_copies + 1))):
-            added = np.bincount(piece.senders, minlength=world) + np.bincount(piece.receivers, minlength=world)
-            added *= piece.numel
+        for part in whole.split(max(1, buffer_numel // (most_copies + 1))):
+            added = np.bincount(part.senders, minlength=world) + np.bincount(part.receivers, minlength=world)
+            added *= part.numel
             if group and (staged + added).max() > buffer_numel:
                 yield group
                 staged[:], group = 0, []
             staged += added
-            group.append(piece)
+            group.append(part)
     if group:
         yield group
 
 
-def _round(pieces: Sequence[Transfer], rank: int, alone_numel: int) -> Round:
+def _round(transfers: Sequence[Transfer], rank: int, alone_numel: int) -> Round:
     sends: dict[tuple[int, int], list[Part]] = {}
     receives: dict[tuple[int, int], list[Part]] = {}
-    for index, piece in enumerate(pieces):
-        key = index + 1 if piece.numel >= alone_numel else 0  # 0: coalesced with the other small ones
-        for receiver in piece.receivers[piece.senders == rank]:
-            sends.setdefault((int(receiver), key), []).append(Part(*piece.source_on(rank)))
-        for sender in piece.senders[piece.receivers == rank]:
-            receives.setdefault((int(sender), key), []).append(Part(piece.engine, piece.target))
+    for index, transfer in enumerate(transfers):
+        key = index + 1 if transfer.numel >= alone_numel else 0  # 0: coalesced with the other small ones
+        for receiver in transfer.receivers[transfer.senders == rank]:
+            sends.setdefault((int(receiver), key), []).append(Part(*transfer.source_on(rank)))
+        for sender in transfer.senders[transfer.receivers == rank]:
+            receives.setdefault((int(sender), key), []).append(Part(transfer.engine, transfer.target))
     return Round(_messages(sends), _messages(receives))
 
 

@@ -14,23 +14,24 @@ from rich.text import Text
 
 from megatron_rl.weight_sync.cost import SyncCost
 from megatron_rl.weight_sync.placement import ranks_in_order
-from megatron_rl.weight_sync.plan import Layouts, ReshardPlan, Transfer
+from megatron_rl.weight_sync.plan import ReshardPlan, Transfer
 from model_providers.weight_map import WeightMap
 
 GB = 1e9
 SHOWN_RANKS = 8  # longer lists of ranks end in their length
 
 
-def report(usual: SyncCost, advised: SyncCost, placed: Layouts, full_gather: float) -> Iterator[RenderableType]:
+def report(usual: SyncCost, advised: SyncCost, placed: ReshardPlan, full_gather: float) -> Iterator[RenderableType]:
     """Ranks, totals, and what the advised placement changes."""
     yield _ranks_table(usual)
     yield Text(_totals(usual, full_gather))
     position = placed.engine_position
-    if position == tuple(range(placed.world)):
+    if position == tuple(range(placed.engine.world)):
         yield Text("Placement: the usual order of ranks already keeps most bytes local.")
         return
     order = ranks_in_order(position)
-    replicas = [order[i : i + placed.rollout_tensor] for i in range(0, placed.world, placed.rollout_tensor)]
+    size = placed.engine.tensor
+    replicas = [order[i : i + size] for i in range(0, placed.engine.world, size)]
     groups = " | ".join(" ".join(map(str, replica)) for replica in replicas[:SHOWN_RANKS])
     more = f" | ... ({len(replicas)} replicas; all in --json)" if len(replicas) > SHOWN_RANKS else ""
     yield Text(f"Placement: engine replicas of ranks ({groups}{more}) keep more bytes local:")
@@ -65,7 +66,7 @@ def _ranks_table(cost: SyncCost) -> Table:
 
 
 def rank_list(ranks: Sequence[int] | np.ndarray) -> str:
-    """0-3 8 12; a long list is cut and says how long it is."""
+    """0-3 8 12; a long list ends in its length."""
     runs: list[list[int]] = []
     for rank in map(int, ranks):
         if runs and rank == runs[-1][1] + 1:
@@ -86,24 +87,25 @@ def explanation(plan: ReshardPlan, weights: WeightMap, name: str) -> list[Render
     engine_names = {e.engine for e in entries}
     hf_names = {t.name for e in entries for t in e.hf}
     wanted = {name} if name in hf_names else hf_names
-    pieces: dict[tuple[str, int], list[Transfer]] = defaultdict(list)
-    for piece in plan.pieces:
-        if piece.engine in engine_names and piece.target.hf in wanted:
-            rank = int((*piece.local, *piece.receivers)[0])
-            pieces[piece.engine, plan.layouts.engine_tp(rank)].append(piece)
-    return [_shard_table(engine, tp, found) for (engine, tp), found in sorted(pieces.items())]
+    shards: dict[tuple[str, int], list[Transfer]] = defaultdict(list)
+    for transfer in plan.transfers:
+        if transfer.engine in engine_names and transfer.target.hf in wanted:
+            rank = int((*transfer.local, *transfer.receivers)[0])
+            shards[transfer.engine, plan.engine_tp(rank)].append(transfer)
+    return [_shard_table(engine, tp, found) for (engine, tp), found in sorted(shards.items())]
 
 
-def _shard_table(engine: str, tp: int, pieces: Iterable[Transfer]) -> Table:
+def _shard_table(engine: str, tp: int, transfers: Iterable[Transfer]) -> Table:
     table = Table(title=f"{engine}, engine shard {tp}", title_justify="left")
     for column in ("HF tensor", "rows", "columns", "already on", "sent: from -> to"):
         table.add_column(column, overflow="fold")
-    for piece in pieces:
-        rows, cols = (f"{first}-{stop - 1}" for first, stop in (piece.target.rows, piece.target.cols))
-        transfers = [
-            f"{sender} -> {rank_list(piece.receivers[piece.senders == sender])}" for sender in np.unique(piece.senders)
+    for transfer in transfers:
+        rows, cols = (f"{first}-{stop - 1}" for first, stop in (transfer.target.rows, transfer.target.cols))
+        sent = [
+            f"{sender} -> {rank_list(transfer.receivers[transfer.senders == sender])}"
+            for sender in np.unique(transfer.senders)
         ]
-        table.add_row(piece.target.hf, rows, cols, rank_list(piece.local), "\n".join(transfers))
+        table.add_row(transfer.target.hf, rows, cols, rank_list(transfer.local), "\n".join(sent))
     return table
 
 

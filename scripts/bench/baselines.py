@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_rl.weight_sync.plan import Layouts, stage_of
+from megatron_rl.runtime.grid import Grid
+from megatron_rl.weight_sync.plan import stage_of
 from model_providers.weight_map import Entry, Replicated, Shard, WeightMap, intersect
 
 Load = Callable[[Iterator[tuple[str, Tensor]]], None]
@@ -42,15 +43,15 @@ class FullGather:
     {Megatron name: weight}."""
 
     def __init__(
-        self, weights: WeightMap, num_layers: int, layouts: Layouts, source: Mapping[str, Tensor], bucket_bytes: int
+        self, weights: WeightMap, num_layers: int, trainer: Grid, source: Mapping[str, Tensor], bucket_bytes: int
     ):
-        self._tensor, self._source = layouts.tensor, source
+        self._tensor, self._source = trainer.tensor, source
         self._like = next(iter(source.values()))
         self._tp_group = parallel_state.get_tensor_model_parallel_group()
         self._pp_group = parallel_state.get_pipeline_model_parallel_group()
         self._stage_ranks = dist.get_process_group_ranks(self._pp_group)
         numel = bucket_bytes // self._like.element_size()
-        self._buckets = tuple(_buckets(weights, num_layers, layouts, numel))
+        self._buckets = tuple(_buckets(weights, num_layers, trainer, numel))
 
     def run(self, load: Load) -> None:
         """One call of the loader, which draws tensors from the gathers as it goes."""
@@ -83,17 +84,17 @@ def _numel(entry: Entry, tensor: int) -> int:
     return torch.Size(entry.layout.trainer(entry.hf, 0, tensor).shape).numel()
 
 
-def _buckets(weights: WeightMap, num_layers: int, layouts: Layouts, max_numel: int) -> Iterator[Bucket]:
+def _buckets(weights: WeightMap, num_layers: int, trainer: Grid, max_numel: int) -> Iterator[Bucket]:
     """Parameters in model order; a bucket holds at most `max_numel` gathered elements, or one parameter."""
     kinds: dict[tuple[int, bool], list[Entry]] = {}
     for entry in weights.engine_entries().values():
-        key = (stage_of(entry.mcore, num_layers, layouts), isinstance(entry.layout, Replicated))
+        key = (stage_of(entry.mcore, num_layers, trainer), isinstance(entry.layout, Replicated))
         kinds.setdefault(key, []).append(entry)
     for (stage, replicated), entries in sorted(kinds.items()):
         chosen: list[Entry] = []
         size = 0
         for entry in entries:
-            added = _numel(entry, layouts.tensor) * layouts.tensor
+            added = _numel(entry, trainer.tensor) * trainer.tensor
             if chosen and size + added > max_numel:
                 yield Bucket(stage, replicated, tuple(chosen))
                 chosen, size = [], 0

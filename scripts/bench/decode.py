@@ -36,6 +36,7 @@ from data.video.gop_plan import GopRun, plan_runs, split_runs
 from data.video.index import VideoIndex
 from data.video.index_store import index_video
 from data.video.pixels import CpuVideoDecoder, read_frames
+from megatron_rl.runtime.files import write_atomically, written_atomically
 
 FPS = 30
 ENCODERS = {
@@ -67,10 +68,9 @@ class Result:
 
 def make_video(path: Path, kind: str, size: str, seconds: int) -> None:
     """FFmpeg's test picture "testsrc2" in this codec."""
-    encoder, _, options = ENCODERS[kind]
+    encoder, container_format, options = ENCODERS[kind]
     width, height = map(int, size.split("x"))
-    partial = path.with_suffix(".partial" + path.suffix)
-    with av.open(str(partial), "w") as container:
+    with written_atomically(path) as scratch, av.open(str(scratch), "w", format=container_format) as container:
         stream = container.add_stream(encoder, rate=FPS, options=options)
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -80,7 +80,6 @@ def make_video(path: Path, kind: str, size: str, seconds: int) -> None:
             picture.pict_type = PictureType.NONE  # as it comes, every picture asks to be a keyframe
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
-    partial.rename(path)
 
 
 def _test_pictures(size: str, seconds: int) -> Iterator[av.VideoFrame]:
@@ -335,7 +334,7 @@ def main() -> None:
                 make_video(path, kind, size, args.seconds)
             for result in run_file(args, str(path), kind):
                 results.append(result)
-                args.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+                write_atomically(args.json, (json.dumps([asdict(r) for r in results], indent=1) + "\n").encode())
     for is_resized in (False, True):
         part = [result for result in results if result.resized == is_resized]
         if part:

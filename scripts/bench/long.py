@@ -37,6 +37,8 @@ import torch.distributed as dist
 from megatron_rl.algorithms.losses import NllLoss
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
+from megatron_rl.runtime.files import write_atomically
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.training.batch import ScoredBatch, pack
 from megatron_rl.training.microbatch import MicroBatch
 from megatron_rl.training.policy import Hyperparameters, Policy
@@ -113,7 +115,8 @@ class Trainer:
 
     def __init__(self, folder: Path, comm: str):
         backend = choose_backend("cpu", "float32")
-        self.mesh = parallel.initialize(backend, 1, 1, dist.get_world_size(), 1, context_comm=comm)
+        world = dist.get_world_size()
+        self.mesh = parallel.initialize(backend, Grid(world, context=world), Grid(world), comm)
         self.provider = open_provider(folder)
         model = self.provider.build_language(backend, self.mesh)
         self.provider.load_language(model, self.mesh)
@@ -266,7 +269,7 @@ def main() -> None:
         whole = run_world(1, "all_gather", setting, folder)["all_gather"]
         spread = {comm: run_world(args.ranks, comm, setting, folder)[comm] for comm in args.comm.split(",")}
     record = {"setting": asdict(setting), "prefix": prefix, "context": context_record(whole, spread)}
-    args.json.write_text(json.dumps(record, indent=2) + "\n")
+    write_atomically(args.json, (json.dumps(record, indent=2) + "\n").encode())
     print(render(setting, record), flush=True)
     differences = [prefix, *record["context"]["variants"].values()]
     if max(d["loss_difference"] for d in differences) > LOSS_TOLERANCE:

@@ -41,7 +41,9 @@ from megatron_rl.config.schema import RolloutConfig
 from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import Backend, choose_backend
-from megatron_rl.weight_sync.plan import Layouts, make_plan
+from megatron_rl.runtime.files import write_atomically
+from megatron_rl.runtime.grid import Grid
+from megatron_rl.weight_sync.plan import make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.provider import open_provider
@@ -123,7 +125,7 @@ def random_tensor(hf: HfTensor, dtype: torch.dtype) -> Tensor:
 def fill_trainer(provider: Any, model: Any, mesh: parallel.ParallelMesh) -> None:
     for name, param in model.named_weights().items():
         entry = provider.weight_map[name]
-        shard = entry.layout.trainer(entry.hf, mesh.here.tp, mesh.tensor)
+        shard = entry.layout.trainer(entry.hf, mesh.here.tp, mesh.trainer.tensor)
         full = {hf.name: random_tensor(hf, param.dtype) for hf in entry.hf}
         local = as_matrix(param.data.zero_())
         for block in shard.blocks:
@@ -134,25 +136,26 @@ def build(setting: SyncSetting, folder: Path) -> Bench:
     backend = choose_backend(setting.device)
     provider = open_provider(folder)
     middle = build_middle(setting, backend, provider)
-    mesh = parallel.initialize(backend, setting.tensor, setting.pipeline, 1, setting.rollout_tensor)
+    world = parallel.world_size()
+    grid = Grid(world, tensor=setting.tensor, pipeline=setting.pipeline)
+    mesh = parallel.initialize(backend, grid, Grid(world, tensor=setting.rollout_tensor))
     trainer = provider.build_language(backend, mesh)
     fill_trainer(provider, trainer, mesh)
     engine = open_engine(setting, backend, folder)
     source = {name: param.data for name, param in trainer.named_weights().items()}
     target = engine.parameters()
-    layouts = Layouts(mesh.world, mesh.tensor, mesh.pipeline, 1, mesh.rollout_tensor)
     shape, table = provider.shape, provider.weight_map
-    check_fit(table, mesh.here.tp, mesh.tensor, mesh.rollout_tp_rank, mesh.rollout_tensor, source, target)
+    check_fit(table, mesh.trainer, mesh.engine, mesh.rank, source, target)
     engine.load_hf((hf.name, random_tensor(hf, backend.dtype)) for hf in table.hf_tensors().values())
     expected = {name: param.clone() for name, param in target.items()}
 
-    plan = make_plan(table, shape.num_layers, layouts)
+    plan = make_plan(table, shape.num_layers, mesh.trainer, mesh.engine)
     resharder = Resharder(plan, mesh.rank, source, target, setting.buffer_bytes)
-    per_tensor = FullGather(table, shape.num_layers, layouts, source, bucket_bytes=0)
-    bucketed = FullGather(table, shape.num_layers, layouts, source, BUCKET_BYTES)
+    per_tensor = FullGather(table, shape.num_layers, mesh.trainer, source, bucket_bytes=0)
+    bucketed = FullGather(table, shape.num_layers, mesh.trainer, source, BUCKET_BYTES)
     middle_weights = {name: param.data for name, param in middle.named_weights().items()}
     core = CoreResharding(trainer, middle, middle_weights, backend.device)
-    copies = core.copies(table, mesh.rollout_tp_rank, mesh.rollout_tensor, target)
+    copies = core.copies(table, mesh.engine_tp_rank, mesh.engine.tensor, target)
     variants = {
         OURS: lambda: resharder.sync(0),
         "full_gather_per_tensor": lambda: per_tensor.run(engine.load_hf),
@@ -167,7 +170,8 @@ def build_middle(setting: SyncSetting, backend: Backend, provider: Any) -> Any:
     """A Megatron model in the engine's layout, for Megatron-core's resharder. It keeps the groups it was built with."""
     from megatron.core import parallel_state
 
-    mesh = parallel.initialize(backend, setting.rollout_tensor, 1, 1, setting.rollout_tensor)
+    grid = Grid(parallel.world_size(), tensor=setting.rollout_tensor)
+    mesh = parallel.initialize(backend, grid, grid)
     middle = provider.build_language(backend, mesh)
     parallel_state.destroy_model_parallel()
     return middle
@@ -311,7 +315,7 @@ def run_rank(setting: SyncSetting, folder: str, json_path: str) -> None:
     replica = parallel.gather_lists([num_bytes(bench.target)])[: setting.rollout_tensor]
     if dist.get_rank() == 0:
         record = summarize(setting, sum(replica), ranks)
-        Path(json_path).write_text(json.dumps(record, indent=2) + "\n")
+        write_atomically(Path(json_path), (json.dumps(record, indent=2) + "\n").encode())
         print(render(record), flush=True)
         if wrong := [name for name, figures in record["variants"].items() if not figures["bit_equal"]]:
             raise SystemExit(f"not what vLLM's loader gives: {', '.join(wrong)}")

@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, also under PYTHONSAFEPATH
 
+from megatron_rl.runtime.files import write_atomically
 from scripts.bench.step_task import LEARNING_RATE, MODEL, Channel, Task, write_model, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -285,7 +286,7 @@ def main() -> None:
         "learning_rate": LEARNING_RATE,
     }
     record = {"setting": described, "versions": versions(setting.trl_path), "goals": GOALS, "prompts": prompts}
-    args.json.write_text(json.dumps(record, indent=2) + "\n")
+    write_atomically(args.json, (json.dumps(record, indent=2) + "\n").encode())
     print(f"\n{render(record)}", flush=True)
     if wrong := [text for part in prompts for text in part["problems"]]:
         raise SystemExit("not the work that was to be timed:\n" + "\n".join(wrong))

@@ -16,8 +16,8 @@ from megatron_rl.config.schema import (
     ModelConfig,
     OptimizerConfig,
     RewardConfig,
+    RlConfig,
     RolloutConfig,
-    RunConfig,
     TrainConfig,
 )
 from megatron_rl.types import Completion, Prompt
@@ -38,9 +38,9 @@ from scripts.bench.step_task import (
 MICROBATCH_TOKENS = 16_384
 
 
-def config(task: Task) -> RunConfig:
+def config(task: Task) -> RlConfig:
     longest = task.prompt_tokens + task.response_tokens
-    return RunConfig(
+    return RlConfig(
         run_dir=str(task.out),
         device="cpu",
         model=ModelConfig(hf=str(task.model), dtype="float32"),

@@ -42,6 +42,8 @@ from megatron_rl.algorithms.losses import PpoClip
 from megatron_rl.media.encoder import ParallelEncoder
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
+from megatron_rl.runtime.files import write_atomically
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.training.batch import ScoredBatch, pack
 from megatron_rl.training.microbatch import MicroBatch, localize
 from megatron_rl.training.policy import Hyperparameters, Policy
@@ -85,7 +87,7 @@ class VisionSetting:
 
 def join(rank: int, world: int, port: int, context: int = 1) -> parallel.ParallelMesh:
     enter(rank, world, port)
-    return parallel.initialize(choose_backend("cpu", "float32"), 1, 1, context, rollout_tensor=1)
+    return parallel.initialize(choose_backend("cpu", "float32"), Grid(world, context=context), Grid(world))
 
 
 # ---------------------------------------------------------------------------------------------- one video on many ranks
@@ -157,7 +159,7 @@ class Step:
 
     def every_pass(self) -> None:
         """The rollout encodes each prompt's video; the training passes do it again for every response."""
-        for video in self.videos[self._mesh.here.dp :: self._mesh.data]:
+        for video in self.videos[self._mesh.here.dp :: self._mesh.trainer.data]:
             self._encode_whole(video.key)
         made = EncodedOnUse(self._encode_whole, [v.key for v in self.videos])
         self._train(self._pack(share_prefix=False), made, scores_old=True)
@@ -328,7 +330,7 @@ def main() -> None:
         print(render_encoding(encoding, setting.video_frames), flush=True)
         record = {"setting": asdict(setting), "labels": LABELS, "encoding": encoding}
         record["steps"] = measure_steps(checkpoint, scratch, setting)
-    json_path.write_text(json.dumps(record, indent=2) + "\n")
+    write_atomically(json_path, (json.dumps(record, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def test_flops_by_hand() -> None:
     assert flops_of(shape, setting, share=True) == train_flops(shape, 140, 5000 + 4 * 1050, 40, 4 * 1050)
 
 
+@pytest.mark.full
 def test_a_small_run(tmp_path: Path) -> None:
     out = tmp_path / "long.json"
     sizes = ["--prompt", "300", "--response", "16", "--num-samples", "4", "--long-prompt", "400", "--ranks", "2"]

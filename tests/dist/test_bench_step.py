@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TASK = Task(folder="", side="", prompt_tokens=5, num_steps=1, num_prompts=2, num_samples=2, response_tokens=3)
 
 
+@pytest.mark.full
 def test_our_side_trains_on_all_that_it_says(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     script = str(ROOT / "scripts" / "bench" / "step.py")

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.losses import NllLoss
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.training.batch import pack
 from megatron_rl.training.policy import Policy
 from megatron_rl.types import TrainSample
 from model_providers.hf_checkpoint import canonical_hf_name
-from model_providers.shape import deepstack_problems
 from model_providers.transformer import TokenPolicy, build_language_model
 from tests import tiny_policy as tp
 from tests.world import run_world
@@ -183,9 +183,10 @@ def test_a_first_stage_that_is_too_short_is_refused(deep: Path) -> None:
     why = "parallel.pipeline=3: the first stage holds 2 of the 3 layers that take media features; use fewer stages"
     assert all(why in message for message in run_world(3, _build_too_short, deep))
     shape = tp.open_provider(deep).shape
-    assert deepstack_problems(replace(shape, deepstack_levels=2), pipeline=3) == []
-    [problem] = deepstack_problems(replace(shape, deepstack_levels=2), pipeline=3, virtual=2)
-    assert "holds 1 of the 2 layers" in problem
-    [problem] = deepstack_problems(replace(shape, deepstack_levels=6), pipeline=1)
-    assert problem.startswith("model.hf: 6 levels of media features for 6 layers")
-    assert deepstack_problems(shape, pipeline=6) == []
+    two_levels = replace(shape, deepstack_levels=2)
+    assert Grid(3, pipeline=3).deepstack_problems(two_levels) == []
+    [problem] = Grid(3, pipeline=3, virtual=2).problems(two_levels)
+    assert "holds 1 of the 2 layers" in problem.why
+    assert Grid(6, pipeline=6).deepstack_problems(shape) == []
+    with pytest.raises(ValueError, match="model.hf: 6 levels of media features for 6 layers"):
+        replace(shape, deepstack_levels=6)

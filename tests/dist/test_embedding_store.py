@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.video.prefetch import FramePrefetcher
 from megatron_rl.cache_videos import fill_cache as fill
-from megatron_rl.config.schema import CheckpointConfig, EvalConfig, RunConfig
+from megatron_rl.config.schema import CheckpointConfig, SftConfig
 from megatron_rl.media import embedding_store
 from megatron_rl.media.embedding_store import DiskStore
 from megatron_rl.media.encoder import EncoderCounts, ParallelEncoder
@@ -27,7 +27,7 @@ from megatron_rl.runtime.device import choose_backend
 from megatron_rl.types import MediaItem
 from model_providers.provider import open_provider
 from tests import tiny_policy as tp
-from tests.rollout_parts import small_config
+from tests.rollout_parts import as_sft, small_config
 from tests.vision_parts import MadeFrames
 from tests.world import run_world
 
@@ -314,24 +314,23 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- jobs
 
 
-def _recipe(checkpoint: Path, data: Path, run_dir: Path, cache: Path) -> RunConfig:
-    cfg = small_config(checkpoint, run_dir)
+def _recipe(checkpoint: Path, data: Path, run_dir: Path, cache: Path) -> SftConfig:
+    cfg = as_sft(small_config(checkpoint, run_dir))
     return replace(
         cfg,
         data=replace(cfg.data, train=str(data / "train.jsonl"), eval=str(data / "eval.jsonl"), cache_dir=str(cache)),
         train=replace(cfg.train, prompts_per_step=3, num_steps=3),
-        eval=EvalConfig(at_start=False, at_end=False),
         checkpoint=CheckpointConfig(save_at_end=False),
     )
 
 
-def _sft(rank: int, cfg: RunConfig) -> None:
+def _sft(rank: int, cfg: SftConfig) -> None:
     from megatron_rl.sft import run
 
     run(cfg)
 
 
-def _sft_counting_passes(rank: int, cfg: RunConfig) -> list[str]:
+def _sft_counting_passes(rank: int, cfg: SftConfig) -> list[str]:
     """The video files that this rank read through in a job."""
     from data.video import index_store
 
@@ -353,7 +352,7 @@ def test_a_file_is_read_through_once_by_all_ranks_and_epochs(
     assert run_world(2, _sft_counting_passes, replace(two_epochs, seed=2)) == [[], []], "a run that goes on"
 
 
-def _metric(cfg: RunConfig, name: str) -> list[float]:
+def _metric(cfg: SftConfig, name: str) -> list[float]:
     from megatron_rl.observe.metric_log import METRICS_FILE, read_metrics
 
     return [row[name] for row in read_metrics(Path(cfg.run_dir) / METRICS_FILE)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.rl_session import open_engine
 from megatron_rl.rollout.generate import generate
 from megatron_rl.session import open_session
@@ -39,7 +39,7 @@ def _forget_most() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _rollout_peaks(rank: int, cfg: RunConfig, video: str, counts: tuple[int, ...]) -> list[int]:
+def _rollout_peaks(rank: int, cfg: RlConfig, video: str, counts: tuple[int, ...]) -> list[int]:
     """The most memory this rank held while it decoded, encoded and sampled, for each number of rollouts."""
     map_large_blocks()
     peaks = []

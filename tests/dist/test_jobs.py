@@ -20,7 +20,7 @@ from megatron_rl.config.schema import (
     EvalConfig,
     OptimizerConfig,
     RewardConfig,
-    RunConfig,
+    RlConfig,
 )
 from megatron_rl.types import Group
 from tests.rollout_parts import small_config
@@ -35,7 +35,7 @@ def variety(prompts, completions):
 """
 
 
-def rl_config(checkpoint: Path, videos: Path, run_dir: Path) -> RunConfig:
+def rl_config(checkpoint: Path, videos: Path, run_dir: Path) -> RlConfig:
     """Two steps of two prompts, evaluated on the held-out file, checkpoint after each step.
 
     The reward is a user's own, which even a random model earns in part, so that there is something to learn.
@@ -53,14 +53,14 @@ def rl_config(checkpoint: Path, videos: Path, run_dir: Path) -> RunConfig:
     )
 
 
-def train(rank: int, *configs: RunConfig) -> None:
+def train(rank: int, *configs: RlConfig) -> None:
     from megatron_rl.train import run
 
     for cfg in configs:
         run(cfg)
 
 
-def metrics_of(cfg: RunConfig) -> list[dict[str, float]]:
+def metrics_of(cfg: RlConfig) -> list[dict[str, float]]:
     lines = (Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("timing_s/")} for line in lines]
 
@@ -164,7 +164,7 @@ def test_bad_rows_are_set_aside_and_counted(tiny_checkpoint: Path, tiny_videos: 
         run_world(2, train, strict)
 
 
-def stop_after_first_sync(rank: int, cfg: RunConfig) -> None:
+def stop_after_first_sync(rank: int, cfg: RlConfig) -> None:
     from megatron_rl.training.token_learner import TokenLearner
 
     original = TokenLearner.learn

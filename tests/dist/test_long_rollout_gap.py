@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.config.schema import ParallelConfig, RunConfig
+from megatron_rl.config.schema import ParallelConfig, RlConfig
 from megatron_rl.rl_session import open_engine
 from megatron_rl.session import open_session
 from megatron_rl.training.batch import pack
@@ -41,7 +41,7 @@ def long_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _gaps(rank: int, cfg: RunConfig) -> tuple[torch.Tensor, int]:
+def _gaps(rank: int, cfg: RlConfig) -> tuple[torch.Tensor, int]:
     """(trainer - engine of this rank's response tokens, rows of this rank)."""
     with open_session(cfg, cfg.rollout.temperature) as session:
         engine, resharder = open_engine(cfg, session)
@@ -68,7 +68,7 @@ def _everywhere(completions: list[Completion]) -> list[Completion]:
     return shared[0]
 
 
-def _config(checkpoint: Path, run_dir: Path, dtype: Literal["float32", "bfloat16"], context: int) -> RunConfig:
+def _config(checkpoint: Path, run_dir: Path, dtype: Literal["float32", "bfloat16"], context: int) -> RlConfig:
     cfg = small_config(checkpoint, run_dir, dtype=dtype)
     return replace(
         cfg,

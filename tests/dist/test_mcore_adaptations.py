@@ -16,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from megatron_rl.algorithms.losses import NllLoss
 from megatron_rl.runtime import parallel
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.mcore_on_cpu import _patches, redirect_cuda_to_cpu
 from megatron_rl.training import checkpoint, policy
 from model_providers.transformer import RMSNorm, transformer_config
@@ -27,7 +28,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA calls 
 
 
 def _initialize(folder: Path) -> None:
-    parallel.initialize(WITHOUT_SCOPE, tensor=1, pipeline=1, context=1, rollout_tensor=1)
+    parallel.initialize(WITHOUT_SCOPE, Grid(1), Grid(1))
 
 
 def _build(folder: Path) -> None:

@@ -17,11 +17,11 @@ import pytest
 
 from megatron_rl.algorithms.losses import PpoClip
 from megatron_rl.planner import activations as act
-from megatron_rl.planner.layout import Layout
 from megatron_rl.planner.memory import saved_by_stage
 from megatron_rl.planner.model import load_planned_model, stage_params
 from megatron_rl.planner.workload import fullest_share
 from megatron_rl.runtime.device import choose_backend
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.batch import pack
 from megatron_rl.training.policy import Policy
@@ -61,7 +61,7 @@ class Case:
         return self.tensor * self.pipeline * self.context
 
     @property
-    def cut(self) -> act.ActivationSplit:
+    def split(self) -> act.ActivationSplit:
         element = 4 if self.dtype == "float32" else 2
         return act.ActivationSplit(self.tensor, self.context, self.comm, self.recompute, element, "local")
 
@@ -122,16 +122,16 @@ def _measure(rank: int, folder: Path, case: Case) -> Measured:
 
 
 def _kept(shape: Any, case: Case, rank: Measured) -> float:
-    layout = Layout(case.world, case.tensor, case.pipeline, case.virtual, case.context, 1, 1)
-    saved = saved_by_stage(shape, case.cut, layout, rank.stage, 2 * case.pipeline, rank.rows, rank.responses)
-    return saved + act.gather_buffer(shape, case.cut, rank.rows)
+    grid = Grid(case.world, tensor=case.tensor, pipeline=case.pipeline, virtual=case.virtual, context=case.context)
+    saved = saved_by_stage(shape, case.split, grid, rank.stage, 2 * case.pipeline, rank.rows, rank.responses)
+    return saved + act.gather_buffer(shape, case.split, rank.rows)
 
 
 def _working(shape: Any, case: Case, rank: Measured) -> float:
     if rank.stage == case.pipeline - 1:
         num_layers = shape.num_layers // case.pipeline
-        return act.last_stage_working(shape, case.cut, rank.rows, TOKENS, rank.responses, num_layers)
-    return act.backward_working(shape, case.cut, rank.rows, TOKENS)
+        return act.last_stage_working(shape, case.split, rank.rows, TOKENS, rank.responses, num_layers)
+    return act.backward_working(shape, case.split, rank.rows, TOKENS)
 
 
 CASES = [
@@ -203,7 +203,7 @@ def _check_peak(measured: int, predicted: float, held: float) -> None:
 def _held(shape: Any, case: Case, rank: Measured) -> float:
     """What gloo's threads may still refer to after the wait for a collective of the backward, on a busy machine: the
     gathered input of a linear and the gradient that was reduced."""
-    return 2 * act.gather_buffer(shape, case.cut, rank.rows)
+    return 2 * act.gather_buffer(shape, case.split, rank.rows)
 
 
 def _peaks(rank: int, folder: Path, case: Case) -> tuple[int, int, int]:
@@ -251,10 +251,10 @@ def test_peaks(
     responses = NUM_RESPONSES * RESPONSE
     for scoring, kept, learning in run_world(tensor, _peaks, tmp_path, case):
         rank = Measured(0, TOKENS, responses, kept, learning)
-        layer = act.scoring_working(shape, case.cut, TOKENS, TOKENS)
-        logits = act.logits_working(shape, case.cut, responses, largest, backward=False)
+        layer = act.scoring_working(shape, case.split, TOKENS, TOKENS)
+        logits = act.logits_working(shape, case.split, responses, largest, backward=False)
         assert scoring == pytest.approx(max(layer, logits), rel=0.06)
-        logits = act.logits_working(shape, case.cut, responses, largest, backward=True)
+        logits = act.logits_working(shape, case.split, responses, largest, backward=True)
         predicted = _kept(shape, case, rank) + max(_working(shape, case, rank), logits)
         _check_peak(learning, predicted, _held(shape, case, rank))
 

@@ -23,16 +23,17 @@ from megatron_rl.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     RewardConfig,
-    RunConfig,
+    RlConfig,
 )
 from megatron_rl.runtime import parallel
-from megatron_rl.weight_sync.plan import Layouts, make_plan
+from megatron_rl.runtime.grid import Grid
+from megatron_rl.weight_sync.plan import make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.provider import open_provider
 from model_providers.qwen3.weights import shape_of
 from tests import tiny_policy as tp
-from tests.rollout_parts import fill_with_hf_weights, open_plain_engine, small_config
+from tests.rollout_parts import as_sft, fill_with_hf_weights, open_plain_engine, small_config
 from tests.world import run_world
 
 pytestmark = pytest.mark.usefixtures("heavy_imports")
@@ -185,17 +186,17 @@ def test_logprobs_and_gradients_are_those_of_transformers(checkpoints: dict[str,
 
 def _sync(rank: int, folder: Path, tensor: int, pipeline: int, rollout: int, expert: int) -> list[str]:
     """Names of parameters in which a sync and vLLM's own loader differ, both from random weights."""
-    mesh = parallel.initialize(tp.BACKEND, tensor, pipeline, 1, rollout, expert)
+    world = parallel.world_size()
+    trainer = Grid(world, tensor=tensor, pipeline=pipeline, expert=expert)
+    mesh = parallel.initialize(tp.BACKEND, trainer, Grid(world, tensor=rollout))
     provider = open_provider(folder)
     model = provider.build_language(tp.BACKEND, mesh)
     provider.load_language(model, mesh)
     source = {name: p.data for name, p in model.named_weights().items()}
     engine = open_plain_engine(folder, rollout)
     target = engine.parameters()
-    slot = mesh.slot(is_expert=True)
-    check_fit(provider.weight_map, mesh.here.tp, tensor, mesh.rollout_tp_rank, rollout, source, target, slot)
-    layouts = Layouts(mesh.world, tensor, pipeline, 1, rollout, expert=expert)
-    plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
+    check_fit(provider.weight_map, mesh.trainer, mesh.engine, rank, source, target)
+    plan = make_plan(provider.weight_map, provider.shape.num_layers, mesh.trainer, mesh.engine)
     for parameter in target.values():
         parameter.normal_()
     Resharder(plan, rank, source, target, 1 << 20).sync(0)
@@ -260,7 +261,7 @@ def variety(prompts, completions):
 """
 
 
-def text_config(folder: Path, root: Path, rows: Sequence[dict[str, Any]]) -> RunConfig:
+def text_config(folder: Path, root: Path, rows: Sequence[dict[str, Any]]) -> RlConfig:
     (root / "reward.py").write_text(REWARD)
     (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = small_config(folder, root / "run", tensor=2, rollout_tensor=2)
@@ -274,10 +275,13 @@ def text_config(folder: Path, root: Path, rows: Sequence[dict[str, Any]]) -> Run
     )
 
 
-def _run_job(rank: int, cfg: RunConfig, job: str) -> None:
+def _run_job(rank: int, cfg: RlConfig, job: str) -> None:
     from megatron_rl import sft, train
 
-    {"rl": train.run, "sft": sft.run}[job](cfg)
+    if job == "rl":
+        train.run(cfg)
+    else:
+        sft.run(as_sft(cfg))
 
 
 @pytest.mark.parametrize(

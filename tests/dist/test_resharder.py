@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,10 +29,11 @@ from megatron_rl.protocols import ModelProvider
 from megatron_rl.rl_session import open_engine
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.session import open_session
 from megatron_rl.types import SyncReport
-from megatron_rl.weight_sync.plan import Holder, Layouts, ReshardPlan, Transfer, make_plan
+from megatron_rl.weight_sync.plan import Holder, ReshardPlan, Transfer, make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.hf_checkpoint import canonical_hf_name
@@ -43,6 +45,8 @@ from tests.world import run_world
 pytestmark = pytest.mark.usefixtures("heavy_imports")
 
 Params = dict[str, Tensor]
+BACKEND = choose_backend("cpu", "float32")
+SIZES = (1 << 30, 32 << 10)  # one round; many
 
 
 def write_numbered(source: Path, target: Path, tied: bool) -> Path:
@@ -121,38 +125,32 @@ class Synced:
     sent: int
 
 
-def build_trainer(
-    provider: ModelProvider, tensor: int, pipeline: int, context: int, rollout_tensor: int
-) -> tuple[ParallelMesh, Params]:
-    backend = choose_backend("cpu", "float32")
-    mesh = parallel.initialize(backend, tensor, pipeline, context, rollout_tensor)
-    model = provider.build_language(backend, mesh)
+def build_trainer(provider: ModelProvider, mesh: ParallelMesh) -> Params:
+    """Live weights of this rank's trainer; none where it has no trainer."""
+    if not mesh.trains:
+        return {}
+    model = provider.build_language(BACKEND, mesh)
     provider.load_language(model, mesh)
-    return mesh, {name: p.data for name, p in model.named_weights().items()}
+    return {name: p.data for name, p in model.named_weights().items()}
 
 
 def _sync_into_noise(
-    rank: int,
-    folder: Path,
-    tensor: int,
-    pipeline: int,
-    expected: list[Params],
-    buffer_bytes: tuple[int, ...],
-    context: int = 1,
+    rank: int, folder: Path, trainer: Grid, engine: Grid, expected: list[Params], buffer_bytes: tuple[int, ...]
 ) -> tuple[Params, list[Synced]]:
     """(trainer weights, one sync per buffer size into random tensors of the engine's shapes)."""
     provider = open_provider(folder)
-    mesh, source = build_trainer(provider, tensor, pipeline, context, len(expected))
-    shapes = {name: p.shape for name, p in expected[mesh.rollout_tp_rank].items()}
-    layouts = Layouts(mesh.world, tensor, pipeline, context, len(expected))
-    plan = make_plan(provider.weight_map, provider.shape.num_layers, layouts)
+    mesh = parallel.initialize(BACKEND, trainer, engine)
+    source = build_trainer(provider, mesh)
+    serves = rank in engine.ranks
+    shapes = {name: p.shape for name, p in expected[mesh.engine_tp_rank].items()} if serves else {}
+    plan = make_plan(provider.weight_map, provider.shape.num_layers, trainer, engine)
     results = []
     for size in buffer_bytes:
         target = {name: torch.randn(shape) for name, shape in shapes.items()}
-        check_fit(provider.weight_map, mesh.here.tp, tensor, mesh.rollout_tp_rank, len(expected), source, target)
-        resharder = Resharder(plan, rank, source, target, size)
+        check_fit(provider.weight_map, trainer, engine, rank, source, target)
+        resharder = Resharder(plan, rank, source, target, size, dtype=torch.float32, link=mesh.link)
         with mock.patch.object(dist, "P2POp", side_effect=dist.P2POp) as operation:
-            report = resharder.sync(version=3)
+            report = resharder.sync(version=3, verify=True)
         wire = [(call.args[0], call.args[1].nbytes) for call in operation.call_args_list]
         received = sum(count for kind, count in wire if kind is dist.irecv)
         sent = sum(count for kind, count in wire if kind is dist.isend)
@@ -162,8 +160,8 @@ def _sync_into_noise(
 
 def bytes_missing(engine: Params, trainer: Params) -> int:
     """Bytes of the elements that the engine rank needs and the trainer rank does not hold. Padding is number 0."""
-    needed = set(torch.cat([p.flatten() for p in engine.values()]).tolist()) - {0.0}
-    return 4 * len(needed.difference(torch.cat([p.flatten() for p in trainer.values()]).tolist()))
+    needed = {value for p in engine.values() for value in p.flatten().tolist()} - {0.0}
+    return 4 * len(needed - {value for p in trainer.values() for value in p.flatten().tolist()})
 
 
 def assert_same(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -207,12 +205,16 @@ FOUR_ENGINE_RANKS = [  # more ranks than KV heads: those are repeated
 def test_sync_gives_what_vllm_loads_and_moves_the_least(
     world: int, tensor: int, pipeline: int, rollout_tensor: int, kind: str, numbered, oracle
 ) -> None:
-    expected = oracle(kind, rollout_tensor)
-    sizes = (1 << 30, 32 << 10)  # one round; many
-    ranks = run_world(world, _sync_into_noise, numbered[kind], tensor, pipeline, expected, sizes, timeout=120)
-    for rank, (trainer, results) in enumerate(ranks):
-        wanted = expected[rank % rollout_tensor]
-        minimum = bytes_missing(wanted, trainer)
+    grids = Grid(world, tensor=tensor, pipeline=pipeline), Grid(world, tensor=rollout_tensor)
+    assert_least_is_moved(numbered[kind], *grids, oracle(kind, rollout_tensor))
+
+
+def assert_least_is_moved(folder: Path, trainer: Grid, engine: Grid, expected: list[Params]) -> None:
+    world = max(trainer.ranks.stop, engine.ranks.stop)
+    ranks = run_world(world, _sync_into_noise, folder, trainer, engine, expected, SIZES, timeout=120)
+    for rank, (held, results) in enumerate(ranks):
+        wanted = expected[(rank - engine.first_rank) % len(expected)] if rank in engine.ranks else {}
+        minimum = bytes_missing(wanted, held)
         for synced in results:
             assert_same(synced.engine, wanted)
             assert synced.received == synced.report.received == synced.report.minimum == minimum
@@ -223,11 +225,63 @@ def test_sync_gives_what_vllm_loads_and_moves_the_least(
 
 
 def test_context_parallel_ranks_hold_the_same_weights(numbered, oracle) -> None:
-    expected = oracle("plain", 2)
-    ranks = run_world(4, _sync_into_noise, numbered["plain"], 2, 1, expected, (1 << 20,), 2)
-    for rank, (trainer, (synced,)) in enumerate(ranks):
-        assert_same(synced.engine, expected[rank % 2])
-        assert synced.received == synced.report.minimum == bytes_missing(expected[rank % 2], trainer)
+    assert_least_is_moved(numbered["plain"], Grid(4, tensor=2, context=2), Grid(4, tensor=2), oracle("plain", 2))
+
+
+OFFSET_GRIDS = [  # trainer, engine on ranks of its own, kind of model
+    (Grid(2, tensor=2), Grid(2, first_rank=2), "plain"),
+    (Grid(2, tensor=2), Grid(2, first_rank=2, tensor=2), "tied"),
+    (Grid(2, pipeline=2), Grid(2, first_rank=2), "tied"),
+    (Grid(2, tensor=2), Grid(3, first_rank=2), "plain"),
+    (Grid(2, first_rank=2, tensor=2), Grid(2, tensor=2), "plain"),
+    (Grid(3, pipeline=3), Grid(2, first_rank=3, tensor=2), "odd"),
+    (Grid(4, tensor=2, pipeline=2), Grid(4, first_rank=4, tensor=2), "plain"),
+]
+
+
+@pytest.mark.parametrize(("trainer", "engine", "kind"), OFFSET_GRIDS)
+def test_an_engine_on_ranks_of_its_own_gets_the_least_too(
+    trainer: Grid, engine: Grid, kind: str, numbered, oracle
+) -> None:
+    assert_least_is_moved(numbered[kind], trainer, engine, oracle(kind, engine.tensor))
+
+
+def _sync_into_engine_elsewhere(rank: int, folder: Path, trainer: Grid, engine: Grid) -> dict[str, object]:
+    """The world that this rank's library sees, and the engine's parameters after a sync from random ones."""
+    from vllm.distributed.parallel_state import get_world_group
+
+    provider = open_provider(folder)
+    mesh = parallel.initialize(BACKEND, trainer, engine)
+    source = build_trainer(provider, mesh)
+    target: dict[str, Tensor] = {}
+    if rank in engine.ranks:
+        target = open_plain_engine(folder, engine.tensor).parameters()
+    before = {name: p.clone() for name, p in target.items()}
+    plan = make_plan(provider.weight_map, provider.shape.num_layers, trainer, engine)
+    check_fit(provider.weight_map, trainer, engine, rank, source, target)
+    Resharder(plan, rank, source, target, 1 << 20, dtype=torch.float32, link=mesh.link).sync(0, verify=True)
+    assert all(not torch.equal(p, before[name]) for name, p in target.items() if "norm" not in name)
+    seen = get_world_group().world_size if target else parallel_state.get_model_parallel_group().size()
+    return {"seen": seen, "weights": {name: p.clone() for name, p in target.items()}}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "engine"),
+    [
+        (Grid(2, tensor=2), Grid(2, first_rank=2, tensor=2)),
+        (Grid(4, tensor=2, pipeline=2), Grid(4, first_rank=4, tensor=2)),
+    ],
+)
+def test_a_live_engine_on_ranks_of_its_own_holds_what_vllm_loads(trainer: Grid, engine: Grid, numbered, oracle) -> None:
+    expected = oracle("plain", engine.tensor)
+    world = engine.ranks.stop
+    ranks = run_world(world, _sync_into_engine_elsewhere, numbered["plain"], trainer, engine, timeout=240)
+    for rank, found in enumerate(ranks):
+        if rank in engine.ranks:
+            assert found["seen"] == engine.tensor, "a replica is a world of its own"
+            assert_same(found["weights"], expected[rank % engine.tensor])
+        else:
+            assert found["seen"] == trainer.tensor * trainer.pipeline
 
 
 def _sync_into_engine(rank: int, folder: Path, run_dir: Path) -> tuple[Params, dict[str, bool]]:
@@ -249,18 +303,19 @@ def test_sync_reaches_a_live_engine_in_place(numbered, oracle, tmp_path: Path) -
 
 def _bad_fit(rank: int, folder: Path) -> str:
     provider = open_provider(folder)
-    _, source = build_trainer(provider, 1, 1, 1, 1)
+    one = Grid(1)
+    source = build_trainer(provider, parallel.initialize(BACKEND, one, one))
     target = {
         entry.engine: torch.zeros(entry.layout.engine(entry.hf, 0, 1).shape)
         for entry in provider.weight_map.engine_entries().values()
     }
-    check_fit(provider.weight_map, 0, 1, 0, 1, source, target)
+    check_fit(provider.weight_map, one, one, rank, source, target)
     head, norm = "language_model.lm_head.weight", "language_model.model.norm.weight"
     target[head] = target[head][:-1]
     target["language_model.surprise"] = target.pop(norm)
     source["decoder.layers.0.mlp.linear_fc2.weight"] = torch.zeros(3, 4)
     with pytest.raises(WeightMismatch) as caught:
-        check_fit(provider.weight_map, 0, 1, 0, 1, source, target)
+        check_fit(provider.weight_map, one, one, rank, source, target)
     return str(caught.value)
 
 
@@ -279,11 +334,11 @@ WHOLE = Block("w", (0, 4), (0, 3), (0, 0))
 def plan_from_rank_0(num_params: int) -> ReshardPlan:
     """Rank 0 holds parameters m0, m1 ... of 12 elements; ranks 0 and 1 want them as e0, e1 ..."""
     first, second = np.array([0]), np.array([1])
-    pieces = tuple(
+    transfers = tuple(
         Transfer(f"e{i}", WHOLE, (Holder(f"m{i}", WHOLE, first),), local=first, receivers=second, senders=first)
         for i in range(num_params)
     )
-    return ReshardPlan(Layouts(2), pieces, np.array([12 * num_params] * 2))
+    return ReshardPlan(Grid(2), Grid(2), transfers, np.array([12 * num_params] * 2))
 
 
 def _sync_bfloat16(rank: int) -> tuple[Params, SyncReport]:
@@ -342,6 +397,6 @@ def _sync_and_damage(rank: int) -> str:
     return str(caught.value)
 
 
-def test_verification_names_the_rank_and_the_piece_that_differ() -> None:
+def test_verification_names_the_rank_and_what_differs() -> None:
     for message in run_world(2, _sync_and_damage):
         assert message.splitlines()[1:] == ["  rank 1: e1, w rows (0, 4) columns (0, 3)"]

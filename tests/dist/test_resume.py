@@ -22,9 +22,8 @@ from megatron_rl.config.schema import (
     LogConfig,
     ModelConfig,
     ParallelConfig,
-    RolloutConfig,
-    RunConfig,
-    TrainConfig,
+    SftConfig,
+    SftTrainConfig,
 )
 from megatron_rl.config.schema import OptimizerConfig as OptimizerSettings
 from megatron_rl.observe.metric_log import METRICS_FILE, read_metrics
@@ -192,16 +191,16 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path, keep: int, best: in
     assert (tmp_path / "step_14.partial").is_dir() and (tmp_path / "step_x").is_dir()
 
 
-def _sft_config(checkpoint_folder: Path, videos: Path, run_dir: Path) -> RunConfig:
-    return RunConfig(
+def _sft_config(checkpoint_folder: Path, videos: Path, run_dir: Path) -> SftConfig:
+    return SftConfig(
         run_dir=str(run_dir),
         device="cpu",
         model=ModelConfig(hf=str(checkpoint_folder)),
         data=DataConfig(train=str(videos / "train.jsonl"), num_frames=4, min_pixels=3136, max_pixels=3136),
         parallel=ParallelConfig(tensor=2),
-        rollout=RolloutConfig(tensor=1, max_response_tokens=4),
-        train=TrainConfig(
+        train=SftTrainConfig(
             num_steps=2 * N,
+            max_answer_tokens=4,
             prompts_per_step=3,  # of 8 rows: an epoch ends inside the run
             max_tokens_per_microbatch=512,
             optimizer=OptimizerSettings(lr=1e-3),
@@ -211,7 +210,7 @@ def _sft_config(checkpoint_folder: Path, videos: Path, run_dir: Path) -> RunConf
     )
 
 
-def _metrics(cfg: RunConfig) -> list[dict[str, float]]:
+def _metrics(cfg: SftConfig) -> list[dict[str, float]]:
     rows = read_metrics(Path(cfg.run_dir) / METRICS_FILE)
     return [{name: value for name, value in row.items() if not name.startswith("timing_s/")} for row in rows]
 

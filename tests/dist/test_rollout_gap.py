@@ -17,7 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from megatron_rl.algorithms.losses import PpoClip
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.schema import RlConfig
 from megatron_rl.rl_session import open_engine
 from megatron_rl.session import Session, open_session
 from megatron_rl.training.batch import ScoredBatch, pack
@@ -40,12 +40,12 @@ class Gaps:
     num_prompts_with_video: int
 
 
-def _measure(rank: int, cfg: RunConfig, rows: list[Row]) -> Gaps:
+def _measure(rank: int, cfg: RlConfig, rows: list[Row]) -> Gaps:
     with open_session(cfg, cfg.rollout.temperature) as session:
         return _measure_in(session, cfg, rows)
 
 
-def _measure_in(session: Session, cfg: RunConfig, rows: list[Row]) -> Gaps:
+def _measure_in(session: Session, cfg: RlConfig, rows: list[Row]) -> Gaps:
     engine, resharder = open_engine(cfg, session)
     prompts, bad = session.prompts.take(list(enumerate(rows)))
     assert not bad
@@ -70,7 +70,7 @@ def _measure_in(session: Session, cfg: RunConfig, rows: list[Row]) -> Gaps:
     return Gaps(before, after, torch.cat([torch.zeros(0), *moved]), len(first), sum(bool(p.media) for p in mine))
 
 
-def _trainer_minus_engine(cfg: RunConfig, session: Session, prompts: list[Prompt], mine: list[Completion]):
+def _trainer_minus_engine(cfg: RlConfig, session: Session, prompts: list[Prompt], mine: list[Completion]):
     """(differences on this rank, its micro-batches, the trainer's log-probabilities)."""
     everyone: list[list[Completion]] = [[] for _ in range(session.mesh.world)]
     dist.all_gather_object(everyone, mine if session.mesh.speaks_for_replica else [])

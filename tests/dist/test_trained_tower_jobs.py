@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.config.schema import AlgorithmConfig, CheckpointConfig, EvalConfig, ModelConfig, RunConfig
+from megatron_rl.config.schema import AlgorithmConfig, CheckpointConfig, EvalConfig, JobConfig, ModelConfig, SftConfig
 from megatron_rl.observe.metric_log import METRICS_FILE, read_metrics
 from model_providers.hf_checkpoint import HfCheckpoint
 from tests.dist.test_jobs import rl_config, train
-from tests.rollout_parts import small_config
+from tests.rollout_parts import as_sft, small_config
 from tests.world import run_world
 
 pytestmark = pytest.mark.usefixtures("heavy_imports")
 
 
-def _sft_config(checkpoint: Path, videos: Path, run_dir: Path) -> RunConfig:
+def _sft_config(checkpoint: Path, videos: Path, run_dir: Path) -> SftConfig:
     """The projector in front of a frozen language model."""
-    cfg = small_config(checkpoint, run_dir, tensor=2)
+    cfg = as_sft(small_config(checkpoint, run_dir, tensor=2))
     return replace(
         cfg,
         model=ModelConfig(
@@ -30,22 +30,21 @@ def _sft_config(checkpoint: Path, videos: Path, run_dir: Path) -> RunConfig:
         ),
         data=replace(cfg.data, train=str(videos / "train.jsonl")),
         train=replace(cfg.train, prompts_per_step=4, num_steps=4, optimizer=replace(cfg.train.optimizer, lr=1e-2)),
-        eval=EvalConfig(at_start=False, at_end=False),
         checkpoint=CheckpointConfig(export_hf=True, keep=1),
     )
 
 
-def _sft(rank: int, cfg: RunConfig) -> None:
+def _sft(rank: int, cfg: SftConfig) -> None:
     from megatron_rl.sft import run
 
     run(cfg)
 
 
-def _metric(cfg: RunConfig, name: str) -> list[float]:
+def _metric(cfg: JobConfig, name: str) -> list[float]:
     return [row[name] for row in read_metrics(Path(cfg.run_dir) / METRICS_FILE)]
 
 
-def _exported(cfg: RunConfig) -> dict[str, Tensor]:
+def _exported(cfg: JobConfig) -> dict[str, Tensor]:
     folder = HfCheckpoint(Path(cfg.run_dir) / "hf")
     return {name: folder.tensor(name) for name in folder.names()}
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.losses import PpoClip
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.training import checkpoint
-from megatron_rl.weight_sync.plan import Layouts, make_plan
+from megatron_rl.weight_sync.plan import make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from tests import tiny_policy as tp
 from tests.world import run_world
@@ -88,13 +89,13 @@ def test_chunks_learn_and_save_what_one_rank_does(deep: Path, tmp_path: Path) ->
 def _sync(rank: int, folder: Path) -> dict[str, Tensor]:
     trainer = tp.open_trainer(folder, tp.join(1, 3, virtual=2))
     provider = trainer.provider
-    layouts = Layouts(6, pipeline=3, rollout_tensor=2, virtual=2)
+    grid, engine = Grid(6, pipeline=3, virtual=2), Grid(6, tensor=2)
     target = {
         entry.engine: torch.randn(entry.layout.engine(entry.hf, rank % 2, 2).shape)
         for entry in provider.weight_map.entries.values()
     }
     source = {name: p.data for name, p in trainer.policy.language_model.named_weights().items()}
-    plan = make_plan(provider.weight_map, NUM_LAYERS, layouts)
+    plan = make_plan(provider.weight_map, NUM_LAYERS, grid, engine)
     report = Resharder(plan, rank, source, target, 1 << 20).sync(0, verify=True)
     assert report.received == report.minimum > 0
     return target

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.batch import advantage_inputs, make_samples, pack
 from megatron_rl.types import AdvantageInputs, Advantages, Completion, Group, Prompt, Row, Scored, TrainSample
 from model_providers.positions import text_positions
 
-MESH = ParallelMesh(rank=0, world=1, tensor=1, pipeline=1, context=1, rollout_tensor=1)
+MESH = ParallelMesh(rank=0, trainer=Grid(1), engine=Grid(1))
 PROVIDER = SimpleNamespace(
     shape=SimpleNamespace(hidden_size=64),
     position_ids=text_positions,
@@ -79,7 +80,7 @@ def test_every_token_gets_its_own_advantage_wherever_it_is_computed(context):
     advantages = per_token(advantage_inputs(groups))
     found = []
     for rank in range(context):
-        mesh = ParallelMesh(rank, context, 1, 1, context, 1)
+        mesh = ParallelMesh(rank, Grid(context, context=context), Grid(context))
         for update in pack(make_samples(groups, "mask"), 2, 4096, PROVIDER, mesh):
             for part in update.with_advantages(advantages).scored:
                 found += part.advantages.tolist()

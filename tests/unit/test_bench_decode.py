@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from data.video.index_store import index_video
 
 REPO = Path(__file__).parents[2]
 
 
+@pytest.mark.full
 def test_every_method_gives_the_frames_that_ours_gives(tmp_path):
     out = tmp_path / "decode.json"
     options = "--seconds 4 --sizes 64x48 --kinds h264_g30,vp9_g250 --frames 8,fps2 --threads 1,2 --rounds 2".split()

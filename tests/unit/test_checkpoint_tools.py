@@ -226,7 +226,7 @@ def test_a_tied_copy_that_differs_is_refused(
     [
         (("--tp", 3), "--tp=3: does not divide 4 attention heads"),
         (("--pp", 3), "--pp=3: does not divide 2 layers"),
-        (("--tp", 0), "--tp=0 --pp=1: sizes start at 1"),
+        (("--tp", 0), "--tp=0: must be at least 1"),
     ],
 )
 def test_layouts_that_do_not_fit(

@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from megatron_rl.config.checks import check
-from megatron_rl.config.io import load_config
+from megatron_rl.config.checks import _RANGES, check
+from megatron_rl.config.io import keys_of, load_config
+from megatron_rl.config.schema import RlConfig, SftConfig
 
 HF = {
     "model_type": "qwen2",
@@ -41,7 +42,7 @@ def make(tmp_path):
         f"run_dir: runs/a\nmodel: {{hf: {tmp_path}/model}}\n"
         f"train: {{num_steps: 3}}\ndata: {{train: {tmp_path}/train.jsonl}}\n"
     )
-    return lambda *overrides: load_config(str(tmp_path / "recipe.yaml"), overrides)
+    return lambda *overrides, schema=RlConfig: load_config(str(tmp_path / "recipe.yaml"), schema, overrides)
 
 
 def problems(cfg, world_size=1, job="rl", require_files=True) -> list[str]:
@@ -56,7 +57,7 @@ def problems(cfg, world_size=1, job="rl", require_files=True) -> list[str]:
 
 def test_the_defaults_pass(make):
     assert problems(make()) == []
-    assert problems(make(), job="sft") == []
+    assert problems(make(schema=SftConfig), job="sft") == []
     assert problems(make("parallel.tensor=2", "parallel.pipeline=2", "rollout.tensor=4"), world_size=8) == []
 
 
@@ -69,7 +70,10 @@ def test_the_defaults_pass(make):
         ("train.optimizer.lr=-1e-6", "train.optimizer.lr=-1e-06: out of range; it must be at least 0"),
         ("rollout.temperature=0", "rollout.temperature=0.0: out of range; it must be above 0"),
         ("rollout.gpu_memory_utilization=1.5", "it must be above 0 and at most 1"),
-        ("reward.format_weight=-0.1", "reward.format_weight=-0.1: out of range; it must be from 0 to 1"),
+        (
+            "reward.terms={acuracy: 1}",
+            "reward.terms.acuracy=1.0: reward.name=r1v has no such part; it has accuracy, format",
+        ),
         ("train.optimizer.betas=[0.9, 1]", "train.optimizer.betas=(0.9, 1.0): out of range"),
         ("data.fps=2", "data.fps=2.0: data.num_frames=32 is set as well"),
         ("data.num_frames=0", "data.num_frames=0: data.fps is 0 as well"),
@@ -108,13 +112,13 @@ def test_one_mistake_one_message(make, override, expected):
 @pytest.mark.parametrize(
     ("overrides", "world_size", "expected"),
     [
-        (["parallel.tensor=2"], 3, "parallel.tensor * pipeline * context=2 * 1 * 1: does not divide 3 ranks"),
+        (["parallel.tensor=2"], 3, "parallel.tensor=2: does not divide 3 ranks"),
         (
             ["parallel.context=3", "parallel.context_comm=a2a"],
             3,
             "parallel.context_comm=a2a: 16 heads / tensor=1 do not divide over context=3 ranks; use all_gather or p2p",
         ),
-        (["parallel.pipeline=5"], 5, "parallel.pipeline=5: does not divide the model's num_hidden_layers 36"),
+        (["parallel.pipeline=5"], 5, "parallel.pipeline=5: does not divide 36 layers"),
         (["rollout.tensor=2"], 3, "rollout.tensor=2: does not divide 3 ranks"),
     ],
 )
@@ -126,12 +130,11 @@ def test_parallel_sizes_against_ranks_and_layers(make, overrides, world_size, ex
 def test_sizes_that_do_not_split_the_model(make):
     # 16 heads, hidden 2048, intermediate 11008 = 2**8 * 43, 2 key-value heads
     found = "\n".join(problems(make("parallel.tensor=3"), 3))
-    for name in ("num_attention_heads 16", "hidden_size 2048", "intermediate_size 11008", "2 key-value heads"):
+    for name in ("16 attention heads", "2048 hidden units", "11008 feed-forward columns", "2 KV heads"):
         assert name in found
     assert problems(make("parallel.tensor=16"), 16) == []
     found = problems(make("rollout.tensor=43"), 43)
     assert len(found) == 2 and all(line.startswith("rollout.tensor=43") for line in found)
-    assert problems(make("rollout.tensor=43"), 43, job="sft") == []
 
 
 def test_key_value_heads_that_neither_divide_nor_repeat(make, tmp_path):
@@ -139,7 +142,7 @@ def test_key_value_heads_that_neither_divide_nor_repeat(make, tmp_path):
     (tmp_path / "model/config.json").write_text(json.dumps(HF | heads))
     assert problems(make("rollout.tensor=3", "parallel.tensor=2"), 6) == []
     found = problems(make("rollout.tensor=4"), 4)
-    assert len(found) == 1 and "the model's 6 key-value heads" in found[0]
+    assert len(found) == 1 and "6 KV heads" in found[0]
 
 
 def test_the_language_model_may_be_nested(make, tmp_path):
@@ -172,8 +175,29 @@ def test_replay_trains_without_data_and_excludes_generation(make, tmp_path):
     assert problems(make("rollout.only=true", "rollout.save_to=x", "rollout.num_samples=1")) == []
 
 
-def test_sft_does_not_care_about_rollouts(make):
-    assert problems(make("rollout.num_samples=1", "reward.name=maths"), job="sft") == []
+def test_sft_bounds_its_answers(make):
+    assert problems(make("train.max_answer_tokens=12288", schema=SftConfig), job="sft") == []
+    (budget,) = problems(make("train.max_answer_tokens=12289", schema=SftConfig), job="sft")
+    assert "the longest sequence has 16385 tokens and must fit" in budget
+    (none,) = problems(make("train.max_answer_tokens=0", schema=SftConfig), job="sft")
+    assert none == "train.max_answer_tokens=0: out of range; it must be at least 1"
+    (long,) = problems(
+        make("train.max_answer_tokens=130000", "train.max_tokens_per_microbatch=140000", schema=SftConfig), job="sft"
+    )
+    assert long.startswith("data.max_prompt_tokens=4096: prompt + response may have 134096 tokens")
+
+
+def test_the_recipe_of_either_job_can_be_cached(make, tmp_path):
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | {"vision_config": {}}))
+    for schema in (RlConfig, SftConfig):
+        assert problems(make(f"data.cache_dir={tmp_path}/cache", schema=schema), world_size=3, job="cache") == []
+        (nothing,) = problems(make(schema=schema), job="cache")
+        assert nothing.startswith("data.cache_dir=: there is nothing to fill")
+
+
+def test_every_range_is_that_of_a_key():
+    keys = {*keys_of(RlConfig), *keys_of(SftConfig)}
+    assert {path for _, _, paths in _RANGES for path in paths.split()} <= keys
 
 
 def test_numbers_alone_can_be_checked(make):
@@ -199,22 +223,23 @@ def test_everything_wrong_is_said_at_once(make):
 
 def test_virtual_stages_need_three_real_ones_and_whole_layers(make):
     two, five = (problems(make(f"parallel.pipeline={p}", "parallel.virtual_pipeline=2"), world_size=p) for p in (2, 9))
-    assert two[0].startswith("parallel.virtual_pipeline=2: needs parallel.pipeline above 2")
+    assert two[0].startswith("parallel.virtual_pipeline=2: needs a pipeline of more than 2 stages")
     assert problems(make("parallel.pipeline=3", "parallel.virtual_pipeline=6"), world_size=3) == []
     assert problems(make("parallel.pipeline=9", "parallel.virtual_pipeline=2"), world_size=9) == five == []
     (uneven,) = problems(make("parallel.pipeline=4", "parallel.virtual_pipeline=2"), world_size=4)
-    assert "4 stages times 2 chunks do not divide the model's 36 layers" in uneven
+    assert "parallel.pipeline * virtual_pipeline=8: does not divide 36 layers" in uneven
 
 
 @pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])  # older and newer transformers
 def test_experts_are_shared_out_evenly(make, tmp_path, name):
     (problem,) = problems(make("parallel.expert=2"), world_size=2)
-    assert problem.startswith("parallel.expert=2: does not divide the model's 0 experts")
-    (tmp_path / "model/config.json").write_text(json.dumps(HF | {name: 6}))
+    assert problem.startswith("parallel.expert=2: the model has no experts")
+    moe = {"model_type": "qwen3_moe", "moe_intermediate_size": 768, "num_experts_per_tok": 2, name: 6}
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | moe))
     assert problems(make("parallel.expert=2"), world_size=4) == []
     ranks, experts, export = problems(make("parallel.expert=4", "checkpoint.export_hf=true"), world_size=2)
-    assert ranks.startswith("parallel.expert=4: does not divide the 2 ranks of a stage")
-    assert experts.startswith("parallel.expert=4: does not divide the model's 6 experts")
+    assert ranks.startswith("parallel.expert=4: does not divide 2 ranks of a stage")
+    assert experts.startswith("parallel.expert=4: does not divide 6 experts")
     assert export.startswith("checkpoint.export_hf=true: exporting experts is not built yet")
 
 

@@ -7,8 +7,9 @@ import dataclasses
 
 import pytest
 
-from megatron_rl.config.io import describe, dump_config, load_config, parse_args
-from megatron_rl.config.schema import RunConfig
+from megatron_rl.config.command_line import describe, parse_args
+from megatron_rl.config.io import dump_config, keys_of, load_config
+from megatron_rl.config.schema import CacheConfig, RlConfig, SftConfig
 
 MINIMAL = "run_dir: runs/a\nmodel: {hf: some/model}\ntrain: {num_steps: 3}\n"
 
@@ -24,21 +25,21 @@ def recipe(tmp_path):
     return write
 
 
-def problems_of(recipe: str, *overrides: str) -> str:
+def problems_of(recipe: str, *overrides: str, schema: type[CacheConfig] = RlConfig) -> str:
     with pytest.raises(ValueError) as caught:
-        load_config(recipe, overrides)
+        load_config(recipe, schema, overrides)
     return str(caught.value)
 
 
 def test_defaults_fill_what_the_recipe_leaves_out(recipe):
-    cfg = load_config(recipe())
+    cfg = load_config(recipe(), RlConfig)
     assert (cfg.run_dir, cfg.model.hf, cfg.train.num_steps) == ("runs/a", "some/model", 3)
     assert cfg.rollout.num_samples == 8
     assert cfg.max_model_len == 4096 + 1024
 
 
 def test_overrides_win_in_order(recipe):
-    cfg = load_config(recipe(), ["seed=2", "train.optimizer.lr=2e-6", "data.eval=", "seed=5"])
+    cfg = load_config(recipe(), RlConfig, ["seed=2", "train.optimizer.lr=2e-6", "data.eval=", "seed=5"])
     assert cfg.seed == 5
     assert cfg.train.optimizer.lr == 2e-6
     assert cfg.data.eval == ""
@@ -46,22 +47,24 @@ def test_overrides_win_in_order(recipe):
 
 @pytest.mark.parametrize("text", ["1e-6", "1.0e-06", "0.000001", "'1e-6'"])
 def test_every_way_to_write_a_small_number(recipe, text):
-    assert load_config(recipe(), [f"train.optimizer.lr={text}"]).train.optimizer.lr == 1e-6
+    assert load_config(recipe(), RlConfig, [f"train.optimizer.lr={text}"]).train.optimizer.lr == 1e-6
 
 
 def test_off_is_a_word_not_false(recipe):
-    assert load_config(recipe(MINIMAL + "log: {wandb: off}\n")).log.wandb == "off"
+    assert load_config(recipe(MINIMAL + "log: {wandb: off}\n"), RlConfig).log.wandb == "off"
 
 
 def test_int_for_float_and_list_for_pair(recipe):
-    cfg = load_config(recipe(), ["rollout.temperature=1", "train.optimizer.betas=[0.9, 1]", "model.freeze=[a.*, b]"])
+    cfg = load_config(
+        recipe(), RlConfig, ["rollout.temperature=1", "train.optimizer.betas=[0.9, 1]", "model.freeze=[a.*, b]"]
+    )
     assert cfg.model.freeze == ("a.*", "b")
     assert isinstance(cfg.rollout.temperature, float)
     assert cfg.train.optimizer.betas == (0.9, 1.0)
 
 
 def test_empty_section_is_all_defaults(recipe):
-    assert load_config(recipe(MINIMAL + "data:\n")).data.num_frames == 32
+    assert load_config(recipe(MINIMAL + "data:\n"), RlConfig).data.num_frames == 32
 
 
 @pytest.mark.parametrize(
@@ -69,7 +72,7 @@ def test_empty_section_is_all_defaults(recipe):
     [
         ("data.num_frame=8", "data.num_frame=8: no such key; did you mean 'num_frames'?"),
         ("num_frames=8", "num_frames=8: no such key; did you mean 'data.num_frames'?"),
-        ("zzz=8", "zzz=8: no such key; known here: run_dir, seed, device"),
+        ("zzz=8", "zzz=8: no such key; known here: run_dir, device, model"),
         ("seed=true", "seed=true: true/false; expected integer"),
         ("seed=010", "seed=010: text; expected integer"),
         ("seed=1.5", "seed=1.5: a number; expected integer"),
@@ -118,30 +121,123 @@ def test_files_that_are_no_recipe(recipe, tmp_path):
     "name", ["off", "1e-6", "12", "true", "~", "2024-01-01", "", "a: b", "ü #x", "[x]", "010", "1:30"]
 )
 def test_a_dump_loads_back_equal(recipe, name):
-    base = load_config(recipe(), ["train.optimizer.lr=1e-6", "data.fps=0.1", "log.wandb=off"])
+    base = load_config(recipe(), RlConfig, ["train.optimizer.lr=1e-6", "data.fps=0.1", "log.wandb=off"])
     cfg = dataclasses.replace(base, run_dir=name)
-    assert load_config(recipe(dump_config(cfg))) == cfg
+    assert load_config(recipe(dump_config(cfg)), RlConfig) == cfg
+
+
+def test_a_mapping_is_set_whole_or_key_by_key(recipe):
+    text = recipe(MINIMAL + "reward: {terms: {accuracy: 0.9, format: 0.1}}\n")
+    assert load_config(text, RlConfig).reward.terms == {"accuracy": 0.9, "format": 0.1}
+    assert load_config(text, RlConfig, ["reward.terms.format=0.2"]).reward.terms == {"accuracy": 0.9, "format": 0.2}
+    assert load_config(text, RlConfig, ["reward.terms={accuracy: 1}"]).reward.terms == {"accuracy": 1.0}
+    assert load_config(text, RlConfig, ["reward.terms={}"]).reward.terms == {}
+    cfg = load_config(text, RlConfig, ["reward.terms.length=-1e-3"])
+    assert load_config(recipe(dump_config(cfg)), RlConfig) == cfg
+    assert "reward.terms.format=x: text; expected number" in problems_of(recipe(), "reward.terms.format=x")
+    assert "reward.terms=0.2: a number; expected {text: number}" in problems_of(recipe(), "reward.terms=0.2")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "reward.format_weight=0.2",
+            "reward.format_weight=0.2: is not a key any more; write reward.terms: {accuracy: 0.8, format: 0.2}",
+        ),
+        (
+            "reward.format_weight=0.1",
+            "leave it out for the default, reward.terms: {accuracy: 0.9, format: 0.1}",
+        ),
+        ("train.max_answer_tokens=8", "train.max_answer_tokens=8: is a key of SFT; RL has rollout.max_response_tokens"),
+    ],
+)
+def test_what_to_write_instead_of_a_key_that_moved(recipe, override, expected):
+    message = problems_of(recipe(), override)
+    assert expected in message and "1 problem" in message
+
+
+def test_the_terms_that_replace_format_weight_are_accepted_as_they_stand(recipe):
+    message = problems_of(recipe(), "reward.format_weight=0.25")
+    terms = message[message.index("{") : message.index("}") + 1]
+    assert load_config(recipe(), RlConfig, [f"reward.terms={terms}"]).reward.terms == {"accuracy": 0.75, "format": 0.25}
+
+
+def test_sft_has_no_rollouts(recipe):
+    cfg = load_config(recipe(MINIMAL), SftConfig, ["train.max_answer_tokens=2048"])
+    assert cfg.max_model_len == 4096 + 2048
+    assert load_config(recipe(dump_config(cfg)), SftConfig) == cfg
+    message = problems_of(
+        recipe(MINIMAL + "rollout: {max_response_tokens: 2048, tensor: 2}\neval:\n"),
+        "algorithm.loss_average=sequence",
+        schema=SftConfig,
+    )
+    assert "4 problems" in message
+    for line in (
+        "rollout.max_response_tokens=2048: SFT has no rollouts; use train.max_answer_tokens",
+        "rollout.tensor=2: SFT has no rollouts; remove it",
+        "algorithm.loss_average=sequence: SFT has no advantages and no policy loss; use train.loss_average",
+        "eval=: SFT generates no answers to evaluate; remove it",
+    ):
+        assert line in message
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"),
+    [
+        ("", RlConfig),
+        ("rollout: {tensor: 2}\n", RlConfig),
+        ("train: {num_steps: 3, max_answer_tokens: 8}\n", SftConfig),
+    ],
+)
+def test_the_cache_is_filled_for_the_recipe_that_will_run(recipe, text, schema):
+    minimal = MINIMAL.replace("train: {num_steps: 3}\n", "") if text.startswith("train") else MINIMAL
+    cfg = load_config(recipe(minimal + text), CacheConfig)
+    assert type(cfg) is schema and cfg == load_config(recipe(minimal + text), schema)
+
+
+def test_a_recipe_that_could_not_run_fills_no_cache(recipe):
+    message = problems_of(recipe(MINIMAL + "rollout: {tensors: 2}\n"), schema=CacheConfig)
+    assert "rollout.tensors=2: no such key; did you mean 'tensor'?" in message
+    both = MINIMAL.replace("num_steps: 3", "num_steps: 3, max_answer_tokens: 8") + "rollout: {tensor: 2}\n"
+    assert "SFT has no rollouts" in problems_of(recipe(both), schema=CacheConfig)
 
 
 def test_help_names_every_key_and_its_doc():
-    text = describe()
-    for section in dataclasses.fields(RunConfig):
+    text = describe(RlConfig)
+    for section in dataclasses.fields(RlConfig):
         assert section.name in text
     assert "advantage" in text and "grpo | dr_grpo | rloo; default grpo" in text
-    assert "Response" in text and "Share of the format part in the overall reward" in text
+    assert "Response" in text and "Folder of this run" in text
+    assert "Weights of the reward's named parts" in text and "{text: number}; default {}" in text
     assert "train.optimizer:" in text and "[number, number]; default [0.9, 0.999]" in text
+
+
+@pytest.mark.parametrize("schema", [RlConfig, SftConfig, CacheConfig])
+def test_help_lists_the_keys_of_its_own_job(schema):
+    listed = set()
+    for line in describe(schema).splitlines():
+        if not line.startswith(" ") and line:
+            section = "" if line == "top level:" else line.removesuffix(":") + "."
+        elif line.startswith("  ") and not line.startswith("   "):
+            listed.add(section + line.split()[0])
+    keys = keys_of(schema)
+    assert listed == {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
+    assert ("rollout.tensor" in listed) == ("reward.terms" in listed) == (schema is RlConfig)
+    assert ("train.max_answer_tokens" in listed) == (schema is SftConfig)
+    assert ("train.num_steps" in listed) == (schema is not CacheConfig)
 
 
 def test_help_exits_clean_and_shows_usage(capsys):
     with pytest.raises(SystemExit) as caught:
-        parse_args(["--help"], "python -m megatron_rl.train", "Train a policy.")
+        parse_args(["--help"], RlConfig, "python -m megatron_rl.train", "Train a policy.")
     assert caught.value.code == 0
     out = capsys.readouterr().out
     assert "usage: python -m megatron_rl.train" in out and "max_tokens_per_microbatch" in out
 
 
 def test_parse_args_reads_recipe_and_overrides(recipe):
-    cfg, only_check = parse_args([recipe(), "seed=9"], "x", "y")
+    cfg, only_check = parse_args([recipe(), "seed=9"], RlConfig, "x", "y")
     assert cfg.seed == 9 and not only_check
-    cfg, only_check = parse_args([recipe(), "--check", "seed=9"], "x", "y")
+    cfg, only_check = parse_args([recipe(), "--check", "seed=9"], RlConfig, "x", "y")
     assert cfg.seed == 9 and only_check

@@ -20,12 +20,13 @@ from megatron_rl.observe.quarantine import Quarantine
 from megatron_rl.rollout.colocated import ColocatedEngine, ColocatedRollouts, GroupFilter
 from megatron_rl.rollout.replayed import ReplayedRollouts
 from megatron_rl.rollout.store import RolloutStore
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.types import Completion, Prompt, Row, Sampling
 from tests.fakes import FakeEncoder, FakeEngine, FakeLearner, FakeWeightSync
 from tests.tiny_policy import video
 
-MESH = ParallelMesh(0, 1, 1, 1, 1, 1)
+MESH = ParallelMesh(0, Grid(1), Grid(1))
 NUM_STEPS, BATCH = 3, 2
 ROWS = [Row(f"rows.jsonl:{i}", f"question {i}", "yes", (f"{i}.mp4",)) for i in range(8)]
 

@@ -9,10 +9,11 @@ import math
 import time
 
 import pytest
+from rich.console import Console
 
 from megatron_rl.observe.metric_log import MetricLog, read_metrics
 from megatron_rl.observe.progress import Progress, duration
-from megatron_rl.observe.report import SampleRollout, as_text, plot_curves, rollout_table, write_summary
+from megatron_rl.observe.report import SampleRollout, plot_curves, rollout_table, write_summary
 
 
 def open_log(run_dir, rank0=True, wandb="off", tensorboard=False) -> MetricLog:
@@ -176,7 +177,10 @@ def test_curves_show_the_panels_that_have_data(tmp_path):
 
 def test_the_table_shows_texts_in_full_and_as_they_are():
     response = "<think>[red] " + "word " * 100 + "</think><answer>B</answer>"
-    text = as_text(rollout_table([SampleRollout("Which one?", response, "B", 0.9)]), width=100)
+    stream = io.StringIO()
+    table = rollout_table([SampleRollout("Which one?", response, "B", 0.9)])
+    Console(file=stream, width=100, color_system=None).print(table)
+    text = stream.getvalue()
     assert text.count("word") == 100
     for part in ("question", "response", "answer", "reward", "Which one?", "<think>[red]", "0.900"):
         assert part in text

@@ -18,4 +18,4 @@ def test_no_public_class_name_is_used_twice():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes[node.name].append(path.relative_to(REPO).as_posix())
     twice = {name: files for name, files in homes.items() if len(files) > 1}
-    assert twice == {"Layout": ["megatron_rl/planner/layout.py", "model_providers/weight_map.py"]}
+    assert not twice

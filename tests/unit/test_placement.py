@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from megatron_rl.runtime.grid import Grid
 from megatron_rl.weight_sync.placement import best_placement, most_valuable_flow, overlap, ranks_in_order
-from megatron_rl.weight_sync.plan import Layouts, make_plan
+from megatron_rl.weight_sync.plan import make_plan
 from model_providers.qwen2_5_vl.weights import weight_map
 from model_providers.shape import RopeSettings, TransformerShape
 
@@ -42,25 +42,25 @@ def best_by_trying_all(held: np.ndarray) -> int:
 
 
 LAYOUTS = [
-    Layouts(4, tensor=4, rollout_tensor=2),
-    Layouts(4, tensor=2, pipeline=2, rollout_tensor=4),
-    Layouts(8, tensor=4, pipeline=2, rollout_tensor=2),
-    Layouts(8, tensor=4, pipeline=2, rollout_tensor=4),
-    Layouts(8, tensor=8, rollout_tensor=2),
-    Layouts(8, tensor=2, pipeline=2, context=2, rollout_tensor=4),
-    Layouts(8, pipeline=4, rollout_tensor=2),
-    Layouts(6, tensor=2, rollout_tensor=1),
+    (Grid(4, tensor=4), Grid(4, tensor=2)),
+    (Grid(4, tensor=2, pipeline=2), Grid(4, tensor=4)),
+    (Grid(8, tensor=4, pipeline=2), Grid(8, tensor=2)),
+    (Grid(8, tensor=4, pipeline=2), Grid(8, tensor=4)),
+    (Grid(8, tensor=8), Grid(8, tensor=2)),
+    (Grid(8, tensor=2, pipeline=2, context=2), Grid(8, tensor=4)),
+    (Grid(8, pipeline=4), Grid(8, tensor=2)),
+    (Grid(6, tensor=2), Grid(6)),
 ]
 
 
-@pytest.mark.parametrize("layouts", LAYOUTS, ids=lambda s: f"{s.world}-{s.tensor}-{s.pipeline}-{s.rollout_tensor}")
-def test_no_placement_keeps_more(layouts: Layouts) -> None:
+@pytest.mark.parametrize(("trainer", "engine"), LAYOUTS, ids=lambda g: f"{g.world}-{g.tensor}-{g.pipeline}")
+def test_no_placement_keeps_more(trainer: Grid, engine: Grid) -> None:
     weights = weight_map(SHAPE)
-    held = overlap(weights, SHAPE.num_layers, layouts)
+    held = overlap(weights, SHAPE.num_layers, trainer, engine)
     position = best_placement(held, ranks_per_node=8)
-    assert sorted(position) == list(range(layouts.world))
+    assert sorted(position) == list(range(engine.world))
     assert kept(held, position) == best_by_trying_all(held)
-    plan = make_plan(weights, SHAPE.num_layers, replace(layouts, engine_position=position))
+    plan = make_plan(weights, SHAPE.num_layers, trainer, engine, position)
     assert plan.local.sum() == kept(held, position), "the plan keeps what the advisor promised"
 
 
@@ -81,14 +81,14 @@ def test_a_unit_makes_room_by_moving_two_others() -> None:
 
 
 def test_the_example_of_the_documentation() -> None:
-    layouts = Layouts(8, tensor=4, pipeline=2, rollout_tensor=2)
-    position = best_placement(overlap(weight_map(SHAPE), SHAPE.num_layers, layouts), ranks_per_node=8)
+    grids = Grid(8, tensor=4, pipeline=2), Grid(8, tensor=2)
+    position = best_placement(overlap(weight_map(SHAPE), SHAPE.num_layers, *grids), ranks_per_node=8)
     assert ranks_in_order(position) == (0, 2, 1, 3, 4, 6, 5, 7)
 
 
 def test_the_usual_order_stays_where_nothing_is_better() -> None:
-    for layouts in (Layouts(8, tensor=2, rollout_tensor=2), Layouts(8, tensor=4, pipeline=2)):
-        held = overlap(weight_map(SHAPE), SHAPE.num_layers, layouts)
+    for trainer, engine in ((Grid(8, tensor=2), Grid(8, tensor=2)), (Grid(8, tensor=4, pipeline=2), Grid(8))):
+        held = overlap(weight_map(SHAPE), SHAPE.num_layers, trainer, engine)
         assert best_placement(held, ranks_per_node=8) == tuple(range(8))
 
 
@@ -99,13 +99,19 @@ def test_order_and_position_are_inverse() -> None:
 
 @pytest.mark.parametrize("ranks_per_node", [4, 8])
 def test_replicas_stay_on_a_node(ranks_per_node: int) -> None:
-    layouts = Layouts(16, tensor=4, pipeline=2, rollout_tensor=2)
-    position = best_placement(overlap(weight_map(SHAPE), SHAPE.num_layers, layouts), ranks_per_node)
+    grids = Grid(16, tensor=4, pipeline=2), Grid(16, tensor=2)
+    position = best_placement(overlap(weight_map(SHAPE), SHAPE.num_layers, *grids), ranks_per_node)
     for replica in np.reshape(ranks_in_order(position), (-1, 2)):
         assert len(set(replica // ranks_per_node)) == 1
 
 
 def test_a_replica_larger_than_a_node_is_placed_over_the_world() -> None:
-    layouts = Layouts(8, tensor=4, pipeline=2, rollout_tensor=4)
-    held = overlap(weight_map(SHAPE), SHAPE.num_layers, layouts)
+    grids = Grid(8, tensor=4, pipeline=2), Grid(8, tensor=4)
+    held = overlap(weight_map(SHAPE), SHAPE.num_layers, *grids)
     assert kept(held, best_placement(held, ranks_per_node=2)) == best_by_trying_all(held)
+
+
+def test_an_engine_on_ranks_of_its_own_keeps_the_usual_order() -> None:
+    held = overlap(weight_map(SHAPE), SHAPE.num_layers, Grid(4, tensor=4), Grid(4, first_rank=4, tensor=2))
+    assert held.shape == (4, 2) and not held.any()
+    assert best_placement(held, ranks_per_node=8) == (0, 1, 2, 3)

@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_rl.weight_sync.plan import Layouts, ReshardPlan, make_plan, stage_of
+from megatron_rl.runtime.grid import Grid
+from megatron_rl.weight_sync.plan import ReshardPlan, make_plan, stage_of
 from megatron_rl.weight_sync.resharder import Part, Script, write_script
 from model_providers.qwen2_5_vl.weights import weight_map
 from model_providers.shape import RopeSettings, TransformerShape
@@ -36,45 +37,65 @@ TIED = replace(FEW_KV_HEADS, tied_embeddings=True)
 SIX = replace(SHAPE, num_layers=6, num_groups=6)
 
 LAYOUTS = [
-    (SHAPE, Layouts(1)),
-    (SHAPE, Layouts(3, tensor=3, rollout_tensor=3)),
-    (SHAPE, Layouts(3, tensor=3, rollout_tensor=1)),
-    (SHAPE, Layouts(6, tensor=3, pipeline=2, rollout_tensor=6)),
-    (SHAPE, Layouts(6, tensor=2, rollout_tensor=3)),
-    (SHAPE, Layouts(6, pipeline=2, context=3, rollout_tensor=3)),
-    (SHAPE, Layouts(4, pipeline=4)),
-    (SHAPE, Layouts(4, pipeline=2, virtual=2, rollout_tensor=2)),
-    (SHAPE, Layouts(6, tensor=3, pipeline=2, rollout_tensor=3, engine_position=(5, 3, 1, 0, 2, 4))),
-    (FEW_KV_HEADS, Layouts(4, tensor=4, rollout_tensor=4)),
-    (FEW_KV_HEADS, Layouts(8, tensor=4, pipeline=2, rollout_tensor=8)),
-    (FEW_KV_HEADS, Layouts(8, tensor=8, rollout_tensor=2)),
-    (FEW_KV_HEADS, Layouts(8, pipeline=2, context=2, rollout_tensor=4)),
-    (FEW_KV_HEADS, Layouts(8, tensor=2, pipeline=2, rollout_tensor=1)),
-    (TIED, Layouts(4, tensor=2, pipeline=2, rollout_tensor=2)),
-    (TIED, Layouts(4, tensor=4, rollout_tensor=2)),
-    (TIED, Layouts(8, pipeline=4, rollout_tensor=8)),
-    (TIED, Layouts(8, pipeline=2, context=2, rollout_tensor=1)),
-    (TIED, Layouts(8, tensor=2, pipeline=2, virtual=2, rollout_tensor=4)),
-    (SIX, Layouts(6, tensor=3, rollout_tensor=2)),
-    (SIX, Layouts(6, tensor=3, pipeline=2, context=1, rollout_tensor=2)),
-    (SIX, Layouts(6, tensor=2, pipeline=3, rollout_tensor=3)),
-    (SIX, Layouts(12, tensor=2, pipeline=3, virtual=2, context=2, rollout_tensor=6)),
-    (FEW_KV_HEADS, Layouts(4, tensor=4, rollout_tensor=1)),
-    (FEW_KV_HEADS, Layouts(4, tensor=2, pipeline=2, rollout_tensor=4)),
+    (SHAPE, Grid(1), Grid(1)),
+    (SHAPE, Grid(3, tensor=3), Grid(3, tensor=3)),
+    (SHAPE, Grid(3, tensor=3), Grid(3)),
+    (SHAPE, Grid(6, tensor=3, pipeline=2), Grid(6, tensor=6)),
+    (SHAPE, Grid(6, tensor=2), Grid(6, tensor=3)),
+    (SHAPE, Grid(6, pipeline=2, context=3), Grid(6, tensor=3)),
+    (SHAPE, Grid(4, pipeline=4), Grid(4)),
+    (SHAPE, Grid(4, pipeline=2, virtual=2), Grid(4, tensor=2)),
+    (SHAPE, Grid(6, tensor=3, pipeline=2), Grid(6, tensor=3), (5, 3, 1, 0, 2, 4)),
+    (FEW_KV_HEADS, Grid(4, tensor=4), Grid(4, tensor=4)),
+    (FEW_KV_HEADS, Grid(8, tensor=4, pipeline=2), Grid(8, tensor=8)),
+    (FEW_KV_HEADS, Grid(8, tensor=8), Grid(8, tensor=2)),
+    (FEW_KV_HEADS, Grid(8, pipeline=2, context=2), Grid(8, tensor=4)),
+    (FEW_KV_HEADS, Grid(8, tensor=2, pipeline=2), Grid(8)),
+    (TIED, Grid(4, tensor=2, pipeline=2), Grid(4, tensor=2)),
+    (TIED, Grid(4, tensor=4), Grid(4, tensor=2)),
+    (TIED, Grid(8, pipeline=4), Grid(8, tensor=8)),
+    (TIED, Grid(8, pipeline=2, context=2), Grid(8)),
+    (TIED, Grid(8, tensor=2, pipeline=2, virtual=2), Grid(8, tensor=4)),
+    (SIX, Grid(6, tensor=3), Grid(6, tensor=2)),
+    (SIX, Grid(6, tensor=3, pipeline=2), Grid(6, tensor=2)),
+    (SIX, Grid(6, tensor=2, pipeline=3), Grid(6, tensor=3)),
+    (SIX, Grid(12, tensor=2, pipeline=3, virtual=2, context=2), Grid(12, tensor=6)),
+    (FEW_KV_HEADS, Grid(4, tensor=4), Grid(4)),
+    (FEW_KV_HEADS, Grid(4, tensor=2, pipeline=2), Grid(4, tensor=4)),
+    (FEW_KV_HEADS, Grid(4, tensor=2, pipeline=2), Grid(4, first_rank=4, tensor=2)),  # from here on, ranks of its own
+    (SIX, Grid(3, pipeline=3), Grid(4, first_rank=3, tensor=2), (2, 1, 0, 3)),
+    (TIED, Grid(4, tensor=4), Grid(2, first_rank=4)),
+    (TIED, Grid(2, first_rank=4, pipeline=2), Grid(4, tensor=4)),  # the engine's come first
+    (FEW_KV_HEADS, Grid(4, tensor=4), Grid(4, first_rank=2, tensor=2)),  # two ranks are in both
 ]
 
-Case = tuple[TransformerShape, Layouts]
+Case = tuple[TransformerShape, Grid, Grid] | tuple[TransformerShape, Grid, Grid, tuple[int, ...]]
 
 
 def name_of(case: Case) -> str:
-    shape, layouts = case
-    sizes = (layouts.world, layouts.tensor, layouts.pipeline, layouts.virtual, layouts.rollout_tensor)
+    shape, trainer, engine, *_ = case
+    sizes = (plan_world(case), trainer.tensor, trainer.pipeline, trainer.virtual, engine.tensor, engine.first_rank)
     return f"{shape.num_groups}kv-" + "-".join(map(str, sizes)) + "-tied" * shape.tied_embeddings
 
 
-def plan_of(shape: TransformerShape, layouts: Layouts) -> tuple[ReshardPlan, WeightMap]:
+def plan_world(case: Case) -> int:
+    return max(grid.first_rank + grid.world for grid in case[1:3])
+
+
+def plan_of(
+    shape: TransformerShape, trainer: Grid, engine: Grid, position: tuple[int, ...] = ()
+) -> tuple[ReshardPlan, WeightMap]:
     weights = weight_map(shape)
-    return make_plan(weights, shape.num_layers, layouts), weights
+    return make_plan(weights, shape.num_layers, trainer, engine, position), weights
+
+
+def engine_shard(case: Case, rank: int) -> int | None:
+    """Engine ranks take turns over the shards; None for a rank without an engine."""
+    _, _, engine, *rest = case
+    index = rank - engine.first_rank
+    if not 0 <= index < engine.world:
+        return None
+    return (rest[0][index] if rest else index) % engine.tensor
 
 
 def elements(block: Block) -> Iterator[tuple[str, int, int]]:
@@ -82,30 +103,33 @@ def elements(block: Block) -> Iterator[tuple[str, int, int]]:
         yield block.hf, row, col
 
 
-def held_by_trainer(weights: WeightMap, layouts: Layouts, num_layers: int, rank: int) -> dict[str, Shard]:
+def held_by_trainer(weights: WeightMap, trainer: Grid, num_layers: int, rank: int) -> dict[str, Shard]:
     """Shards of one rank by hand: layers dealt in chunks; embedding on the first stage, norm and head on the last."""
-    per_chunk = num_layers // layouts.pipeline // layouts.virtual
-    stage = rank // (layouts.world // layouts.pipeline)
-    held = {}
+    per_chunk = num_layers // trainer.pipeline // trainer.virtual
+    place = rank - trainer.first_rank
+    stage = place // (trainer.world // trainer.pipeline)
+    held: dict[str, Shard] = {}
+    if not 0 <= place < trainer.world:
+        return held
     for name, entry in weights.entries.items():
         if name.startswith("decoder.layers."):
-            mine = int(name.split(".")[2]) // per_chunk % layouts.pipeline == stage
+            mine = int(name.split(".")[2]) // per_chunk % trainer.pipeline == stage
         elif name.startswith("embedding"):
             mine = stage == 0
         else:
-            mine = stage == layouts.pipeline - 1
+            mine = stage == trainer.pipeline - 1
         if mine:
-            held[name] = entry.layout.trainer(entry.hf, rank % layouts.tensor, layouts.tensor)
+            held[name] = entry.layout.trainer(entry.hf, place % trainer.tensor, trainer.tensor)
     return held
 
 
-def lies_in(piece: Block, held: Block) -> bool:
+def lies_in(part: Block, held: Block) -> bool:
     """The same elements at the same place of the local tensor."""
     return (
-        piece.hf == held.hf
-        and held.rows[0] <= piece.rows[0] < piece.rows[1] <= held.rows[1]
-        and held.cols[0] <= piece.cols[0] < piece.cols[1] <= held.cols[1]
-        and piece.at == (held.at[0] + piece.rows[0] - held.rows[0], held.at[1] + piece.cols[0] - held.cols[0])
+        part.hf == held.hf
+        and held.rows[0] <= part.rows[0] < part.rows[1] <= held.rows[1]
+        and held.cols[0] <= part.cols[0] < part.cols[1] <= held.cols[1]
+        and part.at == (held.at[0] + part.rows[0] - held.rows[0], held.at[1] + part.cols[0] - held.cols[0])
     )
 
 
@@ -115,26 +139,26 @@ def same_elements(a: Block, b: Block) -> bool:
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=name_of)
 def test_every_needed_element_arrives_once_from_a_rank_that_holds_it(case: Case) -> None:
-    shape, layouts = case
-    plan, weights = plan_of(shape, layouts)
-    held = [held_by_trainer(weights, layouts, shape.num_layers, rank) for rank in range(layouts.world)]
+    shape, trainer, engine, *_ = case
+    plan, weights = plan_of(*case)
+    held = [held_by_trainer(weights, trainer, shape.num_layers, rank) for rank in range(plan_world(case))]
     own = [{e for s in shards.values() for b in s.blocks for e in elements(b)} for shards in held]
-    arriving: list[Counter[tuple[str, str, int, int]]] = [Counter() for _ in range(layouts.world)]
-    for piece in plan.pieces:
-        inside = list(elements(piece.target))
-        for rank in {*piece.senders.tolist(), *piece.local.tolist()}:
-            name, source = piece.source_on(rank)
-            assert same_elements(source, piece.target)
+    arriving: list[Counter[tuple[str, str, int, int]]] = [Counter() for _ in held]
+    for transfer in plan.transfers:
+        inside = list(elements(transfer.target))
+        for rank in {*transfer.senders.tolist(), *transfer.local.tolist()}:
+            name, source = transfer.source_on(rank)
+            assert same_elements(source, transfer.target)
             assert any(lies_in(source, block) for block in held[rank][name].blocks)
-        for rank in piece.receivers:
+        for rank in transfer.receivers:
             assert own[rank].isdisjoint(inside), "sent what the receiver already holds"
-        for rank in (*piece.receivers, *piece.local):
-            arriving[rank].update((piece.engine, *e) for e in inside)
-    for rank in range(layouts.world):
+        for rank in (*transfer.receivers, *transfer.local):
+            arriving[rank].update((transfer.engine, *e) for e in inside)
+    for rank in range(plan_world(case)):
         needed: Counter[tuple[str, str, int, int]] = Counter()
-        position = layouts.engine_position[rank] if layouts.engine_position else rank
-        for name, entry in weights.engine_entries().items():
-            shard = entry.layout.engine(entry.hf, position % layouts.rollout_tensor, layouts.rollout_tensor)
+        tp = engine_shard(case, rank)
+        for name, entry in weights.engine_entries().items() if tp is not None else ():
+            shard = entry.layout.engine(entry.hf, tp, engine.tensor)
             needed.update((name, *e) for block in shard.blocks for e in elements(block))
         assert arriving[rank] == needed
         assert plan.needed[rank] == needed.total() == plan.received[rank] + plan.local[rank]
@@ -142,30 +166,30 @@ def test_every_needed_element_arrives_once_from_a_rank_that_holds_it(case: Case)
 
 def test_same_layout_on_both_sides_moves_nothing() -> None:
     shape = replace(FEW_KV_HEADS, vocab_size=256)
-    plan, _ = plan_of(shape, Layouts(4, tensor=2, rollout_tensor=2))
+    plan, _ = plan_of(shape, Grid(4, tensor=2), Grid(4, tensor=2))
     # Only the interleaving of q, k and v inside a rank differs, and that is a local copy.
     assert not plan.received.any() and not plan.sent.any()
     assert (plan.local == plan.needed).all()
 
 
 def test_equal_owners_share_the_sending() -> None:
-    plan, _ = plan_of(FEW_KV_HEADS, Layouts(8, pipeline=2))  # 4 ranks hold each stage, 4 others want it
+    plan, _ = plan_of(FEW_KV_HEADS, Grid(8, pipeline=2), Grid(8))  # 4 ranks hold each stage, 4 others want it
     assert plan.sent.sum() == plan.received.sum() > 0
-    largest = max(piece.numel for piece in plan.pieces)
+    largest = max(transfer.numel for transfer in plan.transfers)
     for stage in (plan.sent[:4], plan.sent[4:]):
         assert stage.max() - stage.min() <= largest, f"unbalanced: {stage}"
 
 
 def test_tied_embedding_comes_from_the_stage_that_needs_no_message() -> None:
-    plan, _ = plan_of(TIED, Layouts(2, pipeline=2))
-    pieces = [p for p in plan.pieces if "embed_tokens" in p.engine]
-    assert all(p.local.tolist() == [0, 1] and not len(p.receivers) for p in pieces)
-    assert {p.source_on(0)[0] for p in pieces} == {"embedding.word_embeddings.weight"}
-    assert {p.source_on(1)[0] for p in pieces} == {"output_layer.weight"}
+    plan, _ = plan_of(TIED, Grid(2, pipeline=2), Grid(2))
+    transfers = [t for t in plan.transfers if "embed_tokens" in t.engine]
+    assert all(t.local.tolist() == [0, 1] and not len(t.receivers) for t in transfers)
+    assert {t.source_on(0)[0] for t in transfers} == {"embedding.word_embeddings.weight"}
+    assert {t.source_on(1)[0] for t in transfers} == {"output_layer.weight"}
 
 
 def test_stages_of_parameters() -> None:
-    plain, looped = Layouts(4, pipeline=4), Layouts(2, pipeline=2, virtual=2)
+    plain, looped = Grid(4, pipeline=4), Grid(2, pipeline=2, virtual=2)
     assert stage_of("embedding.word_embeddings.weight", 8, plain) == 0
     assert [stage_of(f"decoder.layers.{i}.mlp.linear_fc1.weight", 8, plain) for i in (0, 1, 2, 7)] == [0, 0, 1, 3]
     assert [stage_of(f"decoder.layers.{i}.mlp.linear_fc1.weight", 8, looped) for i in range(8)] == [0, 0, 1, 1] * 2
@@ -173,10 +197,10 @@ def test_stages_of_parameters() -> None:
 
 
 def test_frozen_parameters_leave_the_plan_and_the_counts() -> None:
-    plan, _ = plan_of(FEW_KV_HEADS, Layouts(4, tensor=2, pipeline=2, rollout_tensor=1))
+    plan, _ = plan_of(FEW_KV_HEADS, Grid(4, tensor=2, pipeline=2), Grid(4))
     frozen = frozenset({"language_model.lm_head.weight", "language_model.model.embed_tokens.weight"})
     rest = plan.without(frozen)
-    assert {p.engine for p in plan.pieces} - {p.engine for p in rest.pieces} == frozen
+    assert {t.engine for t in plan.transfers} - {t.engine for t in rest.transfers} == frozen
     assert (plan.needed - rest.needed == 2 * 300 * 16).all()
     assert (rest.needed == rest.local + rest.received).all()
 
@@ -184,16 +208,16 @@ def test_frozen_parameters_leave_the_plan_and_the_counts() -> None:
 # ---------------------------------------------------------------------------------------------- rounds of messages
 
 WAYS = [
-    (FEW_KV_HEADS, Layouts(4, tensor=2, pipeline=2, rollout_tensor=4)),
-    (FEW_KV_HEADS, Layouts(8, pipeline=2)),
-    (SHAPE, Layouts(6, tensor=2, rollout_tensor=3)),
+    (FEW_KV_HEADS, Grid(4, tensor=2, pipeline=2), Grid(4, tensor=4)),
+    (FEW_KV_HEADS, Grid(8, pipeline=2), Grid(8)),
+    (SHAPE, Grid(6, tensor=2), Grid(6, tensor=3)),
+    (FEW_KV_HEADS, Grid(2, tensor=2), Grid(3, first_rank=2)),
 ]
 
 
 def scripts_of(case: Case, buffer_numel: int, alone_numel: int) -> tuple[ReshardPlan, list[Script]]:
     plan, _ = plan_of(*case)
-    world = case[1].world
-    return plan, [write_script(plan, rank, buffer_numel, alone_numel) for rank in range(world)]
+    return plan, [write_script(plan, rank, buffer_numel, alone_numel) for rank in range(plan_world(case))]
 
 
 def blocks_between(scripts: list[Script], kind: str) -> dict[tuple[int, int], list[list[Part]]]:
@@ -283,18 +307,19 @@ def numbered(weights: WeightMap) -> dict[str, np.ndarray]:
 
 def executed(case: Case, scripts: list[Script]) -> list[dict[str, np.ndarray]]:
     """Every rank's engine parameters after the scripts ran on element numbers: one queue for each pair of ranks."""
-    (shape, layouts), weights = case, weight_map(case[0])
+    (shape, trainer, engine, *_), weights = case, weight_map(case[0])
     full = numbered(weights)
     source = [
-        {name: filled(s, full) for name, s in held_by_trainer(weights, layouts, shape.num_layers, rank).items()}
-        for rank in range(layouts.world)
+        {name: filled(s, full) for name, s in held_by_trainer(weights, trainer, shape.num_layers, rank).items()}
+        for rank in range(plan_world(case))
     ]
     target = [
         {
-            name: np.zeros_like(filled(e.layout.engine(e.hf, layouts.engine_tp(rank), layouts.rollout_tensor), full))
+            name: np.zeros_like(filled(e.layout.engine(e.hf, tp, engine.tensor), full))
             for name, e in weights.engine_entries().items()
+            if (tp := engine_shard(case, rank)) is not None
         }
-        for rank in range(layouts.world)
+        for rank in range(plan_world(case))
     ]
     queues: dict[tuple[int, int], deque[np.ndarray]] = defaultdict(deque)
     for rank, script in enumerate(scripts):
@@ -313,19 +338,23 @@ def executed(case: Case, scripts: list[Script]) -> list[dict[str, np.ndarray]]:
     return target
 
 
-@pytest.mark.parametrize("case", [*WAYS, (TIED, Layouts(8, tensor=2, pipeline=2, rollout_tensor=4))], ids=name_of)
+@pytest.mark.parametrize("case", [*WAYS, (TIED, Grid(8, tensor=2, pipeline=2), Grid(8, tensor=4))], ids=name_of)
 @pytest.mark.parametrize(("buffer_numel", "alone_numel"), [(1, 10**9), (500, 100), (10**9, 1), (10**9, 10**9)])
 def test_the_content_does_not_depend_on_the_buffer(case: Case, buffer_numel: int, alone_numel: int) -> None:
     _, scripts = scripts_of(case, buffer_numel, alone_numel)
-    weights, layouts = weight_map(case[0]), case[1]
+    weights, engine = weight_map(case[0]), case[2]
     full = numbered(weights)
-    for rank, parameters in enumerate(executed(case, scripts)):
-        for name, entry in weights.engine_entries().items():
-            shard = entry.layout.engine(entry.hf, layouts.engine_tp(rank), layouts.rollout_tensor)
+    ranks = executed(case, scripts)
+    assert sum(bool(parameters) for parameters in ranks) == engine.world
+    for rank, parameters in enumerate(ranks):
+        for name in parameters:
+            entry, tp = weights.engine_entries()[name], engine_shard(case, rank)
+            assert tp is not None
+            shard = entry.layout.engine(entry.hf, tp, engine.tensor)
             np.testing.assert_array_equal(parameters[name], filled(shard, full), err_msg=f"rank {rank} {name}")
 
 
-def test_large_pieces_travel_alone() -> None:
+def test_large_rectangles_travel_alone() -> None:
     _, scripts = scripts_of(WAYS[0], 10**9, 100)
     messages = [m for s in scripts for r in s.rounds for m in r.sends]
     assert any(len(m.parts) > 1 for m in messages)
@@ -335,7 +364,7 @@ def test_large_pieces_travel_alone() -> None:
 def test_plan_of_a_large_world_is_quick_and_exact() -> None:
     shape = replace(SHAPE, num_layers=28, hidden_size=3584, ffn_hidden_size=18944, num_heads=28, num_groups=4)
     shape = replace(shape, head_dim=128, vocab_size=152064)
-    plan, weights = plan_of(shape, Layouts(512, tensor=4, pipeline=2, rollout_tensor=4))
+    plan, weights = plan_of(shape, Grid(512, tensor=4, pipeline=2), Grid(512, tensor=4))
     entries = weights.engine_entries().values()
     numel = sum(int(np.prod(entry.layout.engine(entry.hf, 0, 4).shape)) for entry in entries)
     assert (plan.needed == numel).all()

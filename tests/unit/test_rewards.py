@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 
 import pytest
 
@@ -13,10 +14,10 @@ from megatron_rl.rewards.registry import REWARDS, load_reward
 from megatron_rl.types import Completion, Prompt, Row
 
 
-def score(name: str, answer: str, response: str, format_weight: float = 0.1) -> dict[str, float]:
+def score(name: str, answer: str, response: str, terms: Mapping[str, float] | None = None) -> dict[str, float]:
     prompt = Prompt(0, Row("f:1", "q", answer), (), ())
     completion = Completion(0, 0, (), (), response, False)
-    return load_reward(name, format_weight)([prompt], [completion])[0]
+    return load_reward(name, terms or {})([prompt], [completion])[0]
 
 
 @pytest.mark.parametrize(
@@ -108,9 +109,33 @@ def test_r1v(answer, response, accuracy, form):
     assert parts["overall"] == pytest.approx(0.9 * accuracy + 0.1 * form)
 
 
-def test_format_weight_is_the_share_of_the_format():
-    assert score("r1v", "B", "B", format_weight=0.5)["overall"] == 0.5
-    assert score("math", "2", r"<think>x</think> \boxed{3}", format_weight=0.25)["overall"] == 0.25
+def test_terms_weigh_the_parts():
+    assert score("r1v", "B", "B", {"accuracy": 0.5, "format": 0.5})["overall"] == 0.5
+    assert score("math", "2", r"<think>x</think> \boxed{3}", {"format": 0.25, "accuracy": 3.0})["overall"] == 0.25
+    only_accuracy = score("r1v", "B", "<think>a</think><answer>C</answer>", {"accuracy": 1.0})
+    assert only_accuracy == {"overall": 0.0, "accuracy": 0.0, "format": 1.0}, "a part without a weight is still told"
+
+
+def test_the_default_terms_make_the_overall_of_before_bit_for_bit():
+    """`format_weight` was 0.1: overall = (1 - 0.1) * accuracy + 0.1 * format, in doubles."""
+    texts = {
+        "r1v": ("<think>a</think><answer>{}</answer>", "<answer>{}</answer>"),
+        "math": (r"<think>a</think> \boxed{{{}}}", r"\boxed{{{}}}"),
+    }
+    for name, (thinks, does_not) in texts.items():
+        for accuracy in (0.0, 1.0):
+            for form, text in ((1.0, thinks), (0.0, does_not)):
+                parts = score(name, "2", text.format(2 if accuracy else 3))
+                weight = 0.1
+                expected = (1 - weight) * accuracy + weight * form
+                assert list(parts.items()) == [("overall", expected), ("accuracy", accuracy), ("format", form)]
+
+
+def test_terms_that_the_reward_does_not_have():
+    with pytest.raises(ValueError) as caught:
+        load_reward("exact", {"accuracy": 0.9, "format": 0.1, "length": 1.0})
+    expected = "reward.terms.format=0.1 reward.terms.length=1.0: reward.name=exact has no such part; it has accuracy"
+    assert str(caught.value) == expected
 
 
 @pytest.mark.parametrize(
@@ -147,7 +172,7 @@ def test_every_built_in_reward_scores_a_batch_in_order():
     prompts = [Prompt(i, Row("f:1", "q", str(i)), (), ()) for i in range(3)]
     completions = [Completion(i, 0, (), (), r"<answer>\boxed{1}</answer>", False) for i in range(3)]
     for name in REWARDS:
-        reward = load_reward(name, 0.1)
+        reward = load_reward(name, {})
         assert reward.name == name
         results = reward(prompts, completions)
         assert len(results) == 3 and all("overall" in parts for parts in results)
@@ -159,8 +184,8 @@ def test_every_built_in_reward_scores_a_batch_in_order():
 def user_file(tmp_path):
     path = tmp_path / "mine.py"
 
-    def write(body: str) -> str:
-        path.write_text(f"import math\n\ndef good(prompts, completions):\n    return {body}\n")
+    def write(body: str, parts: str = "()") -> str:
+        path.write_text(f"import math\n\ndef good(prompts, completions):\n    return {body}\n\ngood.parts = {parts}\n")
         return f"{path}:good"
 
     return write
@@ -169,7 +194,58 @@ def user_file(tmp_path):
 def test_a_users_own_reward(user_file):
     name = user_file("[{'overall': len(c.text), 'length': 1} for c in completions]")
     assert score(name, "x", "four") == {"overall": 4.0, "length": 1.0}
-    assert load_reward(name, 0.1).name == name
+    assert load_reward(name, {}).name == name
+
+
+def test_a_users_parts_are_weighed_by_the_terms(user_file):
+    name = user_file("[{'right': 1, 'length': len(c.text)} for c in completions]")
+    terms = {"right": 2.0, "length": -0.25}
+    assert score(name, "x", "four", terms) == {"overall": 1.0, "right": 1.0, "length": 4.0}
+
+
+def test_rows_of_one_batch_may_have_different_parts(user_file):
+    """A part that the terms name may be missing where the function declares which parts there are."""
+    body = "[{'accuracy': 1.0} if c.text else {'accuracy': 1.0, 'judge': 0.5} for c in completions]"
+    prompts = [Prompt(i, Row("f:1", "q", ""), (), ()) for i in range(2)]
+    completions = [Completion(i, 0, (), (), text, False) for i, text in enumerate(("a", ""))]
+    terms = {"accuracy": 0.5, "judge": 2.0}
+    with pytest.raises(ValueError, match="without judge of reward.terms"):
+        load_reward(user_file(body), terms)(prompts, completions)
+    reward = load_reward(user_file(body, parts="('accuracy', 'judge')"), terms)
+    assert reward(prompts, completions) == [
+        {"overall": 0.5, "accuracy": 1.0},
+        {"overall": 1.5, "accuracy": 1.0, "judge": 0.5},
+    ]
+    free = user_file("[{'overall': 1.0} if c.text else {'overall': 0.0, 'judge': 0.5} for c in completions]")
+    assert load_reward(free, {})(prompts, completions) == [{"overall": 1.0}, {"overall": 0.0, "judge": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("parts", "terms", "expected"),
+    [
+        ("('accuracy', 'judge')", {"juge": 1.0}, "has no such part; it has accuracy, judge"),
+        ("('accuracy', 'judge')", {}, "returns accuracy, judge; give their weights"),
+        ("['accuracy']", {"accuracy": 1.0}, "its parts are ['accuracy']; use a tuple of names"),
+    ],
+)
+def test_declared_parts_are_checked_before_the_run(user_file, parts, terms, expected):
+    with pytest.raises(ValueError) as caught:
+        load_reward(user_file("[]", parts=parts), terms)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "parts", "expected"),
+    [
+        ("[{'overall': 1.0}]", "()", "returned 'overall' itself, and reward.terms would make it of the parts"),
+        ("[{'format': 1.0}]", "()", "without accuracy of reward.terms; return it in every row, or declare the parts"),
+        ("[{'judge': 1.0}]", "('accuracy', 'judge')", "none of reward.terms (accuracy)"),
+    ],
+)
+def test_what_a_users_function_returns_beside_terms(user_file, body, parts, expected):
+    with pytest.raises(ValueError, match="reward.name=") as caught:
+        score(user_file(body, parts=parts), "x", "y", {"accuracy": 1.0})
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +253,7 @@ def test_a_users_own_reward(user_file):
     [
         ("[]", "returned 0 items for 1 completions"),
         ("None", "returned NoneType for 1 completions"),
-        ("[1.0]", "return a dict with the key 'overall'"),
+        ("[1.0]", "returned 1.0 for one completion; return a dict of its parts"),
         ("[{'score': 1}]", "return a dict with the key 'overall'"),
         ("[{'overall': math.nan}]", "overall=nan; return finite numbers"),
         ("[{'overall': 1, 'why': 'x'}]", "why='x'; return finite numbers"),
@@ -205,5 +281,5 @@ def test_names_that_lead_nowhere(user_file, tmp_path):
     }
     for name, expected in cases.items():
         with pytest.raises(ValueError) as caught:
-            load_reward(name, 0.1)
+            load_reward(name, {})
         assert expected in str(caught.value), name

@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 import setuptools
 
-from megatron_rl.config.checks import Job, check
+from megatron_rl.config.checks import check
+from megatron_rl.config.command_line import JOBS
 from megatron_rl.config.io import load_config
+from megatron_rl.config.schema import JobConfig, RlConfig, SftConfig
 from scripts.show_summary import render
 
 ROOT = Path(__file__).parents[2]
@@ -129,11 +131,11 @@ def test_this_environment_is_the_locked_one() -> None:
 
 # ------------------------------------------------------------------------------------------ recipes
 
-RECIPES: dict[str, tuple[int, Job]] = {
-    "quickstart": (2, "rl"),
-    "quickstart_sft": (2, "sft"),
-    "qwen2_5_vl_7b_longvideo": (8, "rl"),
-    "qwen2_5_vl_7b_longvideo_sft": (8, "sft"),
+RECIPES: dict[str, tuple[int, type[JobConfig]]] = {
+    "quickstart": (2, RlConfig),
+    "quickstart_sft": (2, SftConfig),
+    "qwen2_5_vl_7b_longvideo": (8, RlConfig),
+    "qwen2_5_vl_7b_longvideo_sft": (8, SftConfig),
 }
 
 
@@ -143,9 +145,9 @@ def test_every_recipe_is_checked_here() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_fits_its_world(name: str) -> None:
-    world_size, job = RECIPES[name]
-    config = load_config(str(ROOT / f"scripts/recipes/{name}.yaml"))
-    check(config, world_size, job, require_files=False)
+    world_size, schema = RECIPES[name]
+    config = load_config(str(ROOT / f"scripts/recipes/{name}.yaml"), schema)
+    check(config, world_size, JOBS[schema], require_files=False)
     if config.data.format_prompt:
         assert "{{ content }}" in (ROOT / config.data.format_prompt).read_text(encoding="utf-8")
 
@@ -153,7 +155,7 @@ def test_recipe_fits_its_world(name: str) -> None:
 def test_long_video_recipes_hold_their_videos() -> None:
     """256 frames at 100352 pixels: 28 x 28 pixels of two frames make one token; some room must be left for the text."""
     for name in ("qwen2_5_vl_7b_longvideo", "qwen2_5_vl_7b_longvideo_sft"):
-        data = load_config(str(ROOT / f"scripts/recipes/{name}.yaml")).data
+        data = load_config(str(ROOT / f"scripts/recipes/{name}.yaml"), RECIPES[name][1]).data
         video_tokens = data.num_frames // 2 * data.max_pixels // (28 * 28)
         assert video_tokens + 1024 <= data.max_prompt_tokens
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_rl.weight_sync.plan import Layouts, make_plan
+from megatron_rl.runtime.grid import Grid
+from megatron_rl.weight_sync.plan import make_plan
 from model_providers.decoder_weights import decoder_weight_map
 from model_providers.shape import RopeSettings, TransformerShape
 from model_providers.weight_map import HfTensor, Shard, WeightMap, canonical_name
@@ -97,16 +98,16 @@ def test_a_plan_brings_every_element_to_every_engine_rank(
     expert: int, expert_tensor: int, tensor: int, pipeline: int, rollout: int, tied: bool
 ) -> None:
     weights = decoder_weight_map(replace(SHAPE, tied_embeddings=tied), expert_tensor=expert_tensor)
-    layouts = Layouts(16, tensor, pipeline, 1, rollout, expert=expert, expert_tensor=expert_tensor)
-    plan = make_plan(weights, SHAPE.num_layers, layouts)
+    grid = Grid(16, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor)
+    plan = make_plan(weights, SHAPE.num_layers, grid, Grid(16, tensor=rollout))
     got = [dict.fromkeys(weights.engine_entries(), 0) for _ in range(16)]
-    for piece in plan.pieces:
-        for rank in itertools.chain(piece.local, piece.receivers):
-            got[rank][piece.engine] += piece.numel
-        for sender in {*piece.senders.tolist(), *piece.local.tolist()}:
-            mcore, block = piece.source_on(sender)
+    for transfer in plan.transfers:
+        for rank in itertools.chain(transfer.local, transfer.receivers):
+            got[rank][transfer.engine] += transfer.numel
+        for sender in {*transfer.senders.tolist(), *transfer.local.tolist()}:
+            mcore, block = transfer.source_on(sender)
             slot = sender % (16 // pipeline) % (expert * expert_tensor if weights[mcore].layout.is_expert else tensor)
-            world = layouts.num_slots(weights[mcore].layout.is_expert)
+            world = grid.num_slots(weights[mcore].layout.is_expert)
             shard = weights[mcore].layout.trainer(weights[mcore].hf, slot, world)
             held = filled(shard, weights)[block.local_slices]
             assert torch.equal(held, full_tensor(weights.hf_tensors()[block.hf])[block.hf_slices])
