@@ -15,8 +15,7 @@ def generate_greedily(folder: Path, prompt_ids: Sequence[int], num_tokens: int, 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams
-    from vllm.inputs import TokensPrompt
+    from vllm import LLM, SamplingParams, TokensPrompt
 
     length = len(prompt_ids) + num_tokens
     engine = LLM(
