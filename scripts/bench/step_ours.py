@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from contextlib import ExitStack, closing
 
 from megatron_rl.config.checks import check
 from megatron_rl.config.schema import (
@@ -69,30 +68,36 @@ def config(task: Task) -> RlConfig:
 def run(task: Task, channel: Channel) -> None:
     from megatron_rl.loop import rl_step
     from megatron_rl.rewards.registry import UserReward
-    from megatron_rl.session import open_loader, open_session
-    from megatron_rl.train import build_loss, build_rollout
+    from megatron_rl.rl_session import open_engine, open_source
+    from megatron_rl.rollout.colocated import ColocatedEngine
+    from megatron_rl.session import open_learner, open_loader, open_session
 
     cfg = config(task)
     check(cfg, 1, "rl")
-    with open_session(cfg, cfg.rollout.temperature) as session:
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(cfg, cfg.rollout.temperature))
         seen = Seen()
 
         def reward(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
             seen.prompts, seen.responses = prompts, [c.token_ids for c in completions]
             return [{"overall": even_share(response)} for response in seen.responses]
 
-        rollout = replace(build_rollout(session), reward=UserReward("even_share", reward))
-        engine: Any = rollout.engine
-        loader, loss = open_loader(session), build_loss(cfg.algorithm)
+        learner, progress = open_learner(cfg, session), session.run_state.progress
+        with learner.offloaded():
+            engine, resharder = open_engine(cfg, session)
+        shared_reward = UserReward("even_share", reward)
+        colocated = ColocatedEngine(engine, resharder, shared_reward, learner, session.mesh, progress)
+        stack.enter_context(closing(colocated))
+        source = open_source(cfg, session, colocated, open_loader(cfg, session.quarantine))
         weights = session.policy.language_model.named_weights()
         channel.ready()
         for step in range(task.num_steps):
             before = {name: weight.detach().clone() for name, weight in weights.items()}
             channel.wait_for_turn()
             clock = Clock()
-            metrics = rl_step(session, rollout, loader, loss, None, None, step)
+            metrics = rl_step(source, learner, session.quarantine, step)
             times = clock.read()
-            phases = session.progress.end_step(step)
+            phases = progress.end_step(step)
             phases.pop("timing_s/step")  # it includes the other sides' turns
             channel.report(
                 times,
@@ -102,4 +107,3 @@ def run(task: Task, channel: Channel) -> None:
                 **seen.counts(lambda prompt: prompt.token_ids),
                 **weight_change(before, weights.items()),
             )
-        engine.close()
