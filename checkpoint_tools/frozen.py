@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from model_providers.hf_checkpoint import INDEX_FILE, HfCheckpoint
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 
 FROZEN_FILE = "frozen.safetensors"
 

@@ -19,7 +19,7 @@ from checkpoint_tools.weights import HEAD, different_bits, full_shard, fuse, hf_
 from megatron_rl.errors import WeightMismatch, raise_all
 from megatron_rl.runtime.grid import Grid
 from model_providers.hf_checkpoint import HfCheckpoint
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 from model_providers.shape import TransformerShape
 from model_providers.weight_map import Entry
 

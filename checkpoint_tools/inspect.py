@@ -19,6 +19,7 @@ from checkpoint_tools.console import size_text
 from checkpoint_tools.folders import HF_MARK, find_mcore, folder_bytes
 from checkpoint_tools.mcore_to_hf import dtype_name
 from checkpoint_tools.weights import McoreWeights, hf_dtype
+from model_providers.family import read_config
 from model_providers.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HfCheckpoint
 
 OPTIMIZER = "optimizer."  # its tensors stand in a Megatron file beside the weights
@@ -107,8 +108,7 @@ def _is_weight(key: str) -> bool:
 
 
 def _model_type(folder: Path) -> str:
-    path = folder / HF_MARK
-    return json.loads(path.read_text(encoding="utf-8")).get("model_type", "") if path.is_file() else ""
+    return read_config(folder, "DIR").get("model_type") or "" if (folder / HF_MARK).is_file() else ""
 
 
 def _group(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> list[TensorGroup]:

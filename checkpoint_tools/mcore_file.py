@@ -85,9 +85,8 @@ class McoreFile:
 
     def read(self, place: Place) -> Tensor:
         stored = self.tensors[place.key]
-        whole = place.layer is None
         offsets = torch.Size([place.layer or 0, *[0] * (len(stored.size) - 1)])
-        sizes = stored.size if whole else torch.Size([1, *stored.size[1:]])
+        sizes = stored.size if place.layer is None else torch.Size([1, *stored.size[1:]])
         target = torch.empty(sizes, dtype=stored.properties.dtype)
         wanted = create_read_items_for_chunk_list(place.key, stored, [ChunkStorageMetadata(offsets, sizes)])
         try:
@@ -95,7 +94,7 @@ class McoreFile:
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{self.folder}: {place} cannot be read ({reason}); copy the checkpoint again") from error
-        return target if whole else target[0]
+        return target if place.layer is None else target[0]
 
 
 class _IntoTensor(DefaultLoadPlanner):
@@ -155,7 +154,7 @@ class _OneByOne(DefaultSavePlanner):
             empty = io.BytesIO()
             torch.save([None], empty)
             return empty
-        assert write_item.tensor_data is not None
+        assert write_item.tensor_data is not None, "all others are bytes"
         shape = write_item.tensor_data.chunk.sizes
         return self._make[write_item.index]().view(shape)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_rl.runtime.device import choose_backend, define_torchvision_operators
 from megatron_rl.types import FORBIDDEN_BIAS
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 
 NUM_TOP = 8  # likeliest tokens at each position whose log-probabilities are compared, beside the prompt's own
 NUM_GENERATED = 16
@@ -80,7 +80,7 @@ def _our_logprobs(folder: Path, ids: Sequence[int], targets: Tensor) -> Tensor:
         num_asking, num_choices = targets.shape
         output = model(
             input_ids=torch.tensor([ids]),
-            position_ids=provider.position_ids(ids, [])[:, None],
+            position_ids=provider.position_ids(len(ids), (), ())[:, None],
             attention_mask=None,
             packed_seq_params=BatchLayout(
                 attention=plan_one_sequence(len(ids)),

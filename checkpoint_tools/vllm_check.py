@@ -25,7 +25,7 @@ def generate_greedily(folder: Path, prompt_ids: Sequence[int], num_tokens: int, 
         max_num_batched_tokens=length,
         max_num_seqs=1,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
-        limit_mm_per_prompt={"image": 0, "video": 0},
+        limit_mm_per_prompt={"image": 0, "video": 0, "audio": 0},
         enforce_eager=True,
         seed=0,
     )

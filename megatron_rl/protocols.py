@@ -6,10 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from megatron_rl.media.encoder import EncoderCounts
@@ -20,13 +23,18 @@ if TYPE_CHECKING:
         Advantages,
         Completion,
         Corrected,
+        EncodedMedia,
+        EngineModel,
         Group,
         LossInputs,
         LossOutput,
         MediaEmbeds,
         MediaItem,
+        MediaKind,
+        Placeholder,
         Prompt,
         RolloutBatch,
+        Run,
         Sampling,
         SyncReport,
         VideoInfo,
@@ -38,19 +46,88 @@ if TYPE_CHECKING:
 
 
 class MediaSpec(Protocol):
-    """How a model family turns a video into patches and tokens; pure arithmetic, no weights."""
+    """How a model family turns videos and images into patches and tokens; pure arithmetic, no weights."""
 
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    frame_family: Literal["stride", "linspace"]
-    """How the Hugging Face processor of the family counts frames (data/video/frames.py)."""
+    @property
+    def placeholder_ids(self) -> Mapping[MediaKind, int]:
+        """The one token that the chat template writes for a medium: "video" and "image", as far as they are taken."""
+
+    @property
+    def patch_size(self) -> int: ...
+
+    @property
+    def temporal_patch_size(self) -> int: ...
+
+    @property
+    def frame_family(self) -> Literal["stride", "linspace"]:
+        """How the Hugging Face processor of the family counts frames (data/video/frames.py)."""
 
     def size_hw(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
-        """Height and width to which frames are resized: multiples of patch_size * merge_size."""
+        """Height and width to which frames are resized: multiples of patch_size. Raises ValueError for a picture that
+        cannot be."""
 
-    def placeholder(self, num_tokens: int, is_image: bool = False) -> tuple[int, ...]:
-        """Token ids that replace the single placeholder of a video or an image in the chat template."""
+    def tokens_per_unit(self, size_hw: tuple[int, int]) -> int:
+        """Language tokens of one temporal patch."""
+
+    def placeholder(self, item: MediaItem, sound: MediaItem | None = None) -> Placeholder:
+        """What replaces the item's placeholder in the chat template; with `sound`, that of the same file as well."""
+
+
+class AudioSpec(Protocol):
+    """How a model family turns sound into columns of a spectrogram and tokens."""
+
+    @property
+    def placeholder_id(self) -> int: ...
+
+    @property
+    def rate(self) -> int:
+        """Samples a second."""
+
+    @property
+    def num_mels(self) -> int: ...
+
+    @property
+    def frames_per_unit(self) -> int:
+        """Columns of the spectrogram that an encoder may be cut at."""
+
+    @property
+    def tokens_per_unit(self) -> int: ...
+
+    @property
+    def joins_video(self) -> bool:
+        """Whether the sound of a video stands among the tokens of that video."""
+
+    def num_frames(self, num_samples: int) -> int:
+        """Columns of the spectrogram."""
+
+    def num_tokens(self, num_frames: int) -> int: ...
+
+    def placeholder(self, item: MediaItem) -> Placeholder:
+        """What replaces the placeholder of a sound of its own."""
+
+    def spectrogram(self, samples: NDArray[np.float32]) -> Tensor:
+        """float32 [samples] of a whole item -> [num_frames, num_mels]."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaSpecs:
+    """What a checkpoint takes beside text. None: nothing of the kind."""
+
+    pictures: MediaSpec | None = None
+    sound: AudioSpec | None = None
+
+    @property
+    def placeholder_ids(self) -> dict[MediaKind, int]:
+        """Of every kind that is taken."""
+        found: dict[MediaKind, int] = dict(self.pictures.placeholder_ids) if self.pictures else {}
+        return found | ({"audio": self.sound.placeholder_id} if self.sound else {})
+
+
+class PositionRule(Protocol):
+    """Rotary positions of a family."""
+
+    def __call__(self, num_tokens: int, media: Sequence[MediaItem], spans: Sequence[Sequence[Run]]) -> Tensor:
+        """int64 [3, num_tokens]; tokens of a response may follow the prompt's."""
 
 
 class VideoDecoder(Protocol):
@@ -63,10 +140,9 @@ class VideoDecoder(Protocol):
 
 
 class MediaEncoder(Protocol):
-    """The vision tower and projector of a family. No temporal patch may look at another, so that a video can be cut
-    between any two of them."""
+    """The encoders of a family (vision tower, audio tower) with their projectors. No unit of an item may look at
+    another, so that an item can be cut between any two of them."""
 
-    spec: MediaSpec
     dtype: torch.dtype
     device: torch.device
     module: torch.nn.Module
@@ -78,6 +154,10 @@ class MediaEncoder(Protocol):
     """Whether its weights are those of the Hugging Face folder."""
 
     @property
+    def width(self) -> int:
+        """Columns of an embedding: H * (1 + DeepStack levels), the input embedding first."""
+
+    @property
     def is_trained(self) -> bool: ...
 
     def named_weights(self) -> Mapping[str, torch.nn.Parameter]:
@@ -86,30 +166,30 @@ class MediaEncoder(Protocol):
     def fingerprint(self) -> str:
         """sha256 of all that decides what `encode` makes of given frames: weights, dtype, preprocessing."""
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """uint8 [F, 3, height, width], F a multiple of the temporal patch -> embeddings [num_tokens, H]."""
+    def encode(self, frames: Tensor, kind: MediaKind = "video") -> Tensor:
+        """Whole units of an item, uint8 [F, 3, height, width] or of sound float32 [F, mels] -> [num_tokens, width]."""
 
-    def backward(self, frames: Tensor, grad: Tensor) -> None:
-        """Encode the frames again and add what `grad` [num_tokens, H] of their embeddings means for the parameters."""
+    def backward(self, frames: Tensor, grad: Tensor, kind: MediaKind = "video") -> None:
+        """Encode again and add what `grad` [num_tokens, width] of the embeddings means for the parameters."""
 
 
 class EmbeddingStore(Protocol):
-    """Keeps embeddings between steps and runs, in entries of `patches_per_entry` temporal patches."""
+    """Keeps embeddings between steps and runs, in entries of `units_per_entry` units."""
 
-    patches_per_entry: int
+    units_per_entry: int
 
-    def identify(self, videos: Sequence[MediaItem]) -> None:
-        """Called with every video before it is read or written. Collective."""
+    def identify(self, media: Sequence[MediaItem]) -> None:
+        """Called with every item before it is read or written. Collective."""
 
-    def holds(self, video: MediaItem, start: int, stop: int) -> bool:
+    def holds(self, item: MediaItem, start: int, stop: int) -> bool:
         """Whether `read` will find something, unless it is damaged or removed meanwhile."""
 
-    def read(self, video: MediaItem, start: int, stop: int) -> tuple[Tensor | None, int]:
-        """Embeddings of the temporal patches [start, stop), or None where they are not all there; and the number of
-        entries that turned out to be damaged."""
+    def read(self, item: MediaItem, start: int, stop: int) -> tuple[Tensor | None, int]:
+        """Embeddings of the units [start, stop), or None where they are not all there; and the number of entries that
+        turned out to be damaged."""
 
-    def write(self, video: MediaItem, start: int, embeds: Tensor) -> None:
-        """Keep embeddings of temporal patches start, start + 1 ..."""
+    def write(self, item: MediaItem, start: int, stop: int, embeds: Tensor) -> None:
+        """Keep the embeddings of units [start, stop)."""
 
     def trim(self) -> None:
         """Called after the writes of a step. Collective."""
@@ -128,8 +208,8 @@ class StepEncoder(Protocol):
     def encode(self, media: Sequence[MediaItem]) -> dict[str, str]:
         """Encode what is not there yet. Returns {key: reason} of those items that cannot be used."""
 
-    def fetch(self, media: Sequence[MediaItem]) -> dict[str, Tensor]:
-        """{key: [num_tokens, width]} of the items that this rank asks for, in host memory."""
+    def fetch(self, media: Sequence[MediaItem]) -> EncodedMedia:
+        """The whole items that this rank asks for, in host memory."""
 
     def fetch_tokens(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> MediaEmbeds:
         """The runs of tokens [start, stop) that this rank asks for, by item; with gradients where these are wanted."""
@@ -154,18 +234,18 @@ class StepEncoder(Protocol):
 
 
 class ModelProvider(Protocol):
-    """Everything the system asks of a model family; one per package in model_providers/, opened by its registry."""
+    """Everything the system asks of a checkpoint's model family (model_providers/provider.py)."""
 
     shape: TransformerShape
     weight_map: WeightMap
-    video_spec: MediaSpec | None
-    """None, like the three below, for a family that takes no video: rows with one are refused."""
-    video_token_id: int | None
-    image_token_id: int | None
+    specs: MediaSpecs
+    engine: EngineModel
+    """How vLLM opens it; its folder is that of the files."""
+    position_ids: PositionRule
 
     @property
     def forbidden_tokens(self) -> tuple[int, ...]:
-        """Tokens that a sampled response must not contain."""
+        """Tokens that a sampled response must not contain: placeholders, behind which media would be looked for."""
 
     def build_language(
         self, backend: Backend, mesh: ParallelMesh, temperature: float = 1.0, recompute: str = "none"
@@ -175,23 +255,15 @@ class ModelProvider(Protocol):
     def load_language(self, model: LanguageModel | ChunkedStage, mesh: ParallelMesh) -> None:
         """Fill a stage with its part of the Hugging Face weights."""
 
-    def build_vision(
+    def build_encoder(
         self, backend: Backend, device: torch.device, trained: frozenset[VisionPart] = frozenset()
     ) -> MediaEncoder | None:
-        """The tower with its projector, weights loaded; only the parts in `trained` take part in training."""
-
-    def position_ids(self, token_ids: Sequence[int], videos: Sequence[MediaItem]) -> Tensor:
-        """int64 [3, len(token_ids)]."""
-
-    def video_starts(self, token_ids: Sequence[int], videos: Sequence[MediaItem]) -> list[int]:
-        """Index of the first placeholder token of each video."""
-
-    def engine_prompt(self, prompt: Prompt, embeds: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The engine's own input format."""
+        """What encodes media, weights loaded; only the parts in `trained` take part in training. None for a model that
+        takes text only."""
 
 
 class RolloutEngine(Protocol):
-    """Holds the language model only: video arrives as embeddings."""
+    """Holds the language model only: media arrive as embeddings."""
 
     def parameters(self) -> Mapping[str, Tensor]: ...
 
@@ -205,9 +277,7 @@ class RolloutEngine(Protocol):
     def weights_changed(self, version: int) -> None:
         """The parameters now hold the weights of `version`; what its caches computed with others is dropped."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], embeds: Mapping[str, Tensor], sampling: Sampling
-    ) -> list[Completion]: ...
+    def generate(self, prompts: Sequence[Prompt], media: EncodedMedia, sampling: Sampling) -> list[Completion]: ...
 
     def sleep(self) -> None: ...
 

@@ -39,11 +39,12 @@ from megatron_rl.config.schema import (
 from megatron_rl.config.sizes import trainer_grid
 from megatron_rl.media.embedding_store import DiskStore
 from megatron_rl.media.encoder import ParallelEncoder
+from megatron_rl.media.no_media import NoMedia
 from megatron_rl.media.prompt_prefetcher import PromptPrefetcher
 from megatron_rl.observe.metric_log import MetricLog
 from megatron_rl.observe.progress import Progress
 from megatron_rl.observe.quarantine import Quarantine
-from megatron_rl.protocols import MediaEncoder, ModelProvider, PolicyLoss, VideoDecoder
+from megatron_rl.protocols import MediaEncoder, ModelProvider, PolicyLoss, StepEncoder, VideoDecoder
 from megatron_rl.run_state import RunState, SavePlan
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import Backend, choose_backend, define_torchvision_operators
@@ -56,7 +57,7 @@ from megatron_rl.training.answers import AnswerSource
 from megatron_rl.training.policy import Hyperparameters, Policy, Reference
 from megatron_rl.training.token_learner import Objective, PackingSettings, TokenLearner
 from megatron_rl.types import Row, VisionPart
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,7 @@ class Session:
     mesh: ParallelMesh
     provider: ModelProvider
     tokenizer: PreTrainedTokenizerBase
-    encoder: ParallelEncoder
+    encoder: StepEncoder
     prompts: PromptPrefetcher
     policy: Policy
     quarantine: Quarantine
@@ -158,10 +159,8 @@ def open_builder(
 ) -> PromptBuilder:
     return PromptBuilder(
         tokenizer,
-        provider.video_spec,
+        provider.specs,
         decoder,
-        video_placeholder_id=provider.video_token_id,
-        image_placeholder_id=provider.image_token_id,
         format_prompt=data.format_prompt,
         frames=FrameSettings(data.num_frames, data.fps, data.min_frames, data.max_frames, data.frame_rule),
         max_prompt_tokens=data.max_prompt_tokens,
@@ -175,7 +174,7 @@ def open_tower(cfg: CacheConfig, backend: Backend, provider: ModelProvider) -> M
         ("tower", "projector") if cfg.model.train_vision == "all" else (cfg.model.train_vision,)
     )
     trained = frozenset(() if cfg.model.freeze_vision else parts)
-    tower = provider.build_vision(backend, backend.local_device(parallel.local_rank()), trained)
+    tower = provider.build_encoder(backend, backend.local_device(parallel.local_rank()), trained)
     if cfg.model.weights_from and tower is not None:
         checkpoint.load_tower(cfg.model.weights_from, tower)
     return tower
@@ -183,14 +182,17 @@ def open_tower(cfg: CacheConfig, backend: Backend, provider: ModelProvider) -> M
 
 def open_encoder(
     cfg: CacheConfig, tower: MediaEncoder | None, provider: ModelProvider, decoder: VideoDecoder
-) -> ParallelEncoder:
+) -> StepEncoder:
     """What encodes the media of a step, and what their embeddings are kept in."""
-    hidden, store = provider.shape.hidden_size, None
-    if cfg.data.cache_dir and tower is not None:
+    if tower is None:
+        return NoMedia()
+    store = None
+    if cfg.data.cache_dir:
         max_bytes = int(cfg.data.cache_gib * 2**30)
-        store = DiskStore(cfg.data.cache_dir, max_bytes, tower.fingerprint(), tower.dtype, hidden)
-    frames = FramePrefetcher(decoder, cfg.data.prefetch_mib << 20, cfg.data.decode_threads)
-    return ParallelEncoder(tower, frames, hidden, frames_per_chunk=cfg.data.frames_per_chunk, store=store)
+        store = DiskStore(cfg.data.cache_dir, max_bytes, tower.fingerprint(), tower.dtype, tower.width)
+    sound = provider.specs.sound
+    frames = FramePrefetcher(decoder, cfg.data.prefetch_mib << 20, cfg.data.decode_threads, sound)
+    return ParallelEncoder(tower, frames, frames_per_chunk=cfg.data.frames_per_chunk, store=store)
 
 
 def _build_policy(

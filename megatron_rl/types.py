@@ -3,17 +3,22 @@
 
 Shape suffixes used in the whole project:
 T packed tokens of one micro-batch, R response tokens in it, F frames, P prompts, N samples a prompt, V vocabulary,
-H hidden.
+H hidden, width = H * (1 + DeepStack levels): columns of a medium's embeddings.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -22,9 +27,13 @@ FORBIDDEN_BIAS = -100.0
 
 
 DECODED_BYTES = 64 << 20
-"""Of resized frames that are decoded together and go into the vision tower one piece after the other."""
+"""Of resized frames that are decoded together and go into the encoder one chunk after the other."""
+
+MOST_TICKS, NUM_FOR_TICKS = 1_000_000, 16  # the finest clock looked for behind timestamps, and in how many of them
 
 VisionPart = Literal["tower", "projector"]
+MediaKind = Literal["video", "image", "audio"]
+Run = tuple[int, int]  # [start, stop) of tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +90,19 @@ class VideoInfo:
 
 @dataclass(frozen=True, slots=True)
 class MediaItem:
-    """Which frames of a video, at which size, making which tokens: decided once, used by vLLM and by the trainer.
+    """What is taken from a file, and how many tokens it makes: decided once, used by vLLM and by the trainer.
 
-    `key` is the sha256 of everything else, file identity included. `grid_thw` counts patches after the temporal merge:
-    a video gives t*h*w patches and `num_tokens` = t*h*w / merge_size**2 language tokens. An image is a video of one
-    temporal patch whose frames are all that picture, with placeholders of its own.
+    key: sha256 of everything else, file identity included
+    frame_indices, timestamps: which pictures, and their seconds; an image is a video of one temporal patch whose frames
+        are all that picture. Empty for sound.
+    size_hw: to which pictures are resized; of sound, (1, mel bins)
+    grid_thw: patches after the temporal merge; of sound, (units, 1, 1)
+    seconds_per_grid: between two steps of grid_thw[0]
+    span: (start, end) seconds of the file that sound is taken from
+    num_frames: pictures, or columns of the spectrogram
+    An encoder may cut the item between any two units: unit i is frames [i * frames_per_unit, ...) and makes tokens
+    [i * tokens_per_unit, ...); the last unit may be shorter.
+    Example: MediaItem("3fa4", "a.mp4", (0, 10, 20, 30), (0.0, 0.4, 0.8, 1.2), (56, 84), (2, 4, 6), 0.8, 12, 4, 2, 6)
     """
 
     key: str
@@ -96,28 +113,140 @@ class MediaItem:
     grid_thw: tuple[int, int, int]
     seconds_per_grid: float
     num_tokens: int
-    is_image: bool = False
+    num_frames: int
+    frames_per_unit: int
+    tokens_per_unit: int
+    kind: MediaKind = "video"
+    span: tuple[float, float] = (0.0, math.inf)
+
+    @property
+    def num_units(self) -> int:
+        """How many parts an encoder may cut it into; each makes at least one token."""
+        return -(-self.num_tokens // self.tokens_per_unit)
+
+    def tokens_of(self, start: int, stop: int) -> Run:
+        """The tokens that units [start, stop) make."""
+        return start * self.tokens_per_unit, min(stop * self.tokens_per_unit, self.num_tokens)
+
+    def frames_of(self, start: int, stop: int) -> Run:
+        """The frames that units [start, stop) are made from; the last unit has all that are left."""
+        last = self.num_frames if stop >= self.num_units else stop * self.frames_per_unit
+        return start * self.frames_per_unit, last
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled without the length of its tuples."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        times = _times_to_bytes(values.pop("timestamps"))
+        return _item_from_bytes, (values | {"frame_indices": _integers_to_bytes(self.frame_indices)}, times)
+
+
+@dataclass(frozen=True, slots=True)
+class Placeholder:
+    """The tokens of one medium, or of a video and its sound: `spans[i]` are the runs that the tokens of item i fill,
+    ascending; ordinary tokens stand between them."""
+
+    token_ids: tuple[int, ...]
+    spans: tuple[tuple[Run, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedMedia:
+    """Whole items as the engine takes them: `tables[key]` [num_tokens, width] in host memory. `made_by` tells encoders,
+    their versions and what they were shown apart: equal names, equal rows of an item."""
+
+    tables: Mapping[str, Tensor]
+    made_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class MediaEmbeds:
-    """Embeddings of the video tokens that a rank asked for: `tables[key]` [n, H] holds the tokens of `wanted[key]`, its
-    runs [start, stop) one behind the other. `version` is that of the tower that made them."""
+    """Embeddings of the media tokens that a rank asked for: `tables[key]` [n, width] holds the tokens of `wanted[key]`,
+    its runs [start, stop) one behind the other. `version` is that of the encoder that made them."""
 
     tables: Mapping[str, Tensor]
-    wanted: Mapping[str, tuple[tuple[int, int], ...]]
+    wanted: Mapping[str, tuple[Run, ...]]
     version: int
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A tokenized question. `token_ids` holds every placeholder token of every video and image (already
-    expanded); `videos` are both kinds in the order of their tokens."""
+    """A tokenized question. `token_ids` holds every placeholder token of every medium (already expanded).
+
+    `spans[i]`: the runs [start, stop) of `token_ids` that the tokens of `media[i]` fill, ascending. Ordinary tokens
+    (timestamps, newlines) and runs of another item may stand between them. `media` is in the order of first tokens.
+    """
 
     prompt_id: int
     row: Row
     token_ids: tuple[int, ...]
-    videos: tuple[MediaItem, ...]
+    media: tuple[MediaItem, ...] = ()
+    spans: tuple[tuple[Run, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        filled = [sum(stop - start for start, stop in runs) for runs in self.spans]
+        assert filled == [item.num_tokens for item in self.media], f"{self.row.source}: spans {filled} do not fit media"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled in a few KB, however long."""
+        ids, spans = _integers_to_bytes(self.token_ids), [_integers_to_bytes(sum(runs, ())) for runs in self.spans]
+        return _prompt_from_bytes, (self.prompt_id, self.row, ids, self.media, spans)
+
+
+def _integers_to_bytes(values: Sequence[int] | NDArray[np.int64]) -> bytes:
+    """Differences of neighbours, their lowest bytes first, compressed."""
+    steps = np.diff(np.asarray(values, np.int64), prepend=0)
+    return zlib.compress(steps.view(np.uint8).reshape(-1, 8).T.tobytes())
+
+
+def _integers_from_bytes(data: bytes) -> tuple[int, ...]:
+    steps = np.frombuffer(zlib.decompress(data), np.uint8).reshape(8, -1).T.copy().view(np.int64)
+    return tuple(steps.ravel().cumsum().tolist())
+
+
+def _times_to_bytes(times: Sequence[float]) -> tuple[int, bytes, bytes]:
+    """(ticks a second, the nearest tick of each time, by how much its bits differ from those of the time)."""
+    found = {Fraction(time).limit_denominator(MOST_TICKS).denominator for time in times[-NUM_FOR_TICKS:]}
+    rate = math.lcm(*found)
+    rate = rate if rate <= MOST_TICKS else MOST_TICKS
+    exact = np.array(times, np.float64)
+    ticks = (exact * rate).round().astype(np.int64)
+    difference = exact.view(np.int64) - (ticks / rate).view(np.int64)
+    return rate, _integers_to_bytes(ticks), _integers_to_bytes(difference)
+
+
+def _times_from_bytes(rate: int, ticks: bytes, difference: bytes) -> tuple[float, ...]:
+    nearest = np.array(_integers_from_bytes(ticks), np.int64) / rate
+    bits = nearest.view(np.int64) + np.array(_integers_from_bytes(difference), np.int64)
+    return tuple(bits.view(np.float64).tolist())
+
+
+def _item_from_bytes(values: dict[str, Any], times: tuple[int, bytes, bytes]) -> MediaItem:
+    indices = _integers_from_bytes(values["frame_indices"])
+    return MediaItem(**values | {"frame_indices": indices, "timestamps": _times_from_bytes(*times)})
+
+
+def _prompt_from_bytes(
+    prompt_id: int, row: Row, token_ids: bytes, media: tuple[MediaItem, ...], spans: Sequence[bytes]
+) -> Prompt:
+    edges = [_integers_from_bytes(data) for data in spans]
+    runs = tuple(tuple(zip(e[::2], e[1::2], strict=True)) for e in edges)
+    return Prompt(prompt_id, row, _integers_from_bytes(token_ids), media, runs)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineModel:
+    """How vLLM opens a family. `folder`: of the model in the checkpoint's folder, empty where it is the same.
+
+    architecture: vLLM's class, None where config.json names it; overrides: entries of config.json to replace
+    positions: "mrope" where a token has three positions, "plain" where they count up
+    deepstack_levels: how many layers take features of the encoder beside the input embeddings
+    """
+
+    folder: str = ""
+    architecture: str | None = None
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    positions: Literal["mrope", "plain"] = "plain"
+    deepstack_levels: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.media.encoder import EncoderCounts
-from megatron_rl.types import Completion, Group, MediaEmbeds, MediaItem, Prompt, Sampling, SyncReport
+from megatron_rl.types import Completion, EncodedMedia, Group, MediaEmbeds, MediaItem, Prompt, Sampling, SyncReport
 
 
 @dataclass
@@ -31,9 +31,9 @@ class FakeEngine:
     def weights_changed(self, version: int) -> None:
         self.version = version
 
-    def generate(self, prompts: Sequence[Prompt], embeds: Mapping[str, Tensor], sampling: Sampling) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt], media: EncodedMedia, sampling: Sampling) -> list[Completion]:
         assert self.version == sampling.weights_version, "sampled with other weights than the learner's"
-        assert all(item.key in embeds for prompt in prompts for item in prompt.videos)
+        assert all(item.key in media.tables for prompt in prompts for item in prompt.media)
         self.events.append(f"generate {len(prompts)}")
         return [
             Completion(p.prompt_id, i, (7,) * len(text), (-1.0,) * len(text), text, truncated=False)
@@ -109,9 +109,9 @@ class FakeEncoder:
         self.counts.encoded_patches += len(media)
         return {item.key: "cut off" for item in media if item.path in self.broken}
 
-    def fetch(self, media: Sequence[MediaItem]) -> dict[str, Tensor]:
+    def fetch(self, media: Sequence[MediaItem]) -> EncodedMedia:
         assert all(item.key in self.made for item in media)
-        return {item.key: torch.arange(item.num_tokens)[:, None].float() for item in media}
+        return EncodedMedia({item.key: torch.arange(item.num_tokens)[:, None].float() for item in media})
 
     def fetch_tokens(self, wanted: Mapping[str, Sequence[tuple[int, int]]]) -> MediaEmbeds:
         rows = {key: torch.cat([torch.arange(*run) for run in runs])[:, None].float() for key, runs in wanted.items()}

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,12 @@ from megatron_rl.config.schema import (
     SftTrainConfig,
     TrainConfig,
 )
+from megatron_rl.protocols import ModelProvider
 from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_rl.runtime.device import choose_backend
 from megatron_rl.types import MediaItem, Prompt, Row
 from model_providers.hf_checkpoint import canonical_hf_name
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 
 KV_CACHE_BYTES = 8 << 20
 
@@ -81,24 +82,33 @@ def mixed_rows(videos: Path) -> list[Row]:
 
 def slowed_down(prompt: Prompt, seconds_per_grid: float) -> Prompt:
     """The same pictures, so far apart that temporal positions outgrow the spatial ones."""
-    videos = tuple(
-        replace(v, key=f"{v.key}:{seconds_per_grid}", seconds_per_grid=seconds_per_grid) for v in prompt.videos
+    media = tuple(
+        replace(v, key=f"{v.key}:{seconds_per_grid}", seconds_per_grid=seconds_per_grid) for v in prompt.media
     )
-    return replace(prompt, prompt_id=prompt.prompt_id + 1000, videos=videos)
+    return replace(prompt, prompt_id=prompt.prompt_id + 1000, media=media)
 
 
 def text_prompt(prompt_id: int, token_ids: Sequence[int]) -> Prompt:
-    return Prompt(prompt_id, Row(f"text:{prompt_id}", "", ""), tuple(token_ids), ())
+    return Prompt(prompt_id, Row(f"text:{prompt_id}", "", ""), tuple(token_ids))
 
 
 def video_prompt(
-    prompt_id: int, provider: Any, grid_thw: tuple[int, int, int], key: str = "video", seconds_per_grid: float = 1.0
+    prompt_id: int,
+    provider: ModelProvider,
+    grid_thw: tuple[int, int, int],
+    key: str = "video",
+    seconds_per_grid: float = 1.0,
 ) -> Prompt:
     """A prompt around a video that exists as embeddings only."""
-    num_tokens = grid_thw[0] * grid_thw[1] * grid_thw[2] // provider.video_spec.merge_size**2
-    video = MediaItem(key, f"{key}.mp4", (), (), (0, 0), grid_thw, seconds_per_grid, num_tokens)
-    ids = (10, 11, 12, *provider.video_spec.placeholder(num_tokens), 20, 21)
-    return Prompt(prompt_id, Row(f"video:{prompt_id}", "", ""), ids, (video,))
+    spec = provider.specs.pictures
+    assert spec is not None
+    per_unit = spec.tokens_per_unit((grid_thw[1] * spec.patch_size, grid_thw[2] * spec.patch_size))
+    num_tokens, num_frames = grid_thw[0] * per_unit, 2 * grid_thw[0]
+    video = MediaItem(
+        key, f"{key}.mp4", (), (), (0, 0), grid_thw, seconds_per_grid, num_tokens, num_frames, 2, per_unit
+    )
+    ids = (10, 11, 12, *spec.placeholder(video).token_ids, 20, 21)
+    return Prompt(prompt_id, Row(f"video:{prompt_id}", "", ""), ids, (video,), (((3, 3 + num_tokens),),))
 
 
 def join_world() -> None:
@@ -110,14 +120,13 @@ def open_plain_engine(
     folder: Path,
     tensor: int = 1,
     max_model_len: int = 256,
-    engine_prompt: Callable[..., dict[str, Any]] | None = None,
     eos_token_ids: Sequence[int] = (),
 ) -> VllmEngine:
     """An engine with vLLM's random start weights and no trainer beside it."""
     join_world()
     provider = open_provider(folder)
     settings = EngineSettings(
-        folder=str(folder),
+        model=provider.engine,
         tensor=tensor,
         max_model_len=max_model_len,
         max_num_seqs=32,
@@ -130,7 +139,7 @@ def open_plain_engine(
         choose_backend("cpu", "float32"),
         provider.forbidden_tokens,
         eos_token_ids,
-        engine_prompt or provider.engine_prompt,
+        provider.position_ids,
         lambda ids: " ".join(map(str, ids)),
     )
 

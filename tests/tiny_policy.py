@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.protocols import ModelProvider
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
 from megatron_rl.runtime.grid import Grid
@@ -23,8 +24,7 @@ from megatron_rl.training.batch import ScoredBatch, pack
 from megatron_rl.training.microbatch import MicroBatch
 from megatron_rl.training.policy import Hyperparameters, Policy
 from megatron_rl.types import MediaItem, Prompt, Row, TrainSample
-from model_providers.qwen2_5_vl.provider import Qwen2_5_VL
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 
 BACKEND = choose_backend("cpu", "float32")
 NO_CLIPPING = 1e9
@@ -42,28 +42,30 @@ def video(key: str, grid_thw: tuple[int, int, int], seconds_per_grid: float = 1.
     t, h, w = grid_thw
     times = tuple(i * seconds_per_grid / 2 for i in range(2 * t))
     num_tokens = t * h * w // MERGE**2
-    return MediaItem(
-        key, f"{key}.mp4", tuple(range(2 * t)), times, (14 * h, 14 * w), grid_thw, seconds_per_grid, num_tokens
-    )
+    frames, size = tuple(range(2 * t)), (14 * h, 14 * w)
+    per_unit = num_tokens // t
+    return MediaItem(key, f"{key}.mp4", frames, times, size, grid_thw, seconds_per_grid, num_tokens, 2 * t, 2, per_unit)
 
 
 def sample(
-    provider: Qwen2_5_VL, seed: int, num_text: int, num_response: int, videos: Sequence[MediaItem] = ()
+    provider: ModelProvider, seed: int, num_text: int, num_response: int, videos: Sequence[MediaItem] = ()
 ) -> TrainSample:
     """`num_text` random tokens before the first video, and two between videos and after the last."""
     rng = random.Random(seed)
     tokens = [rng.randrange(256) for _ in range(num_text)]
+    spans = []
     for clip in videos:
-        tokens += [provider.video_token_id] * clip.num_tokens + [rng.randrange(256) for _ in range(2)]
+        spans.append(((len(tokens), len(tokens) + clip.num_tokens),))
+        tokens += [provider.specs.placeholder_ids["video"]] * clip.num_tokens + [rng.randrange(256) for _ in range(2)]
     return TrainSample(
-        prompt=Prompt(seed, Row(f"made:{seed}", "", ""), tuple(tokens), tuple(videos)),
+        prompt=Prompt(seed, Row(f"made:{seed}", "", ""), tuple(tokens), tuple(videos), tuple(spans)),
         response_ids=tuple(rng.randrange(256) for _ in range(num_response)),
         rollout_logprobs=tuple(rng.uniform(-6.5, -5.0) for _ in range(num_response)),
         weight=rng.uniform(0.5, 1.5),
     )
 
 
-def mixed_samples(provider: Qwen2_5_VL) -> list[TrainSample]:
+def mixed_samples(provider: ModelProvider) -> list[TrainSample]:
     """Text only, one video, two videos of different grids; all of different lengths."""
     near, far = video("near", (2, 4, 4)), video("far", (5, 4, 6), seconds_per_grid=3.3)
     return [
@@ -75,7 +77,7 @@ def mixed_samples(provider: Qwen2_5_VL) -> list[TrainSample]:
     ]
 
 
-def grouped_samples(provider: Qwen2_5_VL) -> list[list[TrainSample]]:
+def grouped_samples(provider: ModelProvider) -> list[list[TrainSample]]:
     """Groups of one prompt each: one long video with five responses, text with three, two videos with two, and a single
     sample; responses of different lengths."""
     near, far, long = video("near", (2, 4, 4)), video("far", (5, 4, 6), seconds_per_grid=3.3), video("long", (16, 4, 8))
@@ -91,7 +93,7 @@ def grouped_samples(provider: Qwen2_5_VL) -> list[list[TrainSample]]:
 
 def random_embeds(samples: Iterable[TrainSample]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    videos = {v.key: v for s in samples for v in s.prompt.videos}
+    videos = {v.key: v for s in samples for v in s.prompt.media}
     return {key: torch.randn(v.num_tokens, HIDDEN, generator=generator) for key, v in sorted(videos.items())}
 
 
@@ -99,7 +101,7 @@ def random_embeds(samples: Iterable[TrainSample]) -> dict[str, Tensor]:
 class Trainer:
     """A policy on this rank and what it takes to feed it."""
 
-    provider: Qwen2_5_VL
+    provider: ModelProvider
     mesh: ParallelMesh
     policy: Policy
 
@@ -189,7 +191,7 @@ def _pieces(trainer: Trainer, tensors: Mapping[str, Tensor]) -> list[Piece]:
     return pieces
 
 
-def assemble(provider: Qwen2_5_VL, ranks: Iterable[Iterable[Piece]], atol: float = 1e-6) -> dict[str, Tensor]:
+def assemble(provider: ModelProvider, ranks: Iterable[Iterable[Piece]], atol: float = 1e-6) -> dict[str, Tensor]:
     """Full tensors by Hugging Face name. Every element must be there; where ranks hold copies, they must agree."""
     full: dict[str, Tensor] = {}
     for name, rows, cols, values in (piece for rank in ranks for piece in rank):

@@ -40,7 +40,6 @@ def open_cache(
 ) -> ParallelEncoder:
     """Over `folder`'s tower, in chunks so small that the samples of tiny_policy take several."""
     provider = tp.open_provider(folder)
-    tower = provider.build_vision(tp.BACKEND, torch.device("cpu"), trained)
-    return ParallelEncoder(
-        tower, FramePrefetcher(MadeFrames(), 0), provider.shape.hidden_size, frames_per_chunk=frames_per_chunk
-    )
+    encoder = provider.build_encoder(tp.BACKEND, torch.device("cpu"), trained)
+    assert encoder is not None
+    return ParallelEncoder(encoder, FramePrefetcher(MadeFrames(), 0), frames_per_chunk=frames_per_chunk)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row -> Prompt: the question in the chat template, every video token in its place, the frames of every video chosen.
+"""Row -> Prompt: the question in the chat template, every media token in its place, the frames of every video chosen.
 
 Nothing is decoded here; a demux pass tells enough. What cannot become a prompt raises BadSample with the reason.
 """
@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 import jinja2.meta
@@ -21,13 +22,13 @@ from data.rows.manifest import Manifest
 from data.video.frames import FrameSettings, choose_frames, seconds_per_grid
 from data.video.images import probe_image
 from megatron_rl.errors import BadSample, VideoDecodeError, raise_all
-from megatron_rl.protocols import MediaSpec, VideoDecoder
-from megatron_rl.types import MediaItem, Prompt, Row, VideoInfo
+from megatron_rl.protocols import MediaSpec, MediaSpecs, VideoDecoder
+from megatron_rl.types import MediaItem, MediaKind, Placeholder, Prompt, Row, Run, VideoInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARKERS = {"<image>": "image", "<video>": "video"}
+_MARKERS: dict[str, MediaKind] = {"<image>": "image", "<video>": "video", "<audio>": "audio"}
 
 
 class PromptBuilder:
@@ -36,25 +37,23 @@ class PromptBuilder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        spec: MediaSpec | None,
+        specs: MediaSpecs,
         decoder: VideoDecoder,
         *,
-        video_placeholder_id: int | None,
-        image_placeholder_id: int | None = None,
         format_prompt: str = "",
         frames: FrameSettings,
         max_prompt_tokens: int,
         manifest: Manifest | None = None,
     ):
-        problems = frames.problems(spec.temporal_patch_size) if spec else []
+        problems = frames.problems(specs.pictures.temporal_patch_size) if specs.pictures else []
         if not tokenizer.chat_template:
             problems.append("model.hf: the tokenizer has no chat template; use an instruction-tuned checkpoint")
         if format_prompt:
             problems += template_problems(format_prompt)
         raise_all(problems, "prompts")
-        self._placeholder_ids = {"video": video_placeholder_id, "image": image_placeholder_id}
+        self._placeholder_ids = specs.placeholder_ids
         self._tokenizer = tokenizer
-        self._spec = spec
+        self._specs = specs
         self._decoder = decoder
         self._template = _template(format_prompt)
         self._frames = frames
@@ -63,124 +62,213 @@ class PromptBuilder:
         self._special = sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
 
     def build(self, prompt_id: int, row: Row) -> Prompt:
-        """The prompt of one row. Raises BadSample; the reason names the video if it is one's fault."""
-        if (row.videos or row.images) and self._spec is None:
-            first = (*row.videos, *row.images)[0]
-            raise BadSample(row.source, f"{first}: this model takes no video and no image; use a model that does")
-        if row.audios:
-            raise BadSample(row.source, f"{row.audios[0]}: no model family here takes sound yet; leave out `audios`")
-        ids, kinds = self._tokenize(row)
-        paths = {"video": iter(row.videos), "image": iter(row.images)}
-        videos = tuple(self._artifact(row, next(paths[kind]), is_image=kind == "image") for kind in kinds)
-        ids = self._expand(ids, videos)
-        if len(ids) > self._max_prompt_tokens:
-            num_video = sum(video.num_tokens for video in videos)
+        """The prompt of one row. Raises BadSample; the reason names the file if it is one's fault."""
+        self._refuse_unknown_media(row)
+        apart, joined = self._sounds(row)
+        ids, kinds = self._tokenize(row, apart)
+        paths = {"video": iter(row.videos), "image": iter(row.images), "audio": iter(apart)}
+        groups = [self._group(row, next(paths[kind]), kind, joined) for kind in kinds]
+        prompt = self._expand(prompt_id, row, ids, groups)
+        if len(prompt.token_ids) > self._max_prompt_tokens:
+            num_media = sum(item.num_tokens for item in prompt.media)
             raise BadSample(
                 row.source,
-                f"prompt of {len(ids)} tokens ({num_video} of them video or image) is over "
+                f"prompt of {len(prompt.token_ids)} tokens ({num_media} of them {_named(prompt.media)}) is over "
                 f"data.max_prompt_tokens={self._max_prompt_tokens}",
                 "overlong",
             )
-        return Prompt(prompt_id, row, ids, videos)
+        return prompt
 
-    def _tokenize(self, row: Row) -> tuple[list[int], list[str]]:
-        """Token ids with one placeholder for each video and image, and which is which."""
+    def _refuse_unknown_media(self, row: Row) -> None:
+        if (row.videos or row.images) and self._specs.pictures is None:
+            first = (*row.videos, *row.images)[0]
+            raise BadSample(row.source, f"{first}: this model takes no video and no image; use a model that does")
+        for kind, paths in (("video", row.videos), ("image", row.images)):
+            if paths and kind not in self._placeholder_ids:
+                raise BadSample(row.source, f"{paths[0]}: this model takes no {kind}; use a model that does")
+        if row.audios and self._specs.sound is None:
+            raise BadSample(row.source, f"{row.audios[0]}: no model family here takes sound yet; leave out `audios`")
+
+    def _sounds(self, row: Row) -> tuple[tuple[str, ...], frozenset[str]]:
+        """(sounds that stand in the prompt by themselves, those that stand among the tokens of the same video)."""
+        sound = self._specs.sound
+        joined = frozenset(row.audios).intersection(row.videos if sound and sound.joins_video else ())
+        return tuple(path for path in row.audios if path not in joined), joined
+
+    def _tokenize(self, row: Row, audios: Sequence[str]) -> tuple[list[int], list[MediaKind]]:
+        """Token ids with one placeholder for each medium, and the kinds of these."""
         text = self._template.render(content=row.problem) if self._template else row.problem
         for token in self._special:
             if token in text:
                 raise BadSample(row.source, f"the text contains {token}, a control token of the model")
-        content = _content(row, text)
-        messages = [{"role": "user", "content": content}]
-        ids = self._tokenizer.apply_chat_template(
+        files: dict[MediaKind, Sequence[str]] = {"image": row.images, "video": row.videos}
+        content = _content(row.source, text, files | ({"audio": audios} if self._specs.sound else {}))
+        messages: Any = [{"role": "user", "content": content}]  # transformers types contents as text only
+        made = self._tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        kinds = [part["type"] for part in content if part["type"] != "text"] if isinstance(content, list) else []
-        for kind, token_id in self._placeholder_ids.items():
-            found, wanted = ids.count(token_id), kinds.count(kind)
+        ids = cast("list[int]", made)  # one conversation, tokenized
+        parts = [part["type"] for part in content] if isinstance(content, list) else []
+        kinds = [kind for part in parts for kind in _MARKERS.values() if kind == part]
+        for token_id in dict.fromkeys(self._placeholder_ids.values()):
+            names = [kind for kind, own in self._placeholder_ids.items() if own == token_id]
+            found, wanted = ids.count(token_id), sum(kind in names for kind in kinds)
             if found != wanted:
+                name = "/".join(names)
                 raise ValueError(
-                    f"model.hf: the chat template wrote {found} {kind} placeholders (token {token_id}) for {wanted} "
-                    f"{kind}s; use the template that belongs to the model"
+                    f"model.hf: the chat template wrote {found} {name} placeholders (token {token_id}) for {wanted} "
+                    f"{name}s; use the template that belongs to the model"
                 )
         return ids, kinds
 
-    def _expand(self, ids: Sequence[int], videos: Sequence[MediaItem]) -> tuple[int, ...]:
-        """Each placeholder becomes all tokens of its video or image."""
+    def _expand(self, prompt_id: int, row: Row, ids: Sequence[int], groups: Sequence[Sequence[MediaItem]]) -> Prompt:
+        """Each placeholder becomes all tokens of its medium, or of its video and the sound of that."""
         expanded: list[int] = []
-        remaining = iter(videos)
+        placed: list[tuple[MediaItem, tuple[Run, ...]]] = []
+        remaining = iter(groups)
         for token in ids:
-            if videos and token in self._placeholder_ids.values():
-                video = next(remaining)
-                expanded += self._spec.placeholder(video.num_tokens, video.is_image)
-            else:
+            if not groups or token not in self._placeholder_ids.values():
                 expanded.append(token)
-        return tuple(expanded)
+                continue
+            items, at = next(remaining), len(expanded)
+            made = self._placeholder(items)
+            shifted = [tuple((at + start, at + stop) for start, stop in runs) for runs in made.spans]
+            placed += sorted(zip(items, shifted, strict=True), key=lambda pair: pair[1])
+            expanded += made.token_ids
+        media, spans = tuple(item for item, _ in placed), tuple(runs for _, runs in placed)
+        return Prompt(prompt_id, row, tuple(expanded), media, spans)
 
-    def _artifact(self, row: Row, path: str, is_image: bool) -> MediaItem:
-        try:
-            if self._manifest:
-                self._manifest.check(path)
-            info = probe_image(path) if is_image else self._decoder.probe(path)
-            stat = os.stat(path)
-            file = stat.st_size, stat.st_mtime_ns
-        except VideoDecodeError as error:
-            raise BadSample(row.source, f"{path}: {error.reason}", "media") from error
-        except OSError as error:
-            raise BadSample(row.source, f"{path}: {error.strerror}", "media") from error
-        spec = self._spec
-        if is_image:
-            return self._describe(row, info, (0,) * spec.temporal_patch_size, file, is_image)
+    def _placeholder(self, items: Sequence[MediaItem]) -> Placeholder:
+        first, *sound = items
+        if first.kind == "audio":
+            assert self._specs.sound is not None, "refused before"
+            return self._specs.sound.placeholder(first)
+        assert self._specs.pictures is not None, "refused before"
+        return self._specs.pictures.placeholder(first, *sound)
+
+    def _group(self, row: Row, path: str, kind: MediaKind, joined: Collection[str]) -> tuple[MediaItem, ...]:
+        """The items behind one placeholder: the medium and, of a video, the sound that is joined to it."""
+        if kind == "audio":
+            return (self._hear(row, path),)
+        picture = self._look(row, path, kind)
+        return (picture, self._hear(row, path)) if kind == "video" and path in joined else (picture,)
+
+    def _look(self, row: Row, path: str, kind: MediaKind) -> MediaItem:
+        spec = self._specs.pictures
+        assert spec is not None, "refused before"
+        with self._reading(row, path):
+            info = probe_image(path) if kind == "image" else self._decoder.probe(path)
+            file = _file_identity(path)
+        if kind == "image":
+            return _picture(row, info, (0,) * spec.temporal_patch_size, file, kind, spec)
         try:
             indices = choose_frames(info, self._frames, spec.temporal_patch_size, spec.frame_family, row.span)
         except ValueError as error:  # a range in which the video shows nothing
             raise BadSample(row.source, f"{path}: {error}") from error
-        return self._describe(row, info, indices, file, is_image)
+        return _picture(row, info, indices, file, kind, spec)
 
-    def _describe(
-        self, row: Row, info: VideoInfo, indices: tuple[int, ...], file_identity: tuple[int, int], is_image: bool
-    ) -> MediaItem:
-        spec = self._spec
-        try:
-            size_hw = spec.size_hw(len(indices), info.height, info.width)
-        except ValueError as error:  # such as a picture 300 times wider than high
-            raise BadSample(row.source, f"{info.path}: {info.width}x{info.height}: {error}") from error
-        grid = (len(indices) // spec.temporal_patch_size, size_hw[0] // spec.patch_size, size_hw[1] // spec.patch_size)
-        assert size_hw == (grid[1] * spec.patch_size, grid[2] * spec.patch_size)
-        assert grid[1] % spec.merge_size == 0 and grid[2] % spec.merge_size == 0
-        path = os.path.abspath(info.path)
-        seconds = seconds_per_grid(info, indices, spec.temporal_patch_size)
-        identity = [path, *file_identity, indices, size_hw, grid, seconds, is_image]
+    def _hear(self, row: Row, path: str) -> MediaItem:
+        from data.audio import decode_audio  # with PyAV: a recipe is checked without
+
+        spec = self._specs.sound
+        assert spec is not None, "refused before"
+        with self._reading(row, path):
+            num_samples = len(decode_audio(path, row.span, spec.rate))
+            file = _file_identity(path)
+        num_frames = spec.num_frames(num_samples)
+        num_tokens = spec.num_tokens(num_frames)
+        if not num_tokens:
+            raise BadSample(row.source, f"{path}: {num_samples} samples of sound are too few for a token", "media")
+        path = os.path.abspath(path)
+        identity = [path, *file, row.span, num_frames, num_tokens, "audio"]
         return MediaItem(
             key=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
             path=path,
-            frame_indices=indices,
-            timestamps=tuple(info.timestamps[index] for index in indices),
-            size_hw=size_hw,
-            grid_thw=grid,
-            seconds_per_grid=seconds,
-            num_tokens=grid[0] * grid[1] * grid[2] // spec.merge_size**2,
-            is_image=is_image,
+            frame_indices=(),
+            timestamps=(),
+            size_hw=(1, spec.num_mels),
+            grid_thw=(-(-num_tokens // spec.tokens_per_unit), 1, 1),
+            seconds_per_grid=0.0,
+            num_tokens=num_tokens,
+            num_frames=num_frames,
+            frames_per_unit=spec.frames_per_unit,
+            tokens_per_unit=spec.tokens_per_unit,
+            kind="audio",
+            span=row.span,
         )
 
+    @contextmanager
+    def _reading(self, row: Row, path: str) -> Iterator[None]:
+        """What is wrong with the file, in the manifest or in the block, becomes a BadSample."""
+        try:
+            if self._manifest:
+                self._manifest.check(path)
+            yield
+        except VideoDecodeError as error:
+            raise BadSample(row.source, f"{path}: {error.reason}", "media") from error
+        except OSError as error:
+            raise BadSample(row.source, f"{path}: {error.strerror}", "media") from error
 
-def _content(row: Row, text: str) -> str | list[dict[str, str]]:
-    """The user's turn. `<video>` and `<image>` in the text say where these go; a kind without markers goes first.
 
-    With neither it is a plain string: templates of text-only models know nothing else.
+def _file_identity(path: str) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _picture(
+    row: Row, info: VideoInfo, indices: tuple[int, ...], file: tuple[int, int], kind: MediaKind, spec: MediaSpec
+) -> MediaItem:
+    """A video or an image, of which the pictures `indices` are taken."""
+    try:
+        size_hw = spec.size_hw(len(indices), info.height, info.width)
+    except ValueError as error:  # such as a picture 300 times wider than high
+        raise BadSample(row.source, f"{info.path}: {info.width}x{info.height}: {error}") from error
+    grid = (len(indices) // spec.temporal_patch_size, size_hw[0] // spec.patch_size, size_hw[1] // spec.patch_size)
+    assert size_hw == (grid[1] * spec.patch_size, grid[2] * spec.patch_size)
+    path = os.path.abspath(info.path)
+    seconds = seconds_per_grid(info, indices, spec.temporal_patch_size)
+    identity = [path, *file, indices, size_hw, grid, seconds, kind]
+    per_unit = spec.tokens_per_unit(size_hw)
+    return MediaItem(
+        key=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        path=path,
+        frame_indices=indices,
+        timestamps=tuple(info.timestamps[index] for index in indices),
+        size_hw=size_hw,
+        grid_thw=grid,
+        seconds_per_grid=seconds,
+        num_tokens=grid[0] * per_unit,
+        num_frames=len(indices),
+        frames_per_unit=spec.temporal_patch_size,
+        tokens_per_unit=per_unit,
+        kind=kind,
+    )
+
+
+def _named(media: Sequence[MediaItem]) -> str:
+    return "video, image or sound" if any(item.kind == "audio" for item in media) else "video or image"
+
+
+def _content(source: str, text: str, files: Mapping[MediaKind, Sequence[str]]) -> str | list[dict[str, str]]:
+    """The user's turn. Markers such as `<video>` in the text say where media of `files` go; a kind without markers goes
+    first.
+
+    Without media it is a plain string: templates of text-only models know nothing else.
     """
     content: list[dict[str, str]] = []
-    for marker, kind in _MARKERS.items():
-        num_markers, num_files = text.count(marker), len(row.images if kind == "image" else row.videos)
+    markers = {marker: kind for marker, kind in _MARKERS.items() if kind in files}
+    for marker, kind in markers.items():
+        num_markers, num_files = text.count(marker), len(files[kind])
         if num_markers and num_markers != num_files:
-            raise BadSample(row.source, f"{num_markers} {marker} markers in the text for {num_files} {kind}s")
+            raise BadSample(source, f"{num_markers} {marker} markers in the text for {num_files} {kind}s")
         if not num_markers:
             content += [{"type": kind}] * num_files
-    for piece in re.split("(<image>|<video>)", text):
-        if piece in _MARKERS:
-            content.append({"type": _MARKERS[piece]})
-        elif piece:
-            content.append({"type": "text", "text": piece})
-    return content if row.videos or row.images else text
+    for part in re.split(f"({'|'.join(markers)})", text):
+        if part in markers:
+            content.append({"type": markers[part]})
+        elif part:
+            content.append({"type": "text", "text": part})
+    return content if any(files.values()) else text
 
 
 def _template(path: str) -> jinja2.Template | None:

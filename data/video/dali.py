@@ -14,8 +14,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali import Pipeline, fn, pipeline_def
 from nvidia.dali.data_node import DataNode
+from nvidia.dali.types import DALIDataType, DALIInterpType
 
 from data.video.clip import Clip, clip_parts, cut_clip
 from data.video.gop_plan import plan_runs
@@ -31,13 +32,13 @@ _LUMA = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 
 
 @pipeline_def
 def _frames_pipeline(on_gpu: bool) -> DataNode:
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    positions = fn.external_source(name="positions", dtype=types.INT32, ndim=1)
-    size_hw = fn.external_source(name="size_hw", dtype=types.FLOAT, ndim=1)
+    encoded = fn.external_source(name="encoded", dtype=DALIDataType.UINT8, ndim=1)
+    positions = fn.external_source(name="positions", dtype=DALIDataType.INT32, ndim=1)
+    size_hw = fn.external_source(name="size_hw", dtype=DALIDataType.FLOAT, ndim=1)
     # pad_mode "none": an index past the end is an error; by default it would be a black frame.
     video = fn.decoders.video(encoded, device="mixed" if on_gpu else "cpu", frames=positions, pad_mode="none")
-    video = fn.resize(video, size=size_hw, interp_type=types.INTERP_CUBIC, antialias=True)
-    return fn.transpose(video, perm=[0, 3, 1, 2])
+    resized: DataNode = fn.resize(video, size=size_hw, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
+    return fn.transpose(resized, perm=[0, 3, 1, 2])
 
 
 class DaliVideoDecoder:

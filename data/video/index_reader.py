@@ -7,10 +7,10 @@ Only one keyframe is decoded. Files whose packets have no usable timestamps are 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import av
 import numpy as np
@@ -50,7 +50,7 @@ def demux(container: av.container.InputContainer, stream: av.stream.Stream) -> I
     goes through all streams of libavformat, and has objects only for those of the header. And a generator of PyAV that
     is dropped half-way without being closed keeps a few hundred bytes for good.
     """
-    with closing(container.demux(stream)) as packets:
+    with closing(cast("Generator[av.Packet]", container.demux(stream))) as packets:
         while True:
             try:
                 packet = next(packets, None)

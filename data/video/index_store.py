@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -42,11 +43,11 @@ class IndexStore:
         """The index of `path` as it was in `state` (size, mtime_ns); None where there is no sound entry."""
         try:
             with np.load(self._entry(path, state), allow_pickle=False) as entry:
-                about = json.loads(str(entry["about"]))
+                about: dict[str, Any] = json.loads(str(entry["about"]))
                 about["display"] = tuple(about["display"])
                 # Differences take a tenth of the room.
-                numbers = {name: np.cumsum(entry[name]) for name in _NUMBERS}
-                return VideoIndex(path=path, **about, **numbers, **{name: entry[name] for name in _FLAGS})
+                about |= {name: np.cumsum(entry[name]) for name in _NUMBERS}
+                return VideoIndex(path=path, **about, **{name: entry[name] for name in _FLAGS})
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
             return None
         except RuntimeError:  # a flipped bit calls the entry encrypted, or packed in a way that is not known
@@ -58,7 +59,7 @@ class IndexStore:
         arrays |= {name: np.diff(getattr(index, name), prepend=0) for name in _NUMBERS}
         arrays |= {name: getattr(index, name) for name in _FLAGS}
         content = io.BytesIO()
-        np.savez_compressed(content, **arrays)
+        np.savez_compressed(content, allow_pickle=False, **arrays)
         try:
             write_atomically(self._entry(index.path, state), content.getvalue())
         except OSError as error:

@@ -7,7 +7,6 @@ Everything that can be known before a GPU is touched is said here, in one messag
 from __future__ import annotations
 
 import fnmatch
-import json
 import netrc
 import os
 from collections.abc import Callable, Iterator
@@ -25,8 +24,8 @@ from megatron_rl.config.sizes import rank_problems, size_problems, trainer_grid
 from megatron_rl.errors import raise_all
 from megatron_rl.rewards.registry import load_reward
 from megatron_rl.runtime.grid import Grid
+from model_providers.family import Config, read_config, shape_and_weights, text_section
 from model_providers.shape import TransformerShape
-from model_providers.tables import TABLES
 
 Job = Literal["rl", "sft", "cache"]
 
@@ -212,16 +211,12 @@ def _files(cfg: JobConfig, job: Job) -> Iterator[str]:
 
 
 def _model(cfg: JobConfig, job: Job) -> Iterator[str]:
-    path = Path(cfg.model.hf) / "config.json"
-    if not path.is_file():
-        yield _problem(cfg, "model.hf", "has no config.json; give the folder of a Hugging Face checkpoint")
-        return
     try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
+        hf = read_config(cfg.model.hf)
     except ValueError as error:
-        yield _problem(cfg, "model.hf", f"config.json is not readable ({error}); download it again")
+        yield str(error)
         return
-    text = hf.get("text_config", hf) if isinstance(hf, dict) else {}
+    text = text_section(hf)
     keys = "num_attention_heads num_hidden_layers hidden_size intermediate_size max_position_embeddings".split()
     missing = [key for key in keys if not isinstance(text.get(key), int)]
     if missing:
@@ -236,21 +231,14 @@ def _model(cfg: JobConfig, job: Job) -> Iterator[str]:
         yield from FrameSettings(cfg.data.num_frames).problems(patch)
 
 
-def _fits_provider(cfg: JobConfig, hf: dict[str, Any], job: Job) -> Iterator[str]:
+def _fits_provider(cfg: JobConfig, hf: Config, job: Job) -> Iterator[str]:
     """What the model's own weight table has to say."""
-    if hf.get("model_type") not in TABLES:
-        yield _problem(cfg, "model.hf", f"no provider for model_type={hf.get('model_type')}; one of {sorted(TABLES)}")
-        return
-    shape_of, weight_map = TABLES[hf["model_type"]]
     try:
-        shape = shape_of(hf)
-        names = list(weight_map(shape).entries)
-    except KeyError as error:
-        yield _problem(cfg, "model.hf", f"config.json lacks {error}; download it again")
+        shape, weights = shape_and_weights(hf, cfg.model.hf)
+    except ValueError as error:  # one problem, or several below a heading
+        yield from str(error).splitlines()[1:] or [str(error)]
         return
-    except ValueError as error:
-        yield from str(error).splitlines()[1:]
-        return
+    names = list(weights.entries)
     yield from _fits_sizes(cfg, shape, job)
     for pattern in cfg.model.freeze:
         if not fnmatch.filter(names, pattern):

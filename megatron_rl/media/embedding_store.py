@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Video embeddings on disk, shared by steps and by runs, also by runs at the same time.
+"""Media embeddings on disk, shared by steps and by runs, also by runs at the same time.
 
-    <folder>/3f/3fa4....safetensors     8 temporal patches of a video: embeds [n, H], seal [32]
-    <folder>/files/91c0....json         sha256 of a video file, as long as it is the same file
+    <folder>/3f/3fa4....safetensors     8 units of an item: embeds [n, width], seal [32]
+    <folder>/files/91c0....json         sha256 of a media file, as long as it is the same file
 
 An entry is named by everything that decides what is in it: the content of the file, the frames, their size, and the
-tower (weights, dtype, preprocessing). So an entry of other weights, or of a file that has changed, is never looked for.
-One that is damaged, or that lies under a name not its own, is not used and is written anew. Files appear complete or
+encoder (weights, dtype, preprocessing). So an entry of other weights, or of a changed file, is never looked for. One
+that is damaged, or that lies under a name not its own, is not used and is written anew. Files appear complete or
 not at all; the entries used longest ago go first when the folder outgrows its bound.
 """
 
@@ -32,7 +32,7 @@ from megatron_rl.runtime.parallel import local_rank
 from megatron_rl.types import MediaItem
 
 FORMAT = 2
-PATCHES_PER_ENTRY = 8
+UNITS_PER_ENTRY = 8
 SCAN_FRACTION = 0.01  # of the bound: how much a process writes before it looks at the folder again
 ABANDONED_SECONDS = 3600.0  # a partial file that old belongs to nobody
 SETTLED_NS = 2_000_000_000  # a file changed this recently may change again without its times telling
@@ -49,15 +49,15 @@ class _Content:
 class DiskStore:
     """Entries in `folder`, at most `max_bytes` of them (protocol EmbeddingStore).
 
-    `tower_id` names the tower: its fingerprint. The bound may be exceeded by what the running jobs write between two
+    `encoder_id` is the encoder's fingerprint. The bound may be exceeded by what the running jobs write between two
     looks at the folder, 1 % of it each.
     """
 
-    patches_per_entry = PATCHES_PER_ENTRY
+    units_per_entry = UNITS_PER_ENTRY
 
-    def __init__(self, folder: str | Path, max_bytes: int, tower_id: str, dtype: torch.dtype, hidden_size: int):
-        self.folder, self._max_bytes, self._tower_id = Path(folder), max_bytes, tower_id
-        self._dtype, self._hidden = dtype, hidden_size
+    def __init__(self, folder: str | Path, max_bytes: int, encoder_id: str, dtype: torch.dtype, width: int):
+        self.folder, self._max_bytes, self._encoder_id = Path(folder), max_bytes, encoder_id
+        self._dtype, self._width = dtype, width
         self._content: dict[str, _Content] = {}
         self._unseen_bytes = 0.0
         try:
@@ -65,43 +65,44 @@ class DiskStore:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def identify(self, videos: Sequence[MediaItem]) -> None:
+    def identify(self, media: Sequence[MediaItem]) -> None:
         """Find out what is in the files: each is read by one rank, unless it is known and unchanged. Collective."""
         rank, world = dist.get_rank(), dist.get_world_size()
-        mine = {v.key: self._content_of(v.path, self._content.get(v.key)) for v in videos[rank::world]}
+        mine = {m.key: self._content_of(m.path, self._content.get(m.key)) for m in media[rank::world]}
         everyone: list[dict[str, _Content | None]] = [{} for _ in range(world)]
         dist.all_gather_object(everyone, mine)
         found = {key: content for part in everyone for key, content in part.items()}
         self._content = {key: content for key, content in (self._content | found).items() if content is not None}
 
-    def holds(self, video: MediaItem, start: int, stop: int) -> bool:
-        """Whether there is an entry for all of the temporal patches [start, stop), whole or damaged."""
-        content = self._content.get(video.key)
+    def holds(self, item: MediaItem, start: int, stop: int) -> bool:
+        """Whether there is an entry for all of the units [start, stop), whole or damaged."""
+        content = self._content.get(item.key)
         return content is not None and all(
-            self._path(self._key(video, content, *entry)).exists() for entry in _entries(start, stop)
+            self._path(self._key(item, content, *entry)).exists() for entry in _entries(start, stop)
         )
 
-    def read(self, video: MediaItem, start: int, stop: int) -> tuple[Tensor | None, int]:
-        """Embeddings of the temporal patches [start, stop), and how many entries were there but damaged."""
+    def read(self, item: MediaItem, start: int, stop: int) -> tuple[Tensor | None, int]:
+        """Embeddings of the units [start, stop), and how many entries were there but damaged."""
         parts, num_damaged = [], 0
         for first, last in _entries(start, stop):
-            found, is_damaged = self._read_entry(video, first, last)
+            found, is_damaged = self._read_entry(item, first, last)
             num_damaged += is_damaged
             if found is not None:
                 parts.append(found)
         complete = len(parts) == len(list(_entries(start, stop)))
         return torch.cat(parts) if complete else None, num_damaged
 
-    def write(self, video: MediaItem, start: int, embeds: Tensor) -> None:
-        """Keep the embeddings [n, H] of temporal patches start, start + 1 ...; of a file that has changed since it was
-        identified, nothing is kept."""
-        content = self._content.get(video.key)
-        if content is None or _identity(video.path) != content.identity:
+    def write(self, item: MediaItem, start: int, stop: int, embeds: Tensor) -> None:
+        """Keep the embeddings [n, width] of units [start, stop); of a file that has changed since it was identified,
+        nothing is kept."""
+        content = self._content.get(item.key)
+        if content is None or _identity(item.path) != content.identity:
             return
-        per_patch = video.num_tokens // video.grid_thw[0]
-        for first, last in _entries(start, start + len(embeds) // per_patch):
-            part = embeds[(first - start) * per_patch : (last - start) * per_patch]
-            self._write_entry(self._key(video, content, first, last), part.cpu().clone())
+        offset = item.tokens_of(start, stop)[0]
+        for first, last in _entries(start, stop):
+            token, end = item.tokens_of(first, last)
+            part = embeds[token - offset : end - offset]
+            self._write_entry(self._key(item, content, first, last), part.cpu().clone())
 
     def trim(self) -> None:
         """Remove what was used longest ago until the folder is within its bound. Collective."""
@@ -114,22 +115,23 @@ class DiskStore:
 
     # --------------------------------------------------------------------------------------------------------- entries
 
-    def _key(self, video: MediaItem, content: _Content, first: int, last: int) -> str:
-        per_patch = len(video.frame_indices) // video.grid_thw[0]
-        frames = video.frame_indices[first * per_patch : last * per_patch]
-        identity = [FORMAT, self._tower_id, content.sha256, frames, video.size_hw]
+    def _key(self, item: MediaItem, content: _Content, first: int, last: int) -> str:
+        start, stop = item.frames_of(first, last)
+        # The spectrogram of a sound depends on all that is taken of it.
+        frames = ["audio", item.span, start, stop] if item.kind == "audio" else item.frame_indices[start:stop]
+        identity = [FORMAT, self._encoder_id, content.sha256, frames, item.size_hw]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def _read_entry(self, video: MediaItem, first: int, last: int) -> tuple[Tensor | None, bool]:
+    def _read_entry(self, item: MediaItem, first: int, last: int) -> tuple[Tensor | None, bool]:
         """(embeddings, False), (None, False) where there is no entry, (None, True) where it is not what it should
         be."""
-        content = self._content.get(video.key)
+        content = self._content.get(item.key)
         if content is None:
             return None, False
-        key = self._key(video, content, first, last)
+        key = self._key(item, content, first, last)
         try:
             # Opened once: safe_open would open the file again for the tensor, and another run may remove it in between.
             stored = load(self._path(key).read_bytes())
@@ -139,7 +141,8 @@ class DiskStore:
             return None, True
         with suppress(FileNotFoundError):  # removed meanwhile
             os.utime(self._path(key))
-        shape = ((last - first) * (video.num_tokens // video.grid_thw[0]), self._hidden)
+        token, end = item.tokens_of(first, last)
+        shape = (end - token, self._width)
         embeds = stored.get("embeds")
         is_whole = embeds is not None and tuple(embeds.shape) == shape and embeds.dtype == self._dtype
         if embeds is None or not is_whole or not torch.equal(stored.get("seal", torch.empty(0)), _seal(key, embeds)):
@@ -174,7 +177,7 @@ class DiskStore:
             path.unlink(missing_ok=True)
             excess -= size
 
-    # ----------------------------------------------------------------------------------------------------- video files
+    # ----------------------------------------------------------------------------------------------------- media files
 
     def _content_of(self, path: str, before: _Content | None) -> _Content | None:
         """None where the file cannot be read: the decoder will say why."""
@@ -207,16 +210,16 @@ class DiskStore:
 
 
 def _entries(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The temporal patches of each entry; `start` begins one."""
-    assert start % PATCHES_PER_ENTRY == 0
-    for first in range(start, stop, PATCHES_PER_ENTRY):
-        yield first, min(first + PATCHES_PER_ENTRY, stop)
+    """The units of each entry; `start` begins one."""
+    assert start % UNITS_PER_ENTRY == 0
+    for first in range(start, stop, UNITS_PER_ENTRY):
+        yield first, min(first + UNITS_PER_ENTRY, stop)
 
 
 def _seal(key: str, embeds: Tensor) -> Tensor:
     """sha256 over the name of an entry and what is in it, uint8 [32]."""
     digest = hashlib.sha256(key.encode())
-    digest.update(embeds.contiguous().view(torch.uint8).numpy())
+    digest.update(embeds.contiguous().view(torch.uint8).numpy().data)
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 

@@ -27,7 +27,7 @@ class PromptPrefetcher:
     def prepare(self, pairs: Pairs) -> None:
         """Build the prompts of a batch to come and begin to decode this rank's share of its frames."""
         self._pairs, self._built = list(pairs), build_prompts(pairs, self._builder, self._mesh)
-        self._encoder.prefetch([video for prompt in self._built[0] for video in prompt.videos])
+        self._encoder.prefetch([item for prompt in self._built[0] for item in prompt.media])
 
     def take(self, pairs: Pairs) -> Built:
         """The prompts of a batch, prepared or not."""
@@ -62,10 +62,10 @@ def build_prompts(
 
 def encode_media(prompts: Sequence[Prompt], encoder: StepEncoder) -> tuple[list[Prompt], list[BadRow]]:
     """Encode every medium of the batch; prompts with one that turned out faulty come back as bad rows. Collective."""
-    failed = encoder.encode([video for prompt in prompts for video in prompt.videos])
+    failed = encoder.encode([item for prompt in prompts for item in prompt.media])
     good, bad = [], []
     for prompt in prompts:
-        reasons = [f"{video.path}: {failed[video.key]}" for video in prompt.videos if video.key in failed]
+        reasons = [f"{item.path}: {failed[item.key]}" for item in prompt.media if item.key in failed]
         if reasons:
             bad.append(BadRow(prompt.row.source, "; ".join(reasons), "media"))
         else:

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.types import MediaItem
+from megatron_rl.types import MediaItem, Run
 
-Run = tuple[int, int]  # tokens [start, stop) of a video
-Wanted = Mapping[str, Sequence[Run]]  # by video key; the runs of a video ascend and do not touch
+Wanted = Mapping[str, Sequence[Run]]  # tokens by key; the runs of an item ascend and do not touch
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeChunk:
-    """Temporal patches [start, stop) of a video, encoded by `owner` in one call of the tower."""
+    """Units [start, stop) of an item, encoded by `owner` in one call of the encoder."""
 
     key: str
     start: int
@@ -31,10 +30,10 @@ class EncodeChunk:
 
 @dataclass(frozen=True, slots=True)
 class EmbedMessage:
-    """Tokens [start, stop) of a piece (counted from its first), made on `source`, which become rows [at, ...) of the
-    table that `target` keeps for the video."""
+    """Tokens [start, stop) of a chunk (counted from its first), made on `source`, which become rows [at, ...) of the
+    table that `target` keeps for the item."""
 
-    piece: EncodeChunk
+    chunk: EncodeChunk
     start: int
     stop: int
     source: int
@@ -42,7 +41,7 @@ class EmbedMessage:
     at: int
 
     @property
-    def in_piece(self) -> slice:
+    def in_chunk(self) -> slice:
         return slice(self.start, self.stop)
 
     @property
@@ -55,47 +54,47 @@ def num_tokens(runs: Sequence[Run]) -> int:
 
 
 def split_over_ranks(
-    videos: Sequence[MediaItem], world: int, most: int | None = None, unit: int = 1
+    media: Sequence[MediaItem], world: int, most_frames: int | None = None, multiple: int = 1
 ) -> dict[str, list[EncodeChunk]]:
-    """Cut all temporal patches of a batch into `world` contiguous, equally expensive shares, and these into pieces of
-    at most `most` patches.
+    """Cut all units of a batch into `world` contiguous, equally expensive shares, and these into chunks of at most
+    `most_frames` frames, at least a unit.
 
-    Contiguous, so that a rank decodes a stretch of few videos and does not seek all over every file. A video is cut at
-    multiples of `unit` patches only.
+    Contiguous, so that a rank decodes a stretch of few items and does not seek all over every file. An item is cut at
+    multiples of `multiple` units only.
     """
-    total = sum(v.num_tokens for v in videos)
-    pieces: dict[str, list[EncodeChunk]] = {v.key: [] for v in videos}
+    total = sum(item.num_tokens for item in media)
+    chunks: dict[str, list[EncodeChunk]] = {item.key: [] for item in media}
     done = 0
-    for video in videos:
-        grid_t = video.grid_thw[0]
-        per_patch = video.num_tokens // grid_t
+    for item in media:
         start = 0
-        while start < grid_t:
+        while start < item.num_units:
+            stop = item.num_units
             owner = min((done * world) // total, world - 1)
-            room = -(-((owner + 1) * total - done * world) // (world * per_patch)) if owner < world - 1 else grid_t
-            stop = min(grid_t, start + max(1, -(-room // unit)) * unit)
-            step = max(unit, most // unit * unit) if most else stop - start
-            pieces[video.key] += [
-                EncodeChunk(video.key, i, min(stop, i + step), owner) for i in range(start, stop, step)
-            ]
-            done += (stop - start) * per_patch
+            if owner < world - 1:
+                room = -(-((owner + 1) * total - done * world) // (world * item.tokens_per_unit))
+                stop = min(stop, start + max(1, -(-room // multiple)) * multiple)
+            most = max(1, most_frames // item.frames_per_unit) if most_frames else 0
+            step = max(multiple, most // multiple * multiple) if most else stop - start
+            chunks[item.key] += [EncodeChunk(item.key, i, min(stop, i + step), owner) for i in range(start, stop, step)]
+            first, last = item.tokens_of(start, stop)
+            done += last - first
             start = stop
-    return pieces
+    return chunks
 
 
 def plan_messages(
-    pieces: Mapping[str, Sequence[EncodeChunk]], per_patch: Mapping[str, int], requests: Sequence[Wanted]
+    chunks: Mapping[str, Sequence[EncodeChunk]], media: Mapping[str, MediaItem], requests: Sequence[Wanted]
 ) -> list[list[EmbedMessage]]:
-    """What must be moved so that rank r gets `requests[r]`, in rounds: in a round, a rank receives from one piece.
+    """What must be moved so that rank r gets `requests[r]`, in rounds: in a round, a rank receives from one chunk.
 
-    Rank r begins with the pieces of the rank behind it, so that not all turn to the same one. What a rank keeps for
+    Rank r begins with the chunks of the rank behind it, so that not all turn to the same one. What a rank keeps for
     itself is a message too, and comes in the first round.
     """
     rounds: list[list[EmbedMessage]] = [[]]
     for target, wanted in enumerate(requests):
-        by_piece = [m for key, runs in wanted.items() for m in _messages(pieces[key], per_patch[key], runs, target)]
-        rounds[0] += [m for part in by_piece for m in part if m.source == target]
-        remote = [part for part in by_piece if part and part[0].source != target]
+        by_chunk = [m for key, runs in wanted.items() for m in _messages(chunks[key], media[key], runs, target)]
+        rounds[0] += [m for part in by_chunk for m in part if m.source == target]
+        remote = [part for part in by_chunk if part and part[0].source != target]
         remote.sort(key=lambda part: (part[0].source - target) % len(requests))
         rounds += [[] for _ in range(len(remote) - len(rounds) + 1)]
         for number, part in enumerate(remote, 1):
@@ -104,17 +103,17 @@ def plan_messages(
 
 
 def _messages(
-    pieces: Sequence[EncodeChunk], per_patch: int, runs: Sequence[Run], target: int
+    chunks: Sequence[EncodeChunk], item: MediaItem, runs: Sequence[Run], target: int
 ) -> list[list[EmbedMessage]]:
-    """The messages that bring `runs` of one video, by piece."""
+    """The messages that bring `runs` of one item, by chunk."""
     result = []
-    for piece in pieces:
-        first, last = piece.start * per_patch, piece.stop * per_patch
+    for chunk in chunks:
+        first, last = item.tokens_of(chunk.start, chunk.stop)
         at, part = 0, []
         for start, stop in runs:
             low, high = max(start, first), min(stop, last)
             if low < high:
-                part.append(EmbedMessage(piece, low - first, high - first, piece.owner, target, at + low - start))
+                part.append(EmbedMessage(chunk, low - first, high - first, chunk.owner, target, at + low - start))
             at += stop - start
         result.append(part)
     return result

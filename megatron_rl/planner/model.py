@@ -4,18 +4,15 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from megatron_rl.planner.towers import Tower, tower_of
+from model_providers.family import Config, read_config, shape_and_weights
 from model_providers.known import KNOWN_CONFIGS
 from model_providers.shape import TransformerShape
-from model_providers.tables import TABLES
 from model_providers.weight_map import Entry, WeightMap
 
 
@@ -44,10 +41,7 @@ def load_planned_model(folder: str) -> PlannedModel:
     path = Path(folder) / "config.json"
     known = Path(folder).name.removesuffix("-Instruct")
     if path.is_file():
-        try:
-            config, source = json.loads(path.read_text(encoding="utf-8")), str(path)
-        except ValueError as error:
-            raise ValueError(f"model.hf={folder}: config.json is not readable ({error}); download it again") from error
+        config, source = read_config(folder), str(path)
     elif known in KNOWN_CONFIGS:
         config, source = KNOWN_CONFIGS[known], f"published numbers of {known}"
     else:
@@ -56,17 +50,13 @@ def load_planned_model(folder: str) -> PlannedModel:
     return planned_model(Path(folder).name, source, config)
 
 
-def planned_model(name: str, source: str, config: Mapping[str, Any]) -> PlannedModel:
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in TABLES:
-        raise ValueError(f"model.hf={name}: no provider for model_type={family}; one of {', '.join(TABLES)}")
-    shape_of, table_of = TABLES[family]
+def planned_model(name: str, source: str, config: Config) -> PlannedModel:
+    shape, weights = shape_and_weights(config, name)
     try:
-        shape = shape_of(config)
         tower = tower_of(config)
     except KeyError as error:
         raise ValueError(f"model.hf={name}: config.json has no {error.args[0]!r}; give a complete one") from error
-    return PlannedModel(name, source, shape, table_of(shape), tower)
+    return PlannedModel(name, source, shape, weights, tower)
 
 
 @functools.lru_cache(maxsize=4096)

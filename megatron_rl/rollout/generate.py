@@ -21,7 +21,7 @@ def generate(
     """Sample and score: replica d takes prompts d, d + D, ...; all ranks get all groups, in prompt order.
     Collective."""
     mine = list(prompts[mesh.replica :: mesh.num_replicas])
-    embeds = encoder.fetch([video for prompt in mine for video in prompt.videos])
+    embeds = encoder.fetch([item for prompt in mine for item in prompt.media])
     completions = engine.generate(mine, embeds, sampling)
     scored: list[Scored] = []
     if mesh.speaks_for_replica:

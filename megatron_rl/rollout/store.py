@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rollout batches on disk, one JSON line per group: readable, replayable without an engine."""
+"""Rollout batches on disk, one JSON line per group: readable, replayable without an engine.
+
+`token_ids` of a prompt are written as runs: `[151656, 4096], 198` is 4096 times the one, then the other.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ class RolloutStore:
     def save(self, step: int, groups: Sequence[Group]) -> None:
         if not self._writes:
             return
-        lines = "".join(json.dumps(asdict(g), ensure_ascii=False) + "\n" for g in groups)
+        lines = "".join(json.dumps(_line(g), ensure_ascii=False) + "\n" for g in groups)
         write_atomically(self._path(step), lines.encode())
 
     def load(self, step: int) -> list[Group]:
@@ -31,7 +35,13 @@ class RolloutStore:
         if not path.is_file():
             raise ValueError(f"rollout.replay_from={self.folder}: has no {path.name}; lower train.num_steps")
         with path.open(encoding="utf-8") as file:  # not splitlines(): a text may hold U+2028
-            return [_group(json.loads(line)) for line in file]
+            lines = [json.loads(line) for line in file]
+        if any(line["prompt"].get("videos") for line in lines):
+            raise ValueError(
+                f"rollout.replay_from={self.folder}: {path.name} is of an older version, which did not write where the "
+                "tokens of media stand; sample again"
+            )
+        return [_group(line) for line in lines]
 
     def check_unchanged(self, groups: Sequence[Group], prompts: Sequence[Prompt]) -> None:
         """Raise when today's data makes other prompts than those the responses were sampled from."""
@@ -39,12 +49,37 @@ class RolloutStore:
         changed = [g.prompt.row.source for g in groups if rebuilt.get(g.prompt.prompt_id) != g.prompt]
         if changed:
             raise ValueError(
-                f"rollout.replay_from={self.folder}: the videos or data settings behind {len(changed)} prompts are not "
+                f"rollout.replay_from={self.folder}: the media or data settings behind {len(changed)} prompts are not "
                 f"those of the saved rollouts ({', '.join(changed[:5])} ...); restore them or sample again"
             )
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step}.jsonl"
+
+
+def _line(group: Group) -> dict[str, Any]:
+    prompt = group.prompt
+    return {
+        "prompt": {
+            "prompt_id": prompt.prompt_id,
+            "row": asdict(prompt.row),
+            "token_ids": _runs(prompt.token_ids),
+            "media": [asdict(item) for item in prompt.media],
+            "spans": prompt.spans,
+        },
+        "scored": [asdict(scored) for scored in group.scored],
+    }
+
+
+def _runs(token_ids: Sequence[int]) -> list[int | list[int]]:
+    """A token by itself as it is, several equal ones as [token, count]."""
+    runs = [(token, sum(1 for _ in equal)) for token, equal in groupby(token_ids)]
+    return [token if count == 1 else [token, count] for token, count in runs]
+
+
+def _tokens(runs: Sequence[int | Sequence[int]]) -> tuple[int, ...]:
+    parts = [(run,) if isinstance(run, int) else (run[0],) * run[1] for run in runs]
+    return tuple(token for part in parts for token in part)
 
 
 def _group(data: dict[str, Any]) -> Group:
@@ -53,8 +88,9 @@ def _group(data: dict[str, Any]) -> Group:
 
 def _prompt(data: dict[str, Any]) -> Prompt:
     row = Row(**{k: _tuples(v) for k, v in data["row"].items()})
-    videos = tuple(MediaItem(**{k: _tuples(v) for k, v in video.items()}) for video in data["videos"])
-    return Prompt(data["prompt_id"], row, tuple(data["token_ids"]), videos)
+    media = tuple(MediaItem(**{k: _tuples(v) for k, v in item.items()}) for item in data.get("media", ()))
+    spans = tuple(tuple((start, stop) for start, stop in runs) for runs in data.get("spans", ()))
+    return Prompt(data["prompt_id"], row, _tokens(data["token_ids"]), media, spans)
 
 
 def _scored(data: dict[str, Any]) -> Scored:

@@ -122,8 +122,7 @@ def pack(
         multiple = mesh.trainer.pipeline if mesh.trainer.virtual > 1 else 1
         plan = plan_packing(bundles, mesh.trainer.data, max_tokens, multiple)
         batches = (
-            build_microbatch(samples, members, part, provider.position_ids, provider.video_starts)
-            for members in plan.bins[mesh.here.dp]
+            build_microbatch(samples, members, part, provider.position_ids) for members in plan.bins[mesh.here.dp]
         )
         updates.append(Update(tuple(samples), tuple(ScoredBatch(batch) for batch in batches)))
     return updates

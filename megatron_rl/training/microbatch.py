@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensors of one micro-batch, cut for one context parallel rank: only what stands on its own tokens.
 
-Shapes: T tokens of this rank (padding included, at the end), R response tokens predicted by them, n video tokens
+Shapes: T tokens of this rank (padding included, at the end), R response tokens predicted by them, n media tokens
 among them. "Packed" positions are those in the whole micro-batch, before it is cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from megatron_rl.protocols import PositionRule
 from megatron_rl.training.packing import Bin
-from megatron_rl.types import MediaItem, TrainSample
+from megatron_rl.types import MediaItem, Run, TrainSample
 from model_providers.attention.segments import (
     AttentionPlan,
     plan_attention,
@@ -23,9 +24,6 @@ from model_providers.attention.segments import (
     shard,
     shard_by_tokens,
 )
-
-PositionIds = Callable[[Sequence[int], Sequence[MediaItem]], Tensor]
-VideoStarts = Callable[[Sequence[int], Sequence[MediaItem]], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +49,8 @@ class MicroBatch:
         these attend to; predictors [R]: which of them predicts each response token
     response_index [R]: which token of the micro-batch's responses each is, these standing one behind the other in the
         order of `samples` (indices of the step's samples)
-    video_rows [n]: rows that hold video tokens, of the slice that this rank embeds; video_index [n]: which token of
-        `videos` each is, these standing one behind the other; only videos that have a token there are listed
+    media_rows [n]: rows that hold media tokens, of the slice that this rank embeds; media_index [n]: which token of
+        `media` each is, these standing one behind the other; only items that have a token there are listed
     """
 
     token_ids: Tensor
@@ -65,9 +63,9 @@ class MicroBatch:
     rollout_logprobs: Tensor
     weights: Tensor
     response_index: Tensor
-    video_rows: Tensor
-    video_index: Tensor
-    videos: tuple[MediaItem, ...]
+    media_rows: Tensor
+    media_index: Tensor
+    media: tuple[MediaItem, ...]
     samples: tuple[int, ...]
 
     @property
@@ -88,17 +86,15 @@ class _Packed:
     targets: list[int] = field(default_factory=list)
     rollout_logprobs: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
-    videos: list[tuple[MediaItem, int]] = field(default_factory=list)
-    """Each video with the packed position of its first token."""
+    media: list[tuple[MediaItem, Tensor]] = field(default_factory=list)
+    """Each item with the packed positions of its tokens, ascending."""
 
-    def add(self, samples: Sequence[TrainSample], position_ids: PositionIds, video_starts: VideoStarts) -> None:
+    def add(self, samples: Sequence[TrainSample], position_ids: PositionRule) -> None:
         """Append a bundle: the prompt once, then every response."""
         prompt, start = samples[0].prompt, len(self.tokens)
-        longest = max((s.response_ids for s in samples), key=len)
-        positions = position_ids((*prompt.token_ids, *longest), prompt.videos)  # of any response: they start alike
-        num_prompt = len(prompt.token_ids)
-        starts = video_starts(prompt.token_ids, prompt.videos)
-        self.videos += [(video, start + at) for video, at in zip(prompt.videos, starts, strict=True)]
+        num_prompt, longest = len(prompt.token_ids), max(len(s.response_ids) for s in samples)
+        positions = position_ids(num_prompt + longest, prompt.media, prompt.spans)  # of any response: they start alike
+        self.media += [(item, start + places(runs)) for item, runs in zip(prompt.media, prompt.spans, strict=True)]
         self.tokens.extend(prompt.token_ids)
         self.positions.append(positions[:, :num_prompt])
         self.bundles.append((num_prompt, [len(s.response_ids) for s in samples]))
@@ -120,13 +116,12 @@ def build_microbatch(
     samples: Sequence[TrainSample],
     bundles: Bin,
     cut: RankSlice,
-    position_ids: PositionIds,
-    video_starts: VideoStarts,
+    position_ids: PositionRule,
 ) -> MicroBatch:
     """Pack bundles (indices into `samples`) one behind the other and keep the rows of the rank of `cut`."""
     packed = _Packed()
     for members in bundles:
-        packed.add([samples[i] for i in members], position_ids, video_starts)
+        packed.add([samples[i] for i in members], position_ids)
     segments = segments_of(packed.bundles)
     asking = _stretches(packed.predictors)
     if cut.by_heads and cut.num_ranks > 1:
@@ -146,7 +141,7 @@ def build_microbatch(
     predicting_rows, predictors = rows[mine].unique(return_inverse=True)
     num_embedded = (len(here) + padding) // cut.num_slices
     first = cut.slice_rank * num_embedded
-    videos, video_rows, video_index = _videos_here(packed, row_of, first, first + num_embedded)
+    media, media_rows, media_index = _media_here(packed, row_of, first, first + num_embedded)
     positions = torch.cat([torch.zeros(3, 0, dtype=torch.int64), *packed.positions], dim=1)[:, here]
     return MicroBatch(
         token_ids=_padded(torch.tensor(packed.tokens, dtype=torch.int64)[here], padding),
@@ -159,9 +154,9 @@ def build_microbatch(
         rollout_logprobs=torch.tensor(packed.rollout_logprobs, dtype=torch.float32)[mine],
         weights=torch.tensor(packed.weights, dtype=torch.float32)[mine],
         response_index=mine,
-        video_rows=video_rows,
-        video_index=video_index,
-        videos=videos,
+        media_rows=media_rows,
+        media_index=media_index,
+        media=media,
         samples=tuple(i for members in bundles for i in members),
     )
 
@@ -180,51 +175,54 @@ def _padded(tensor: Tensor, padding: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, padding))
 
 
-def _videos_here(
-    packed: _Packed, row_of: Tensor, first: int, last: int
-) -> tuple[tuple[MediaItem, ...], Tensor, Tensor]:
-    """(videos, video_rows, video_index) of the rows [first, last)."""
-    videos, rows, indices = [], [], []
+def places(runs: Sequence[Run]) -> Tensor:
+    """int64: every index in the runs, in their order."""
+    return torch.cat([torch.arange(start, stop) for start, stop in runs])
+
+
+def _media_here(packed: _Packed, row_of: Tensor, first: int, last: int) -> tuple[tuple[MediaItem, ...], Tensor, Tensor]:
+    """(media, media_rows, media_index) of the rows [first, last)."""
+    media, rows, indices = [], [], []
     offset = 0
-    for video, start in packed.videos:
-        found = row_of[start : start + video.num_tokens]
+    for item, packed_places in packed.media:
+        found = row_of[packed_places]
         here = ((found >= first) & (found < last)).nonzero().squeeze(1)
         if len(here):
-            videos.append(video)
+            media.append(item)
             rows.append(found[here])
             indices.append(here + offset)
-            offset += video.num_tokens
+            offset += item.num_tokens
     none = torch.zeros(0, dtype=torch.int64)
-    return tuple(videos), torch.cat([none, *rows]), torch.cat([none, *indices])
+    return tuple(media), torch.cat([none, *rows]), torch.cat([none, *indices])
 
 
 def localize(batches: Sequence[MicroBatch]) -> tuple[list[MicroBatch], dict[str, tuple[tuple[int, int], ...]]]:
-    """The same micro-batches over tables that hold their own video tokens only, and what stands in these tables.
+    """The same micro-batches over tables that hold their own media tokens only, and what stands in these tables.
 
-    {video key: runs [start, stop) of its tokens}, ascending; the table of a video has one row for each of them.
+    {key: runs [start, stop) of its tokens}, ascending; the table of an item has one row for each of them.
     """
     held: dict[str, Tensor] = {}
     for batch in batches:
-        for video, tokens in _tokens_by_video(batch):
-            held.setdefault(video.key, torch.zeros(video.num_tokens, dtype=torch.bool))[tokens] = True
+        for item, tokens in _tokens_by_item(batch):
+            held.setdefault(item.key, torch.zeros(item.num_tokens, dtype=torch.bool))[tokens] = True
     row_of = {key: mask.cumsum(0) - 1 for key, mask in held.items()}
     local = []
     for batch in batches:
         offset, index = 0, [torch.zeros(0, dtype=torch.int64)]
-        for video, tokens in _tokens_by_video(batch):
-            index.append(row_of[video.key][tokens] + offset)
-            offset += int(held[video.key].sum())
-        local.append(replace(batch, video_index=torch.cat(index)))
+        for item, tokens in _tokens_by_item(batch):
+            index.append(row_of[item.key][tokens] + offset)
+            offset += int(held[item.key].sum())
+        local.append(replace(batch, media_index=torch.cat(index)))
     return local, {key: _runs(mask) for key, mask in held.items()}
 
 
-def _tokens_by_video(batch: MicroBatch) -> Iterator[tuple[MediaItem, Tensor]]:
-    """Which tokens of each of `batch.videos` stand in it, in the order of the rows."""
+def _tokens_by_item(batch: MicroBatch) -> Iterator[tuple[MediaItem, Tensor]]:
+    """Which tokens of each of `batch.media` stand in it, in the order of the rows."""
     first = 0
-    for video in batch.videos:
-        here = (batch.video_index >= first) & (batch.video_index < first + video.num_tokens)
-        yield video, batch.video_index[here] - first
-        first += video.num_tokens
+    for item in batch.media:
+        here = (batch.media_index >= first) & (batch.media_index < first + item.num_tokens)
+        yield item, batch.media_index[here] - first
+        first += item.num_tokens
 
 
 def _runs(mask: Tensor) -> tuple[tuple[int, int], ...]:
@@ -235,8 +233,8 @@ def _runs(mask: Tensor) -> tuple[tuple[int, int], ...]:
 
 
 def gather_embeds(batch: MicroBatch, embeds: Mapping[str, Tensor]) -> Tensor | None:
-    """[n, H] in the order of `batch.video_rows`; None where no video token stands."""
-    if not batch.videos:
+    """[n, width] in the order of `batch.media_rows`; None where no media token stands."""
+    if not batch.media:
         return None
-    whole = torch.cat([embeds[v.key] for v in batch.videos])
-    return whole if len(batch.video_index) == len(whole) else whole[batch.video_index.to(whole.device)]
+    whole = torch.cat([embeds[item.key] for item in batch.media])
+    return whole if len(batch.media_index) == len(whole) else whole[batch.media_index.to(whole.device)]

@@ -181,9 +181,10 @@ class Policy:
             predictors=batch.predictors.to(self.device),
             targets=batch.targets.to(self.device),
         )
-        if self.mesh.is_first_stage and batch.videos:
-            layout.media_rows = batch.video_rows.to(self.device)
-            layout.media_embeds = gather_embeds(batch, embeds).to(self.device)
+        gathered = gather_embeds(batch, embeds) if self.mesh.is_first_stage else None
+        if gathered is not None:
+            layout.media_rows = batch.media_rows.to(self.device)
+            layout.media_embeds = gathered.to(self.device)
         return layout
 
     @contextmanager

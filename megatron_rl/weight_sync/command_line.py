@@ -26,9 +26,9 @@ from megatron_rl.weight_sync.grid_checks import ROLLOUT_SIZES, TRAIN_SIZES, grid
 from megatron_rl.weight_sync.placement import best_placement, overlap, ranks_in_order
 from megatron_rl.weight_sync.plan import ReshardPlan, make_plan
 from megatron_rl.weight_sync.view import explanation, report
+from model_providers.family import Config, read_config, shape_and_weights
 from model_providers.known import KNOWN_CONFIGS
 from model_providers.shape import TransformerShape
-from model_providers.tables import TABLES
 from model_providers.weight_map import WeightMap
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -88,24 +88,12 @@ def plan_sync(model: Model, trainer: Grid, engine: Grid, bytes_per_element: int,
 def load_model(name: str) -> Model:
     """A known name, a config.json, or a folder that holds one."""
     if name in KNOWN_CONFIGS:
-        config: Mapping[str, Any] = KNOWN_CONFIGS[name]
+        config: Config = KNOWN_CONFIGS[name]
     else:
-        path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
-        if not path.is_file():
+        if not Path(name).exists():
             raise ValueError(f"--model={name}: no such file; give a config.json or one of {', '.join(KNOWN_CONFIGS)}")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"--model={name}: not JSON ({error}); give a config.json") from error
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in TABLES:
-        raise ValueError(f"--model={name}: model_type {family!r} has no weight table; use one of {', '.join(TABLES)}")
-    shape_of, table_of = TABLES[family]
-    try:
-        shape = shape_of(config)
-    except KeyError as error:
-        raise ValueError(f"--model={name}: config.json has no {error.args[0]!r}; give a complete one") from error
-    return Model(name, shape, table_of(shape))
+        config = read_config(name, "--model")
+    return Model(name, *shape_and_weights(config, name, "--model"))
 
 
 def parse_sizes(option: str, text: str, names: Mapping[str, str]) -> dict[str, int]:

@@ -8,31 +8,42 @@ release and of vLLM. (transformers 5 continues at start + max(h, w) instead, whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_rl.types import MediaItem
+from megatron_rl.protocols import PositionRule
+from megatron_rl.types import MediaItem, Run
+
+
+def positions_of(config: Mapping[str, Any]) -> PositionRule:
+    """The rule of a checkpoint."""
+    vision = config["vision_config"]
+    merge_size, rate = vision["spatial_merge_size"], float(vision.get("tokens_per_second", 4))
+    return partial(rope_positions, merge_size=merge_size, tokens_per_second=rate)
 
 
 def rope_positions(
     num_tokens: int,
-    video_starts: Sequence[int],
-    videos: Sequence[MediaItem],
+    media: Sequence[MediaItem],
+    spans: Sequence[Sequence[Run]],
+    *,
     merge_size: int,
     tokens_per_second: float,
 ) -> Tensor:
-    """int64 [3, num_tokens]; `video_starts[i]` is the index of the first placeholder token of `videos[i]`."""
+    """int64 [3, num_tokens]; `spans[i]` is the one run of tokens that `media[i]` fills."""
     parts: list[np.ndarray] = []
     index = position = 0
-    for start, video in zip(video_starts, videos, strict=True):
+    for item, [(start, stop)] in zip(media, spans, strict=True):
         parts.append(_text(start - index, position))
         position += start - index
-        grid = _grid(video, merge_size, tokens_per_second) + position
+        grid = _grid(item, merge_size, tokens_per_second) + position
         parts.append(grid)
-        index = start + video.num_tokens
+        index = stop
         position = int(grid.max()) + 1
     parts.append(_text(num_tokens - index, position))
     return torch.from_numpy(np.concatenate(parts, axis=1))
@@ -42,9 +53,9 @@ def _text(length: int, position: int) -> np.ndarray:
     return np.broadcast_to(np.arange(position, position + length, dtype=np.int64), (3, length))
 
 
-def _grid(video: MediaItem, merge_size: int, tokens_per_second: float) -> np.ndarray:
-    t, h, w = video.grid_thw
+def _grid(item: MediaItem, merge_size: int, tokens_per_second: float) -> np.ndarray:
+    t, h, w = item.grid_thw
     grid = np.indices((t, h // merge_size, w // merge_size), dtype=np.int64)
-    seconds = float(np.float32(video.seconds_per_grid))  # the engine receives it as float32
+    seconds = float(np.float32(item.seconds_per_grid))  # the engine receives it as float32
     grid[0] = (grid[0] * (seconds * tokens_per_second)).astype(np.int64)
     return grid.reshape(3, -1)

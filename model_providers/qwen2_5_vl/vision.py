@@ -2,25 +2,36 @@
 """Frames -> patches -> video embeddings, with transformers' own Qwen2.5-VL tower.
 
 The tower stands outside the pipeline: every rank holds it and encodes some of the frames. Its attention never crosses a
-temporal patch, so a video may be cut between any two of them and encoded in pieces, exactly.
+temporal patch, so a video may be cut between any two of them and encoded in chunks, exactly.
 Shapes: F frames, P temporal patch, C=3, N language tokens, H language hidden size.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from megatron_rl.protocols import MediaSpecs
 from megatron_rl.runtime.device import Backend, define_torchvision_operators
-from megatron_rl.types import VisionPart
+from megatron_rl.types import MediaItem, MediaKind, Placeholder, VisionPart
+from model_providers.family import PixelBounds
 from model_providers.hf_checkpoint import HfCheckpoint
 
+if TYPE_CHECKING:
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
 HF_PREFIX = "visual."
+
+# Fallbacks of transformers' Qwen2VLVideoProcessor, for checkpoints without preprocessor files.
+OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +44,7 @@ class QwenMediaSpec:
     min_pixels: int
     max_pixels: int
     total_pixels: int
-    placeholder_id: int
-    image_placeholder_id: int
+    placeholder_ids: Mapping[MediaKind, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     frame_family: Literal["stride"] = "stride"
@@ -50,8 +60,15 @@ class QwenMediaSpec:
             largest = max(min(largest, share), int(self.min_pixels * 1.05))
         return smart_resize(height, width, factor, self.min_pixels, largest)
 
-    def placeholder(self, num_tokens: int, is_image: bool = False) -> tuple[int, ...]:
-        return (self.image_placeholder_id if is_image else self.placeholder_id,) * num_tokens
+    def tokens_per_unit(self, size_hw: tuple[int, int]) -> int:
+        """Of a temporal patch: its patches, merged."""
+        return size_hw[0] * size_hw[1] // (self.patch_size * self.merge_size) ** 2
+
+    def placeholder(self, item: MediaItem, sound: MediaItem | None = None) -> Placeholder:
+        """One run of the item's own token."""
+        assert sound is None, "this family does not hear"
+        ids = (self.placeholder_ids[item.kind],) * item.num_tokens
+        return Placeholder(ids, (((0, item.num_tokens),),))
 
     def patchify(self, frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """uint8 [F, 3, height, width] -> normalised patches [t*h*w, 3*P*p*p] and the grid (t, h, w)."""
@@ -71,6 +88,7 @@ class VisionTower:
     def __init__(
         self,
         module: torch.nn.Module,
+        config: Qwen2_5_VLVisionConfig,
         spec: QwenMediaSpec,
         backend: Backend,
         device: torch.device,
@@ -79,12 +97,16 @@ class VisionTower:
         self.module = module.to(device=device, dtype=backend.dtype).eval()
         for name, param in self.module.named_parameters():
             param.requires_grad_(("projector" if name.startswith("merger.") else "tower") in trained)
-        self.spec = spec
+        self.spec, self._config = spec, config
         self.device = device
         self.dtype = backend.dtype
         self.trained = trained
         self.version = 0
         self.is_original = not trained
+
+    @property
+    def width(self) -> int:
+        return self._config.out_hidden_size
 
     @property
     def is_trained(self) -> bool:
@@ -98,18 +120,18 @@ class VisionTower:
         """sha256 of all that decides what `encode` makes of given frames: weights, dtype, kind of device, patches."""
         spec = self.spec
         settings = (spec.patch_size, spec.temporal_patch_size, spec.merge_size, spec.mean, spec.std)
-        digest = hashlib.sha256(repr((settings, self.dtype, self.device.type, self.module.config.to_dict())).encode())
+        digest = hashlib.sha256(repr((settings, self.dtype, self.device.type, self._config.to_dict())).encode())
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy())
         return digest.hexdigest()
 
     @torch.inference_mode()
-    def encode(self, frames: Tensor) -> Tensor:
-        """uint8 [F, 3, height, width], F a multiple of the temporal patch -> [N, H]."""
+    def encode(self, frames: Tensor, kind: MediaKind = "video") -> Tensor:
+        """uint8 [F, 3, height, width], F a multiple of the temporal patch -> [N, H]; images alike."""
         return self._forward(frames).clone()
 
-    def backward(self, frames: Tensor, grad: Tensor) -> None:
+    def backward(self, frames: Tensor, grad: Tensor, kind: MediaKind = "video") -> None:
         """Encode once more and give the parameters what `grad` [N, H] of the result means for them."""
         self._forward(frames).backward(grad.to(self.dtype))
 
@@ -119,10 +141,33 @@ class VisionTower:
         return output.pooler_output
 
 
+def specs_of(config: Mapping[str, Any], folder: Path, bounds: PixelBounds) -> MediaSpecs:
+    """From config.json and the files of the processor."""
+    vision = config["vision_config"]
+    processor: dict[str, Any] = {}
+    for file in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
+        if (folder / file).is_file():
+            settings = json.loads((folder / file).read_text())
+            processor |= settings.get("video_processor", settings)
+    return MediaSpecs(
+        QwenMediaSpec(
+            patch_size=vision["patch_size"],
+            temporal_patch_size=vision["temporal_patch_size"],
+            merge_size=vision["spatial_merge_size"],
+            min_pixels=bounds.least,
+            max_pixels=bounds.most,
+            total_pixels=bounds.total,
+            placeholder_ids={"video": config["video_token_id"], "image": config["image_token_id"]},
+            mean=tuple(processor.get("image_mean", OPENAI_CLIP_MEAN)),
+            std=tuple(processor.get("image_std", OPENAI_CLIP_STD)),
+        )
+    )
+
+
 def build_tower(
-    vision_config: Mapping[str, Any],
+    model_config: Mapping[str, Any],
     checkpoint: HfCheckpoint,
-    spec: QwenMediaSpec,
+    specs: MediaSpecs,
     backend: Backend,
     device: torch.device,
     trained: frozenset[VisionPart] = frozenset(),
@@ -132,10 +177,12 @@ def build_tower(
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-    config = Qwen2_5_VLVisionConfig(**vision_config)
+    config = Qwen2_5_VLVisionConfig(**model_config["vision_config"])
     config._attn_implementation = "sdpa"
     module = Qwen2_5_VisionTransformerPretrainedModel(config)
     state = module.state_dict()
     checkpoint.check({f"{HF_PREFIX}{name}": tuple(tensor.shape) for name, tensor in state.items()})
     module.load_state_dict({name: checkpoint.tensor(f"{HF_PREFIX}{name}") for name in state})
-    return VisionTower(module, spec, backend, device, trained)
+    spec = specs.pictures
+    assert isinstance(spec, QwenMediaSpec), "what `specs_of` makes"
+    return VisionTower(module, config, spec, backend, device, trained)

@@ -43,7 +43,7 @@ from megatron_rl.training.batch import ScoredBatch, pack
 from megatron_rl.training.microbatch import MicroBatch
 from megatron_rl.training.policy import Hyperparameters, Policy
 from megatron_rl.types import Prompt, Row, TrainSample
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 from model_providers.shape import TransformerShape
 from scripts.bench.baselines import LiveBytes, ReceivedBytes
 from scripts.bench.world import enter, fork_world

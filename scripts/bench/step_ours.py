@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our side of bench_step.py: the parts of `megatron_rl.train`, stepped one turn at a time."""
+"""Our side of scripts/bench/step.py: the parts of `megatron_rl.train`, stepped one turn at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 
 from megatron_rl.config.checks import check
 from megatron_rl.config.schema import (
@@ -68,26 +68,21 @@ def config(task: Task) -> RlConfig:
 def run(task: Task, channel: Channel) -> None:
     from megatron_rl.loop import rl_step
     from megatron_rl.rewards.registry import UserReward
-    from megatron_rl.rl_session import open_engine, open_source
-    from megatron_rl.rollout.colocated import ColocatedEngine
+    from megatron_rl.rl_session import open_colocated, open_source
     from megatron_rl.session import open_learner, open_loader, open_session
 
     cfg = config(task)
     check(cfg, 1, "rl")
+    seen = Seen()
+
+    def reward(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
+        seen.prompts, seen.responses = prompts, [c.token_ids for c in completions]
+        return [{"overall": even_share(response)} for response in seen.responses]
+
     with ExitStack() as stack:
         session = stack.enter_context(open_session(cfg, cfg.rollout.temperature))
-        seen = Seen()
-
-        def reward(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
-            seen.prompts, seen.responses = prompts, [c.token_ids for c in completions]
-            return [{"overall": even_share(response)} for response in seen.responses]
-
-        learner, progress = open_learner(cfg, session), session.run_state.progress
-        with learner.offloaded():
-            engine, resharder = open_engine(cfg, session)
-        shared_reward = UserReward("even_share", reward)
-        colocated = ColocatedEngine(engine, resharder, shared_reward, learner, session.mesh, progress)
-        stack.enter_context(closing(colocated))
+        learner = open_learner(cfg, session)
+        colocated = stack.enter_context(open_colocated(cfg, session, learner, UserReward("even_share", reward)))
         source = open_source(cfg, session, colocated, open_loader(cfg, session.quarantine))
         weights = session.policy.language_model.named_weights()
         channel.ready()
@@ -97,7 +92,7 @@ def run(task: Task, channel: Channel) -> None:
             clock = Clock()
             metrics = rl_step(source, learner, session.quarantine, step)
             times = clock.read()
-            phases = progress.end_step(step)
+            phases = session.run_state.progress.end_step(step)
             phases.pop("timing_s/step")  # it includes the other sides' turns
             channel.report(
                 times,

@@ -100,7 +100,7 @@ def help_vllm_on_a_cpu() -> None:
     """
     from trl.generation import vllm_generation
 
-    from megatron_rl.rollout.vllm_engine import keep_cpu_linear_weights
+    from megatron_rl.rollout.vllm_adaptations import keep_cpu_linear_weights
 
     keep_cpu_linear_weights()
     vllm_generation.LLM = functools.partial(

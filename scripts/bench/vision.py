@@ -48,7 +48,7 @@ from megatron_rl.training.batch import ScoredBatch, pack
 from megatron_rl.training.microbatch import MicroBatch, localize
 from megatron_rl.training.policy import Hyperparameters, Policy
 from megatron_rl.types import MediaItem
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 from scripts.bench.vision_parts import RESPONSE_TOKENS, EncodedOnUse, Frames, artifact, make_groups, write_checkpoint
 from scripts.bench.world import enter, fork_world
 from scripts.make_videos import encode as write_video
@@ -97,9 +97,10 @@ def encode_one_video(rank: int, world: int, port: int, folder: str, video: Media
     """Every rank is a context parallel rank, so that it wants its part of one micro-batch."""
     mesh = join(rank, world, port, context=world)
     provider, backend = open_provider(folder), choose_backend("cpu", "float32")
-    tower = provider.build_vision(backend, torch.device("cpu"))
+    tower = provider.build_encoder(backend, torch.device("cpu"))
     frames = FramePrefetcher(open_video_decoder(backend.decoder_device, 1), 0)
-    cache = ParallelEncoder(tower, frames, provider.shape.hidden_size)
+    assert tower is not None
+    cache = ParallelEncoder(tower, frames)
     batches = pack(make_groups(provider, [video], 2), 1, 1 << 20, provider, mesh)[0].batches
     _, wanted = localize(batches)
     dist.barrier()
@@ -145,15 +146,16 @@ class Step:
         self._provider.load_language(model, mesh)
         hyper = Hyperparameters(1e-6, (0.9, 0.999), 1e-8, 0.0, 0, 1.0)
         self._policy = Policy(model, backend, mesh, hyper)
-        self._tower: Any = self._provider.build_vision(backend, torch.device("cpu"))
+        tower = self._provider.build_encoder(backend, torch.device("cpu"))
+        assert tower is not None
+        self._tower = tower
         self.videos = [artifact(f"video {i}", num_frames, setting.side) for i in range(PROMPTS)]
         generator = torch.Generator().manual_seed(0)
         shape = (num_frames, 3, setting.side, setting.side)
         self._frames = {
             v.path: torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for v in self.videos
         }
-        hidden = self._provider.shape.hidden_size
-        self._cache = ParallelEncoder(self._tower, FramePrefetcher(Frames(self._frames), 0), hidden)
+        self._cache = ParallelEncoder(self._tower, FramePrefetcher(Frames(self._frames), 0))
         self._groups = make_groups(self._provider, self.videos, setting.responses)
         self.num_encoded = 0
 

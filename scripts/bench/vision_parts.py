@@ -35,8 +35,9 @@ def write_checkpoint(folder: Path, longest: int) -> None:
 def artifact(path: str, num_frames: int, side: int) -> MediaItem:
     grid = (num_frames // 2, side // PATCH, side // PATCH)
     times = tuple(i / 2 for i in range(num_frames))
-    tokens = grid[0] * grid[1] * grid[2] // MERGE**2
-    return MediaItem(path, path, tuple(range(num_frames)), times, (side, side), grid, 1.0, tokens)
+    per_unit = grid[1] * grid[2] // MERGE**2
+    frames, size, num_tokens = tuple(range(num_frames)), (side, side), grid[0] * per_unit
+    return MediaItem(path, path, frames, times, size, grid, 1.0, num_tokens, num_frames, 2, per_unit)
 
 
 def make_groups(provider: Any, videos: Sequence[MediaItem], num_responses: int) -> list[list[TrainSample]]:
@@ -44,8 +45,9 @@ def make_groups(provider: Any, videos: Sequence[MediaItem], num_responses: int) 
     groups = []
     for number, video in enumerate(videos):
         text = [rng.randrange(256) for _ in range(16)]
-        ids = (*text, *[provider.video_token_id] * video.num_tokens, *text)
-        prompt = Prompt(number, Row(f"made:{number}", "", ""), ids, (video,))
+        ids = (*text, *[provider.specs.placeholder_ids["video"]] * video.num_tokens, *text)
+        spans = (((len(text), len(text) + video.num_tokens),),)
+        prompt = Prompt(number, Row(f"made:{number}", "", ""), ids, (video,), spans)
         groups.append([_response(rng, prompt) for _ in range(num_responses)])
     return groups
 

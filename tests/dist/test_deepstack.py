@@ -73,7 +73,7 @@ def deep(heavy_imports: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _embeds(samples: list[TrainSample], levels: int) -> dict[str, Tensor]:
     """[tokens, H * (1 + levels)] of every video, to be differentiated."""
     generator = torch.Generator().manual_seed(7)
-    videos = {v.key: v.num_tokens for s in samples for v in s.prompt.videos}
+    videos = {v.key: v.num_tokens for s in samples for v in s.prompt.media}
     width = tp.HIDDEN * (1 + levels)
     return {key: torch.randn(n, width, generator=generator).requires_grad_() for key, n in sorted(videos.items())}
 
@@ -129,13 +129,16 @@ def _truth(folder: Path, levels: int) -> tuple[list[Tensor], dict[str, Tensor], 
     num_tokens = sum(len(s.response_ids) for s in samples)
     for sample in samples:
         ids = torch.tensor([*sample.prompt.token_ids, *sample.response_ids])
-        hidden, at_media = model.get_input_embeddings()(ids), (ids == provider.video_token_id).nonzero().squeeze(1)
+        hidden, at_media = (
+            model.get_input_embeddings()(ids),
+            (ids == provider.specs.placeholder_ids["video"]).nonzero().squeeze(1),
+        )
         hooks: list[Any] = []
-        if sample.prompt.videos:
-            rows = torch.cat([embeds[v.key] for v in sample.prompt.videos]).unflatten(1, (-1, tp.HIDDEN))
+        if sample.prompt.media:
+            rows = torch.cat([embeds[v.key] for v in sample.prompt.media]).unflatten(1, (-1, tp.HIDDEN))
             hidden = hidden.index_copy(0, at_media, rows[:, 0])
             hooks = _add_after_layers(model, at_media, rows[:, 1:])
-        positions = provider.position_ids(ids.tolist(), sample.prompt.videos)[:, None]
+        positions = provider.position_ids(len(ids), sample.prompt.media, sample.prompt.spans)[:, None]
         output = model.model.language_model(inputs_embeds=hidden[None], position_ids=positions).last_hidden_state[0]
         for hook in hooks:
             hook.remove()

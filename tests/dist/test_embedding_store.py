@@ -25,7 +25,7 @@ from megatron_rl.media.embedding_store import DiskStore
 from megatron_rl.media.encoder import EncoderCounts, ParallelEncoder
 from megatron_rl.runtime.device import choose_backend
 from megatron_rl.types import MediaItem
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 from tests import tiny_policy as tp
 from tests.rollout_parts import as_sft, small_config
 from tests.vision_parts import MadeFrames
@@ -51,7 +51,7 @@ def _open(checkpoint: Path, folder: Path, max_bytes: int = ROOMY, dtype: str = "
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     backend, provider = choose_backend("cpu", dtype), open_provider(checkpoint)
-    tower = provider.build_vision(backend, torch.device("cpu"))
+    tower = provider.build_encoder(backend, torch.device("cpu"))
     store = DiskStore(folder, max_bytes, tower.fingerprint(), tower.dtype, provider.shape.hidden_size)
     frames = FramePrefetcher(MadeFrames(), 0)
     return ParallelEncoder(tower, frames, provider.shape.hidden_size, frames_per_chunk=16, store=store)

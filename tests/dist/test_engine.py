@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.rollout import vllm_engine
+from megatron_rl.rollout.requests import engine_input
 from megatron_rl.rollout.vllm_engine import VllmEngine, prompt_seed
-from megatron_rl.types import Completion, Prompt, Sampling
-from model_providers.registry import open_provider
+from megatron_rl.types import Completion, EncodedMedia, Prompt, Sampling
+from model_providers.provider import open_provider
 from tests.rollout_parts import fill_with_hf_weights, join_world, open_plain_engine, text_prompt, video_prompt
 from tests.world import run_world
 
@@ -30,6 +32,7 @@ SAMPLING = Sampling(num_samples=4, temperature=1.0, max_response_tokens=8, seed=
 GREEDY = replace(SAMPLING, num_samples=1, greedy=True)
 ONE_TOKEN = replace(GREEDY, max_response_tokens=1)
 STOP_TOKENS = tuple(range(40))
+NOTHING = EncodedMedia({})
 TEXT = tuple(range(60, 90))
 GRID = (3, 20, 20)  # 300 tokens: more than one block of the KV cache, so that prefixes are shared
 LM_HEAD = "language_model.lm_head.weight"
@@ -43,65 +46,57 @@ def logprobs(completions: list[Completion]) -> Tensor:
     return torch.tensor([x for c in completions for x in c.logprobs])
 
 
-def embeds_of(prompt: Prompt, seed: int) -> dict[str, Tensor]:
+def embeds_of(prompt: Prompt, seed: int) -> EncodedMedia:
     generator = torch.Generator().manual_seed(seed)
-    return {v.key: torch.randn(v.num_tokens, 128, generator=generator) for v in prompt.videos}
+    made = {v.key: torch.randn(v.num_tokens, 128, generator=generator) for v in prompt.media}
+    return EncodedMedia(made, made_by=str(seed))
 
 
-class Tampering:
-    """The provider's engine prompt; with `active` it loses the last token, as a bug of ours could."""
-
-    def __init__(self, folder: Path):
-        self._provider = open_provider(folder)
-        self.active = False
-
-    def __call__(self, prompt: Prompt, embeds: Mapping[str, Tensor]) -> dict[str, Any]:
-        request = self._provider.engine_prompt(prompt, embeds)
-        return request | {"prompt_token_ids": request["prompt_token_ids"][:-1]} if self.active else request
+def _tampered_input(prompt: Prompt, *args: Any) -> Any:
+    """The engine's input without the last token, as a bug of ours could make it."""
+    request = engine_input(prompt, *args)
+    return {**request, "prompt_token_ids": request["prompt_token_ids"][:-1]}
 
 
 # ---------------------------------------------------------------------------------------- one rank, one engine
 
 
 def _observe(rank: int, folder: Path) -> dict[str, Any]:
-    tampering = Tampering(folder)
-    engine = open_plain_engine(folder, max_model_len=512, engine_prompt=tampering, eos_token_ids=STOP_TOKENS)
+    engine = open_plain_engine(folder, max_model_len=512, eos_token_ids=STOP_TOKENS)
     seen: dict[str, Any] = {}
     with pytest.raises(RuntimeError) as unfilled:
-        engine.generate([text_prompt(0, TEXT)], {}, SAMPLING)
+        engine.generate([text_prompt(0, TEXT)], NOTHING, SAMPLING)
     seen["unfilled"] = str(unfilled.value)
     fill_with_hf_weights(engine, folder)
-    seen |= _seeds(engine) | _refusals(engine, folder, tampering) | _caches(engine, folder)
-    seen["many"] = engine.generate([text_prompt(0, TEXT)], {}, replace(SAMPLING, num_samples=32))
+    seen |= _seeds(engine) | _refusals(engine, folder) | _caches(engine, folder)
+    seen["many"] = engine.generate([text_prompt(0, TEXT)], NOTHING, replace(SAMPLING, num_samples=32))
     return seen | _forbidden(engine, folder)
 
 
 def _seeds(engine: VllmEngine) -> dict[str, Any]:
     prompts = [text_prompt(i, TEXT) for i in (0, 1)]
     return {
-        "two prompts": engine.generate(prompts, {}, SAMPLING),
-        "again": engine.generate(prompts, {}, SAMPLING),
-        "alone": engine.generate(prompts[1:], {}, SAMPLING),
-        "next step": engine.generate(prompts, {}, replace(SAMPLING, step=1)),
-        "other run": engine.generate(prompts, {}, replace(SAMPLING, seed=6)),
-        "greedy": engine.generate(prompts, {}, GREEDY),
+        "two prompts": engine.generate(prompts, NOTHING, SAMPLING),
+        "again": engine.generate(prompts, NOTHING, SAMPLING),
+        "alone": engine.generate(prompts[1:], NOTHING, SAMPLING),
+        "next step": engine.generate(prompts, NOTHING, replace(SAMPLING, step=1)),
+        "other run": engine.generate(prompts, NOTHING, replace(SAMPLING, seed=6)),
+        "greedy": engine.generate(prompts, NOTHING, GREEDY),
     }
 
 
-def _refusals(engine: VllmEngine, folder: Path, tampering: Tampering) -> dict[str, Any]:
+def _refusals(engine: VllmEngine, folder: Path) -> dict[str, Any]:
     from vllm.exceptions import VLLMValidationError
 
     seen = {}
-    tampering.active = True
-    with pytest.raises(RuntimeError) as caught:
-        engine.generate([text_prompt(7, (60, 61, 62))], {}, SAMPLING)
-    tampering.active = False
+    with mock.patch.object(vllm_engine, "engine_input", _tampered_input), pytest.raises(RuntimeError) as caught:
+        engine.generate([text_prompt(7, (60, 61, 62))], NOTHING, SAMPLING)
     seen["mismatch"] = str(caught.value)
     too_long = video_prompt(8, open_provider(folder), (6, 20, 20))
     with pytest.raises(VLLMValidationError) as caught_long:
         engine.generate([too_long], embeds_of(too_long, 0), SAMPLING)
     seen["too long"] = str(caught_long.value)
-    seen["after refusals"] = engine.generate([text_prompt(i, TEXT) for i in (0, 1)], {}, SAMPLING)
+    seen["after refusals"] = engine.generate([text_prompt(i, TEXT) for i in (0, 1)], NOTHING, SAMPLING)
     return seen
 
 
@@ -112,7 +107,7 @@ def _caches(engine: VllmEngine, folder: Path) -> dict[str, Any]:
     slow = video_prompt(9, provider, GRID, seconds_per_grid=50.0)
     red, blue = embeds_of(prompt, 1), embeds_of(prompt, 2)
 
-    def answer(which: Prompt, embeds: dict[str, Tensor]) -> Tensor:
+    def answer(which: Prompt, embeds: EncodedMedia) -> Tensor:
         return logprobs(engine.generate([which], embeds, ONE_TOKEN))
 
     seen = {"red": answer(prompt, red), "blue": answer(prompt, blue), "slow": answer(slow, red)}
@@ -150,7 +145,7 @@ def _forbidden(engine: VllmEngine, folder: Path) -> dict[str, Any]:
     return {
         "placeholders": (first, second),
         "without bias": tuple(outputs[0].outputs[0].token_ids),
-        "with bias": engine.generate([text_prompt(3, TEXT)], {}, replace(SAMPLING, num_samples=16)),
+        "with bias": engine.generate([text_prompt(3, TEXT)], NOTHING, replace(SAMPLING, num_samples=16)),
     }
 
 
@@ -282,7 +277,7 @@ def _long_videos(rank: int, folder: Path) -> tuple[list[Completion], str]:
     engine = open_plain_engine(folder, max_model_len=17_000)
     fill_with_hf_weights(engine, folder)
     fits, too_long = video_prompt(0, provider, (64, 32, 32)), video_prompt(1, provider, (70, 32, 32))
-    assert fits.videos[0].num_tokens == 16_384
+    assert fits.media[0].num_tokens == 16_384
     completions = engine.generate([fits], embeds_of(fits, 0), replace(SAMPLING, num_samples=2))
     with pytest.raises(VLLMValidationError) as caught:
         engine.generate([too_long], embeds_of(too_long, 0), SAMPLING)

@@ -109,21 +109,21 @@ def transformers_answer(rank: int, hf: Path, eval_file: Path) -> list[tuple[list
 
     from data.video.pixels import CpuVideoDecoder
     from megatron_rl.rollout.store import RolloutStore
-    from model_providers.registry import open_provider
+    from model_providers.provider import open_provider
 
     provider, decoder = open_provider(hf, 3136, 3136), CpuVideoDecoder(1)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(hf, dtype=torch.float32).eval()
     pairs = []
     for group in RolloutStore(eval_file.parent, writes=False).load(int(eval_file.stem.removeprefix("step_"))):
-        (video,), ids = group.prompt.videos, torch.tensor([group.prompt.token_ids])
-        patches, grid = provider.video_spec.patchify(decoder.decode(video.path, video.frame_indices, video.size_hw))
+        (video,), ids = group.prompt.media, torch.tensor([group.prompt.token_ids])
+        patches, grid = provider.specs.pictures.patchify(decoder.decode(video.path, video.frame_indices, video.size_hw))
         vllm_tokens = list(group.scored[0].completion.token_ids)
         output = model.generate(
             input_ids=ids,
             pixel_values_videos=patches,
             video_grid_thw=torch.tensor([grid]),
             second_per_grid_ts=torch.tensor([video.seconds_per_grid]),
-            mm_token_type_ids=(ids == provider.video_token_id).int() * 2,
+            mm_token_type_ids=(ids == provider.specs.placeholder_ids["video"]).int() * 2,
             do_sample=False,
             max_new_tokens=len(vllm_tokens),
             suppress_tokens=list(provider.forbidden_tokens),

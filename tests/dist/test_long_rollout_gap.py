@@ -20,7 +20,7 @@ from megatron_rl.config.schema import ParallelConfig, RlConfig
 from megatron_rl.rl_session import open_engine
 from megatron_rl.session import open_session
 from megatron_rl.training.batch import pack
-from megatron_rl.types import Completion, Sampling, TrainSample
+from megatron_rl.types import Completion, EncodedMedia, Sampling, TrainSample
 from tests.rollout_parts import small_config, video_prompt
 from tests.world import run_world
 
@@ -48,11 +48,13 @@ def _gaps(rank: int, cfg: RlConfig) -> tuple[torch.Tensor, int]:
         prompt = video_prompt(0, session.provider, GRID)
         generator = torch.Generator().manual_seed(1)
         width = session.provider.shape.hidden_size
-        made = torch.randn(prompt.videos[0].num_tokens, width, generator=generator).to(session.backend.dtype)
-        embeds = {prompt.videos[0].key: made}
+        made = torch.randn(prompt.media[0].num_tokens, width, generator=generator).to(session.backend.dtype)
+        embeds = {prompt.media[0].key: made}
         resharder.sync(session.policy.version)
         engine.weights_changed(session.policy.version)
-        completions = engine.generate([prompt], embeds, Sampling(NUM_SAMPLES, cfg.rollout.temperature, 12, seed=1))
+        completions = engine.generate(
+            [prompt], EncodedMedia(embeds), Sampling(NUM_SAMPLES, cfg.rollout.temperature, 12, seed=1)
+        )
         samples = [TrainSample(prompt, c.token_ids, c.logprobs) for c in _everywhere(completions)]
         [batch] = pack([samples], 1, MAX_TOKENS, session.provider, session.mesh)[0].batches
         [scores] = session.policy.logprobs([batch], embeds)

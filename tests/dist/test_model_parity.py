@@ -24,7 +24,7 @@ PLACEHOLDER_BIAS = -100.0
 def _frames(samples: Sequence[Any]) -> dict[str, Tensor]:
     """Random uint8 frames of every video."""
     generator = torch.Generator().manual_seed(3)
-    videos = {v.key: v for s in samples for v in s.prompt.videos}
+    videos = {v.key: v for s in samples for v in s.prompt.media}
     return {
         key: torch.randint(0, 256, (len(v.frame_indices), 3, *v.size_hw), generator=generator, dtype=torch.uint8)
         for key, v in sorted(videos.items())
@@ -45,7 +45,7 @@ def _reference_logprobs(model: Any, provider: Any, samples: Sequence[Any], tempe
     frames = _frames(samples)
     logprobs = []
     for sample in samples:
-        videos = sample.prompt.videos
+        videos = sample.prompt.media
         media = {}
         if videos:
             made = [
@@ -54,7 +54,7 @@ def _reference_logprobs(model: Any, provider: Any, samples: Sequence[Any], tempe
             media = {name: torch.cat([m[name] for m in made]) for name in ("pixel_values_videos", "video_grid_thw")}
             assert media["video_grid_thw"].tolist() == [list(v.grid_thw) for v in videos]
         ids = [*sample.prompt.token_ids, *sample.response_ids]
-        positions = provider.position_ids(ids, videos)
+        positions = provider.position_ids(len(ids), videos, sample.prompt.spans)
         logits = model(input_ids=torch.tensor([ids]), position_ids=positions[:, None], **media).logits[0]
         logits[:, list(provider.forbidden_tokens)] += PLACEHOLDER_BIAS
         first = len(sample.prompt.token_ids) - 1
@@ -85,7 +85,7 @@ def _our_logprobs(folder: Path, tensor: int, pipeline: int, embeds: dict[str, Te
 def _check_parity(folder: Path, tensor: int, pipeline: int) -> None:
     provider = tp.open_provider(folder)
     samples = tp.mixed_samples(provider)
-    tower = provider.build_vision(tp.BACKEND, torch.device("cpu"))
+    tower = provider.build_encoder(tp.BACKEND, torch.device("cpu"))
     embeds = {key: tower.encode(frames).detach() for key, frames in _frames(samples).items()}
     model = _open_reference(folder)
     with torch.no_grad():
@@ -125,10 +125,10 @@ def _reference_gradients(folder: Path, provider: Any) -> dict[str, Tensor]:
     for sample in samples:
         ids = torch.tensor([*sample.prompt.token_ids, *sample.response_ids])
         hidden = model.get_input_embeddings()(ids)
-        if sample.prompt.videos:
-            at_video = (ids == provider.video_token_id)[:, None].expand_as(hidden)
-            hidden = hidden.masked_scatter(at_video, torch.cat([embeds[v.key] for v in sample.prompt.videos]))
-        positions = provider.position_ids(ids.tolist(), sample.prompt.videos)[:, None]
+        if sample.prompt.media:
+            at_video = (ids == provider.specs.placeholder_ids["video"])[:, None].expand_as(hidden)
+            hidden = hidden.masked_scatter(at_video, torch.cat([embeds[v.key] for v in sample.prompt.media]))
+        positions = provider.position_ids(len(ids), sample.prompt.media, sample.prompt.spans)[:, None]
         output = model.model.language_model(inputs_embeds=hidden[None], position_ids=positions).last_hidden_state[0]
         logits = model.lm_head(output[len(sample.prompt.token_ids) - 1 : -1])
         bias = torch.zeros(logits.shape[1]).index_fill(0, torch.tensor(provider.forbidden_tokens), PLACEHOLDER_BIAS)

@@ -27,7 +27,7 @@ from megatron_rl.training.batch import pack
 from megatron_rl.training.policy import Policy
 from megatron_rl.types import TrainSample
 from model_providers import layer
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 from scripts.bench.baselines import LiveBytes
 from tests import tiny_policy as tp
 from tests.dist.test_qwen3 import write_text_checkpoint

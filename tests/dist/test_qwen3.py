@@ -30,8 +30,8 @@ from megatron_rl.runtime.grid import Grid
 from megatron_rl.weight_sync.plan import make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
+from model_providers.provider import open_provider
 from model_providers.qwen3.weights import shape_of
-from model_providers.registry import open_provider
 from tests import tiny_policy as tp
 from tests.rollout_parts import as_sft, fill_with_hf_weights, open_plain_engine, small_config
 from tests.world import run_world

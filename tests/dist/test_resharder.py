@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.errors import WeightMismatch
+from megatron_rl.protocols import ModelProvider
 from megatron_rl.rl_session import open_engine
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
@@ -36,8 +37,7 @@ from megatron_rl.weight_sync.plan import Holder, ReshardPlan, Transfer, make_pla
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.hf_checkpoint import canonical_hf_name
-from model_providers.qwen2_5_vl.provider import Qwen2_5_VL
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 from model_providers.weight_map import Block
 from tests.rollout_parts import fill_with_hf_weights, open_plain_engine, small_config
 from tests.world import run_world
@@ -125,7 +125,7 @@ class Synced:
     sent: int
 
 
-def build_trainer(provider: Qwen2_5_VL, mesh: ParallelMesh) -> Params:
+def build_trainer(provider: ModelProvider, mesh: ParallelMesh) -> Params:
     """Live weights of this rank's trainer; none where it has no trainer."""
     if not mesh.trains:
         return {}

@@ -49,10 +49,10 @@ def _measure_in(session: Session, cfg: RlConfig, rows: list[Row]) -> Gaps:
     engine, resharder = open_engine(cfg, session)
     prompts, bad = session.prompts.take(list(enumerate(rows)))
     assert not bad
-    prompts += [slowed_down(p, 40.0) for p in prompts if p.videos]
-    assert session.encoder.encode([v for p in prompts for v in p.videos]) == {}
+    prompts += [slowed_down(p, 40.0) for p in prompts if p.media]
+    assert session.encoder.encode([v for p in prompts for v in p.media]) == {}
     mine = prompts[session.mesh.replica :: session.mesh.num_replicas]
-    embeds = session.encoder.fetch([v for p in mine for v in p.videos])
+    embeds = session.encoder.fetch([v for p in mine for v in p.media])
 
     def sample(step: int) -> list[Completion]:
         resharder.sync(session.policy.version)
@@ -61,13 +61,13 @@ def _measure_in(session: Session, cfg: RlConfig, rows: list[Row]) -> Gaps:
 
     first = sample(0)
     before, batches, old = _trainer_minus_engine(cfg, session, prompts, first)
-    everywhere = session.encoder.fetch([v for p in prompts for v in p.videos])
+    everywhere = session.encoder.fetch([v for p in prompts for v in p.media]).tables
     scored = [ScoredBatch(b, o, None, _alternating(b)) for b, o in zip(batches, old, strict=True)]
     session.policy.train(scored, everywhere, PpoClip(), step=0)
     new = session.policy.logprobs(batches, everywhere)
     moved = [n - o for n, o in zip(new, old, strict=True) if n is not None and o is not None]
     after, _, _ = _trainer_minus_engine(cfg, session, prompts, sample(1))
-    return Gaps(before, after, torch.cat([torch.zeros(0), *moved]), len(first), sum(bool(p.videos) for p in mine))
+    return Gaps(before, after, torch.cat([torch.zeros(0), *moved]), len(first), sum(bool(p.media) for p in mine))
 
 
 def _trainer_minus_engine(cfg: RlConfig, session: Session, prompts: list[Prompt], mine: list[Completion]):
@@ -77,7 +77,7 @@ def _trainer_minus_engine(cfg: RlConfig, session: Session, prompts: list[Prompt]
     by_id = {p.prompt_id: p for p in prompts}
     samples = [TrainSample(by_id[c.prompt_id], c.token_ids, c.logprobs) for part in everyone for c in part]
     batches = pack([samples], 1, cfg.train.max_tokens_per_microbatch, session.provider, session.mesh)[0].batches
-    embeds = session.encoder.fetch([v for b in batches for v in b.videos])
+    embeds = session.encoder.fetch([v for b in batches for v in b.media]).tables
     scores = session.policy.logprobs(batches, embeds)
     pairs = zip(scores, batches, strict=True)
     gaps = [score - batch.rollout_logprobs for score, batch in pairs if score is not None]

@@ -69,7 +69,7 @@ class Parts:
         model = provider.build_language(tp.BACKEND, mesh, 1.0, case.recompute)
         provider.load_language(model, mesh)
         model.requires_grad_(not case.freeze_language)
-        self.tower = provider.build_vision(tp.BACKEND, torch.device("cpu"), case.trained)
+        self.tower = provider.build_encoder(tp.BACKEND, torch.device("cpu"), case.trained)
         policy = Policy(model, tp.BACKEND, mesh, case.hyper, self.tower)
         self.trainer = tp.Trainer(provider, mesh, policy)
         self.cache = ParallelEncoder(self.tower, FramePrefetcher(MadeFrames(), 0), tp.HIDDEN, frames_per_chunk=8)
@@ -90,7 +90,7 @@ class Parts:
 
 
 def videos_of(groups: Sequence[Sequence[Any]]) -> list[MediaItem]:
-    return list({v.key: v for group in groups for v in group[0].prompt.videos}.values())
+    return list({v.key: v for group in groups for v in group[0].prompt.media}.values())
 
 
 def _tower_gradients(policy: Policy) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ def _measure(rank: int, folder: Path, case: Case) -> Any:
 def _one_graph(rank: int, folder: Path) -> Any:
     """The tower inside the model: one process, one graph, whole videos, every prompt in one micro-batch."""
     trainer = tp.open_trainer(folder, tp.join(), tp.MEASURE)
-    tower = trainer.provider.build_vision(tp.BACKEND, torch.device("cpu"), BOTH)
+    tower = trainer.provider.build_encoder(tp.BACKEND, torch.device("cpu"), BOTH)
     groups = tp.grouped_samples(trainer.provider)
     decoder = MadeFrames()
     embeds = {v.key: tower._forward(decoder.decode(v.path, v.frame_indices, v.size_hw)) for v in videos_of(groups)}
@@ -227,7 +227,7 @@ def test_an_update_changes_what_is_trained_and_the_reference_stays(
         assert changed == _expected(before, trained).keys()
         assert all(torch.equal(after[name], ranks[0][1][name]) for name in after), "ranks hold other towers"
         assert all(not torch.equal(first[key], now[key]) for key in now)
-    tower = tp.open_provider(tiny_checkpoint).build_vision(tp.BACKEND, torch.device("cpu"))
+    tower = tp.open_provider(tiny_checkpoint).build_encoder(tp.BACKEND, torch.device("cpu"))
     for video in videos_of(tp.grouped_samples(tp.open_provider(tiny_checkpoint))):
         whole = tower.encode(MadeFrames().decode(video.path, video.frame_indices, video.size_hw))
         torch.testing.assert_close(ranks[0][2][video.key], whole, rtol=1e-5, atol=1e-5)
@@ -332,7 +332,7 @@ def _embed(folder: Path, frames: Tensor) -> Tensor:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    patches, grid = tp.open_provider(folder).video_spec.patchify(frames)
+    patches, grid = tp.open_provider(folder).specs.pictures.patchify(frames)
     with torch.inference_mode():
         return model.model.visual(patches, grid_thw=torch.tensor([grid])).pooler_output.clone()
 

@@ -19,7 +19,7 @@ from megatron_rl.media.encoder import ParallelEncoder
 from megatron_rl.media.routes import EncodeChunk, split_over_ranks
 from megatron_rl.runtime.device import choose_backend
 from megatron_rl.types import MediaItem
-from model_providers.registry import open_provider
+from model_providers.provider import open_provider
 from tests.world import run_world
 
 
@@ -29,7 +29,8 @@ def artifact(key: str, grid_t: int, tokens_per_patch: int = 4, path: str = "", s
     side = size // 14
     grid = (grid_t, side, side) if path else (grid_t, 2, 2 * tokens_per_patch)
     num_tokens = grid[0] * grid[1] * grid[2] // 4
-    return MediaItem(key, path, frames, (0.0,) * len(frames), (size, size), grid, 1.0, num_tokens)
+    times, per_unit = (0.0,) * len(frames), grid[1] * grid[2] // 4
+    return MediaItem(key, path, frames, times, (size, size), grid, 1.0, num_tokens, len(frames), 2, per_unit)
 
 
 BATCHES = {
@@ -71,17 +72,17 @@ def test_no_rank_has_more_than_its_share_and_one_patch(batch: str, world: int) -
 def make_cache(folder: Path) -> ParallelEncoder:
     dist.init_process_group("gloo")
     backend, provider = choose_backend("cpu", "float32"), open_provider(folder, 3136, 3136)
-    tower = provider.build_vision(backend, torch.device("cpu"))
-    return ParallelEncoder(tower, FramePrefetcher(CpuVideoDecoder(1), 1 << 30), provider.shape.hidden_size)
+    tower = provider.build_encoder(backend, torch.device("cpu"))
+    return ParallelEncoder(tower, FramePrefetcher(CpuVideoDecoder(1), 1 << 30))
 
 
 def _encode_and_fetch(rank: int, folder: Path, videos: list[MediaItem]) -> list[dict[str, Tensor]]:
     """What each of three fetches gives: all; one other video per rank; none except on rank 0."""
     cache = make_cache(folder)
     assert cache.encode(videos) == {}
-    everything = cache.fetch(videos)
-    one = cache.fetch([videos[rank % len(videos)]])
-    few = cache.fetch(videos[::-1] if rank == 0 else [])
+    everything = cache.fetch(videos).tables
+    one = cache.fetch([videos[rank % len(videos)]]).tables
+    few = cache.fetch(videos[::-1] if rank == 0 else []).tables
     return [everything, one, few]
 
 
@@ -133,21 +134,21 @@ class CountingDecoder(CpuVideoDecoder):
 def _encode_prefetched(rank: int, folder: Path, now: list[MediaItem], upcoming: list[MediaItem]):
     dist.init_process_group("gloo")
     provider, decoder = open_provider(folder, 3136, 3136), CountingDecoder()
-    tower = provider.build_vision(choose_backend("cpu", "float32"), torch.device("cpu"))
-    cache = ParallelEncoder(tower, FramePrefetcher(decoder, 1 << 30), provider.shape.hidden_size)
+    tower = provider.build_encoder(choose_backend("cpu", "float32"), torch.device("cpu"))
+    cache = ParallelEncoder(tower, FramePrefetcher(decoder, 1 << 30))
     cache.encode(now)
     cache.prefetch(upcoming)
     cache.encode([replace(now[0], key="evaluation between")])
     cache.forget()
     cache.encode(upcoming)
-    return cache.fetch(upcoming), decoder.calls
+    return cache.fetch(upcoming).tables, decoder.calls
 
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_frames_made_ready_are_the_same_and_no_frame_of_a_batch_is_decoded_twice_on_the_node(
     world: int, tiny_checkpoint: Path, videos: list[MediaItem], alone: dict[str, Tensor], monkeypatch
 ) -> None:
-    monkeypatch.setattr("megatron_rl.media.encoder.DECODED_BYTES", 3 * 2 * 3 * 56 * 56)  # 3 temporal patches
+    monkeypatch.setattr("megatron_rl.media.reading.DECODED_BYTES", 3 * 2 * 3 * 56 * 56)  # 3 temporal patches
     ranks = run_world(world, _encode_prefetched, tiny_checkpoint, videos[:1], videos[1:], timeout=120)
     for embeds, _ in ranks:
         for video in videos[1:]:
@@ -198,10 +199,10 @@ def _encode_with_a_bad_file(rank: int, folder: Path, good: list[MediaItem], bad:
     cache = make_cache(folder)
     first = cache.encode([good[0], *bad, good[1]])
     again = cache.encode([*bad, good[2]])  # the same rows may come again within a step
-    fetched = cache.fetch(good)
+    fetched = cache.fetch(good).tables
     cache.forget()
     third = cache.encode([good[0]])
-    return first, again, {key: tuple(t.shape) for key, t in fetched.items()}, third, list(cache.fetch([good[0]]))
+    return first, again, {key: tuple(t.shape) for key, t in fetched.items()}, third, list(cache.fetch([good[0]]).tables)
 
 
 def test_a_faulty_file_fails_on_all_ranks_and_the_others_go_on(
@@ -229,10 +230,10 @@ def _encode_blank(rank: int, folder: Path, video: MediaItem) -> tuple[Tensor, Te
     other = replace(video, path=video.path.replace("train_0000", "train_0001"))
     assert seeing.encode([video]) == blind.encode([video]) == {}
     key = video.key
-    shown, black = seeing.fetch([video])[key], blind.fetch([video])[key]
+    shown, black = seeing.fetch([video]).tables[key], blind.fetch([video]).tables[key]
     blind.forget()
     blind.encode([other])
-    return shown, black, blind.fetch([other])[key]
+    return shown, black, blind.fetch([other]).tables[key]
 
 
 def test_blanked_frames_tell_nothing_about_the_video(

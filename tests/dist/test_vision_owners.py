@@ -29,8 +29,8 @@ def _tokens(batches: Sequence[MicroBatch]) -> set[tuple[str, int]]:
     """(video, token) of every video token in the micro-batches."""
     found = set()
     for batch in batches:
-        names = [(v.key, i) for v in batch.videos for i in range(v.num_tokens)]
-        found |= {names[i] for i in batch.video_index.tolist()}
+        names = [(v.key, i) for v in batch.media for i in range(v.num_tokens)]
+        found |= {names[i] for i in batch.media_index.tolist()}
     return found
 
 
@@ -42,7 +42,7 @@ def _measure(rank: int, folder: Path, grid: Grid) -> Any:
     mesh, cache = trainer.mesh, open_cache(folder)
     groups = tp.grouped_samples(trainer.provider)
     batches = pack(groups, 1, BUDGET, trainer.provider, mesh)[0].batches
-    videos = list({v.key: v for group in groups for v in group[0].prompt.videos}.values())
+    videos = list({v.key: v for group in groups for v in group[0].prompt.media}.values())
     assert cache.encode(videos) == {}
     local, wanted = localize(batches)
     embeds = cache.fetch_tokens(wanted if mesh.is_first_stage else {})
@@ -52,7 +52,7 @@ def _measure(rank: int, folder: Path, grid: Grid) -> Any:
             key: sum(stop - start for start, stop in runs) for key, runs in wanted.items()
         }
     ours = trainer.policy.logprobs(local, embeds.tables)
-    whole = trainer.policy.logprobs(batches, cache.fetch(videos))
+    whole = trainer.policy.logprobs(batches, cache.fetch(videos).tables)
     asked = _tokens(batches) if mesh.is_first_stage else set()
     made = {
         (p.key, t)
@@ -106,10 +106,10 @@ def test_localized_batches_index_small_tables(tiny_checkpoint: Path) -> None:
         rows = torch.arange(len(index))
         clip = tp.video("clip", (5, 2, 4))
         values: dict[str, Any] = dict.fromkeys(MicroBatch.__slots__, none)
-        values |= {"video_rows": rows, "video_index": torch.tensor(index), "videos": (clip,), "samples": ()}
+        values |= {"media_rows": rows, "media_index": torch.tensor(index), "media": (clip,), "samples": ()}
         return MicroBatch(**values)
 
     local, wanted = localize([batch([2, 3, 7]), batch([3, 4])])
     assert wanted == {"clip": ((2, 5), (7, 8))}
-    index: list[Tensor] = [b.video_index for b in local]
+    index: list[Tensor] = [b.media_index for b in local]
     assert [i.tolist() for i in index] == [[0, 1, 3], [1, 2]]

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each adaptation in vllm_engine.py is still needed: without it, this vLLM has the fault that it mends.
+"""Each adaptation in vllm_adaptations.py is still needed: without it, this vLLM has the fault that it mends.
 
 A test that fails here after an upgrade says that an adaptation can go.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_rl.rollout import vllm_engine
+from megatron_rl.rollout import vllm_adaptations, vllm_engine
 from megatron_rl.runtime.device import choose_backend
 from tests.rollout_parts import join_world, open_plain_engine
 from tests.world import run_world
@@ -33,7 +34,7 @@ def _pack_linear(rank: int, adapted: bool) -> tuple[tuple[int, ...], float]:
 
     assert vllm.platforms.current_platform.is_cpu()
     if adapted:
-        vllm_engine.keep_cpu_linear_weights()
+        vllm_adaptations.keep_cpu_linear_weights()
     layer = torch.nn.Linear(128, 64, bias=False).requires_grad_(False)
     original, x = layer.weight, torch.randn(3, 128)
     layer_utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
@@ -63,7 +64,7 @@ def test_vllm_takes_no_item_larger_than_a_scheduled_batch() -> None:
         return config.max_num_encoder_input_tokens, config.encoder_cache_size
 
     assert sizes() == (2048, 2048)
-    with vllm_engine.encoder_budget(16_384):
+    with vllm_adaptations.encoder_budget(16_384):
         assert sizes() == (16_384, 16_384)
     assert sizes() == (2048, 2048)
 
@@ -74,7 +75,7 @@ def _inspect_model(rank: int, cache: Path, adapted: bool) -> str:
     from vllm.model_executor.models.registry import ModelRegistry
 
     if adapted:
-        vllm_engine.inspect_models_in_process()
+        vllm_adaptations.inspect_models_in_process()
     model = ModelRegistry.models["Qwen2_5_VLForConditionalGeneration"]
     with mock.patch.object(subprocess, "run", side_effect=PermissionError("no process")):
         try:
@@ -150,7 +151,7 @@ def _shared_memory_names(rank: int) -> list[str]:
     os.environ["VLLM_DIST_IDENT"] = "//"
     names = []
     for _ in range(2):
-        with vllm_engine.private_shared_memory():
+        with vllm_adaptations.private_shared_memory():
             names.append(_CPUSHMDistributed.make_group_name(SimpleNamespace(unique_name="tp:0", ranks=[0, 1])))
     return names
 
@@ -159,3 +160,44 @@ def test_engines_name_their_shared_memory_alike_on_all_ranks_and_never_twice() -
     first, second = run_world(2, _shared_memory_names)
     assert first == second
     assert len(set(first)) == 2 and not any("/" in name for name in first)
+
+
+def _without_weights(name: str, module: str) -> Any:
+    """A model class of vLLM without its layers: the methods in question read the configuration only."""
+    model: Any = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    made = model.__new__(model)
+    torch.nn.Module.__init__(made)
+    made.config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2, tokens_per_second=2.0))
+    return made
+
+
+def test_vllms_models_take_embeddings_in_fields_of_their_own_only(heavy_imports: None) -> None:
+    model, rows = _without_weights("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"), torch.randn(2, 3, 4)
+    assert list(model.embed_multimodal(embeds=rows) or ()) == []
+    vllm_adaptations.take_given_media(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.embed_multimodal(embeds=rows), rows, strict=True))
+
+
+def test_vllms_models_work_out_positions_from_fields_of_their_own_only(heavy_imports: None) -> None:
+    model = _without_weights("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl")
+    ours = torch.tensor([[0, 1, 9], [0, 1, 2], [0, 1, 4]])
+    place = SimpleNamespace(offset=1, length=1)
+    feature = SimpleNamespace(modality="video", mm_position=place, data={"positions": SimpleNamespace(data=ours)})
+    with pytest.raises(KeyError):
+        model.get_mrope_input_positions([5, 6, 7], [feature])
+    vllm_adaptations.take_given_positions(model)
+    positions, ahead = model.get_mrope_input_positions([5, 6, 7], [feature])
+    assert torch.equal(positions, ours) and ahead == 9 + 1 - 3
+    text, ahead = model.get_mrope_input_positions([5, 6, 7], [])
+    assert text.tolist() == [[0, 1, 2]] * 3 and ahead == 0
+
+
+@pytest.mark.parametrize("module", ["qwen3_vl", "qwen3_vl_moe"])
+def test_vllm_leaves_deepstack_out_where_the_tower_is_missing(heavy_imports: None, module: str) -> None:
+    """The condition is read from the source: whether the vision tower is a StageMissingLayer of this module."""
+    models = importlib.import_module(f"vllm.model_executor.models.{module}")
+    assert "not isinstance(self.visual, StageMissingLayer)" in " ".join(inspect.getsource(models).split())
+    missing = models.StageMissingLayer("visual")
+    with vllm_adaptations.deepstack_without_tower():
+        assert not isinstance(missing, models.StageMissingLayer)
+    assert isinstance(missing, models.StageMissingLayer)

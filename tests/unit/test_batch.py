@@ -13,12 +13,12 @@ from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.batch import advantage_inputs, make_samples, pack
 from megatron_rl.types import AdvantageInputs, Advantages, Completion, Group, Prompt, Row, Scored, TrainSample
+from model_providers.positions import text_positions
 
 MESH = ParallelMesh(rank=0, trainer=Grid(1), engine=Grid(1))
 PROVIDER = SimpleNamespace(
     shape=SimpleNamespace(hidden_size=64),
-    position_ids=lambda ids, videos: torch.arange(len(ids)).expand(3, -1),
-    video_starts=lambda ids, videos: [],
+    position_ids=text_positions,
 )
 PROMPT = Prompt(0, Row("rows.jsonl:1", "question", "answer"), (1, 2, 3), ())
 

@@ -155,7 +155,7 @@ def test_the_language_model_may_be_nested(make, tmp_path):
 def test_model_files_that_are_no_language_model(make, tmp_path):
     for text, expected in (
         ("{", "is not readable"),
-        ("[]", "lacks num_attention_heads"),
+        ("[]", "is not a JSON object"),
         ("{}", "is it a language model?"),
     ):
         (tmp_path / "model/config.json").write_text(text)

@@ -196,8 +196,8 @@ def test_the_same_grid_as_the_processor():
         count, height, width = 2 * int(rng.integers(1, 400)), int(rng.integers(28, 2200)), int(rng.integers(28, 2200))
         low, total = 28 * 28 * int(rng.integers(4, 40)), int(theirs.max_video_tokens * 28 * 28 * 0.9)
         high = low + 28 * 28 * int(rng.integers(0, 800))
-        spec = QwenMediaSpec(14, 2, 2, low, high, total, 0, 0, (0,) * 3, (1,) * 3)
-        for ours, capped in ((spec, True), (QwenMediaSpec(14, 2, 2, low, high, 0, 0, 0, (0,) * 3, (1,) * 3), False)):
+        spec = QwenMediaSpec(14, 2, 2, low, high, total, {}, (0,) * 3, (1,) * 3)
+        for ours, capped in ((spec, True), (QwenMediaSpec(14, 2, 2, low, high, 0, {}, (0,) * 3, (1,) * 3), False)):
             size_hw = ours.size_hw(count, height, width)
             assert size_hw == resized_by(theirs, count, height, width, low, high, capped)
 

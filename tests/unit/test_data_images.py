@@ -73,7 +73,7 @@ def test_patches_and_grid_are_those_of_transformers_image_processor(tmp_path, no
     processor = Qwen2VLImageProcessor(size={"shortest_edge": low, "longest_edge": high})
     theirs = processor(images=[noise], return_tensors="pt")
     spec = QwenMediaSpec(
-        14, 2, 2, low, high, 0, 0, 0, tuple(processor.image_mean), tuple(processor.image_std)
+        14, 2, 2, low, high, 0, {}, tuple(processor.image_mean), tuple(processor.image_std)
     )  # fmt: skip
     path = saved(noise, tmp_path / "a.png")
     info = probe_image(path)
@@ -112,7 +112,7 @@ def test_mutated_images_give_a_picture_or_a_reason(tmp_path, noise):
 
 
 def test_images_are_made_ready_like_videos(tmp_path, noise):
-    request = FrameRequest(saved(noise, tmp_path / "a.png"), (0, 0), (28, 56), is_image=True)
+    request = FrameRequest(saved(noise, tmp_path / "a.png"), (0, 0), (28, 56), kind="image")
     prefetcher = FramePrefetcher(decoder=None, budget_bytes=1 << 20)
     prefetcher.ask([request])
     assert torch.equal(prefetcher.take(request), decode_image(request.path, 2, (28, 56)))

@@ -17,7 +17,8 @@ from data.rows.manifest import Manifest
 from data.rows.prompts import PromptBuilder
 from data.video.frames import FrameSettings
 from megatron_rl.errors import BadSample, VideoDecodeError
-from megatron_rl.types import Row, VideoInfo
+from megatron_rl.protocols import MediaSpecs
+from megatron_rl.types import MediaItem, Placeholder, Row, VideoInfo
 
 SPECIAL = [
     "<|endoftext|>",
@@ -57,16 +58,20 @@ class FakeSpec:
     patch_size, temporal_patch_size, merge_size = 4, 2, 2
     frame_family = "linspace"
 
-    def __init__(self, pad: int, image_pad: int = -1):
-        self.pad, self.image_pad = pad, image_pad
+    def __init__(self, pad: int, image_pad: int):
+        self.placeholder_ids = {"video": pad, "image": image_pad}
 
     def size_hw(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         if width > 50 * height:
             raise ValueError("too wide")
         return height // 8 * 8, width // 8 * 8
 
-    def placeholder(self, num_tokens: int, is_image: bool = False) -> tuple[int, ...]:
-        return (self.image_pad if is_image else self.pad,) * num_tokens
+    def tokens_per_unit(self, size_hw: tuple[int, int]) -> int:
+        return size_hw[0] * size_hw[1] // 64
+
+    def placeholder(self, item: MediaItem, sound: MediaItem | None = None) -> Placeholder:
+        assert sound is None
+        return Placeholder((self.placeholder_ids[item.kind],) * item.num_tokens, (((0, item.num_tokens),),))
 
 
 @dataclass
@@ -94,10 +99,8 @@ def make(tokenizer):
         defaults = {"frames": FrameSettings(4), "max_prompt_tokens": 500}
         return PromptBuilder(
             settings.pop("tokenizer", tokenizer),
-            FakeSpec(pad, image_pad),
+            MediaSpecs(FakeSpec(pad, image_pad)),
             decoder or FakeDecoder(),
-            video_placeholder_id=pad,
-            image_placeholder_id=image_pad,
             **{**defaults, **settings},
         )
 
@@ -119,7 +122,7 @@ def pads(num: int) -> str:
 def test_text_only(make, tokenizer):
     prompt = make().build(3, row("1+1? é"))
     assert text(tokenizer, prompt) == BEFORE + "1+1? é" + AFTER
-    assert (prompt.prompt_id, prompt.videos) == (3, ())
+    assert (prompt.prompt_id, prompt.media) == (3, ())
 
 
 def test_text_only_works_with_a_template_that_knows_only_strings(make, tokenizer):
@@ -130,7 +133,7 @@ def test_text_only_works_with_a_template_that_knows_only_strings(make, tokenizer
 
 def test_one_video(make, tokenizer, paths):
     prompt = make().build(0, row("What?", paths[0]))
-    (video,) = prompt.videos
+    (video,) = prompt.media
     # 4 frames of 16x24: 2 temporal x 4 x 6 patches, 4 patches a token.
     assert (video.frame_indices, video.size_hw, video.grid_thw) == ((0, 13, 26, 39), (16, 24), (2, 4, 6))
     assert video.num_tokens == 12 and video.path == paths[0]
@@ -145,7 +148,7 @@ def test_two_videos_go_first_or_where_the_markers_are(make, tokenizer, paths):
     assert text(tokenizer, first) == BEFORE + pads(12) + pads(12) + "Compare." + AFTER
     placed = builder.build(0, row("Is <video> after <video>?", *paths))
     assert text(tokenizer, placed) == BEFORE + "Is " + pads(12) + " after " + pads(12) + "?" + AFTER
-    assert [video.path for video in placed.videos] == list(paths)
+    assert [video.path for video in placed.media] == list(paths)
 
 
 @pytest.fixture
@@ -164,13 +167,13 @@ def test_images_alone_and_between_videos(make, tokenizer, paths, images):
     builder = make()
     alone = builder.build(0, replace(row("Same?"), images=images))
     assert text(tokenizer, alone) == BEFORE + image_pads(6) + image_pads(4) + "Same?" + AFTER
-    (first, second) = alone.videos
-    assert (first.is_image, first.grid_thw, first.size_hw, first.num_tokens) == (True, (1, 4, 6), (16, 24), 6)
+    (first, second) = alone.media
+    assert (first.kind, first.grid_thw, first.size_hw, first.num_tokens) == ("image", (1, 4, 6), (16, 24), 6)
     assert first.frame_indices == (0, 0) and second.grid_thw == (1, 8, 2) and first.key != second.key
     mixed = replace(row("In <image> is <video> and <image>?", paths[0]), images=images)
     prompt = builder.build(0, mixed)
     assert text(tokenizer, prompt) == BEFORE + f"In {image_pads(6)} is {pads(12)} and {image_pads(4)}?" + AFTER
-    assert [video.path for video in prompt.videos] == [images[0], paths[0], images[1]]
+    assert [video.path for video in prompt.media] == [images[0], paths[0], images[1]]
     loose = builder.build(0, replace(row("First <video> then?", paths[0]), images=images[:1]))
     assert text(tokenizer, loose) == BEFORE + image_pads(6) + "First " + pads(12) + " then?" + AFTER
 
@@ -198,12 +201,12 @@ def test_videos_of_different_lengths_get_their_own_number_of_tokens(make, tokeni
 
 
 def test_frames_by_rate(make, paths):
-    (video,) = make(frames=FrameSettings(0, 2.0, 4, 6)).build(0, row("p", paths[0])).videos
+    (video,) = make(frames=FrameSettings(0, 2.0, 4, 6)).build(0, row("p", paths[0])).media
     assert len(video.frame_indices) == 6
 
 
 def test_a_range_of_seconds(make, paths):
-    (video,) = make().build(0, replace(row("p", paths[0]), span=(1.0, 3.0))).videos
+    (video,) = make().build(0, replace(row("p", paths[0]), span=(1.0, 3.0))).media
     assert video.timestamps == (1.0, 1.6, 2.3, 2.9)
     with pytest.raises(BadSample, match="a.mp4: video_start=5.0: the last frame is shown at 3.900 s"):
         make().build(0, replace(row("p", paths[0]), span=(5.0, 6.0)))
@@ -282,20 +285,20 @@ def test_a_file_that_is_not_as_the_manifest_says_is_refused(make, tmp_path, path
     sums = tmp_path / "sums.txt"
     sums.write_text(f"{hashlib.sha256(b'a' * 10).hexdigest()}  a.mp4\n")
     builder = make(manifest=Manifest(str(sums)))
-    assert builder.build(0, row("p", paths[0])).videos
+    assert builder.build(0, row("p", paths[0])).media
     with pytest.raises(BadSample, match="b.mp4: not listed in data.manifest=") as refused:
         builder.build(0, row("p", *paths))
     assert refused.value.source == "train.jsonl:7"
 
 
 def test_the_key_is_that_of_the_file_and_everything_done_with_it(make, paths):
-    key = make().build(0, row("p", paths[0])).videos[0].key
-    assert make().build(5, row("another question", paths[0])).videos[0].key == key
+    key = make().build(0, row("p", paths[0])).media[0].key
+    assert make().build(5, row("another question", paths[0])).media[0].key == key
     others = {
-        make().build(0, row("p", paths[1])).videos[0].key,
-        make(frames=FrameSettings(6)).build(0, row("p", paths[0])).videos[0].key,
-        make(FakeDecoder(width=33)).build(0, row("p", paths[0])).videos[0].key,
+        make().build(0, row("p", paths[1])).media[0].key,
+        make(frames=FrameSettings(6)).build(0, row("p", paths[0])).media[0].key,
+        make(FakeDecoder(width=33)).build(0, row("p", paths[0])).media[0].key,
     }
     os.utime(paths[0], ns=(1, 1))
-    others.add(make().build(0, row("p", paths[0])).videos[0].key)
+    others.add(make().build(0, row("p", paths[0])).media[0].key)
     assert len(others) == 4 and key not in others

@@ -44,7 +44,7 @@ class Builder:
     def build(self, prompt_id: int, row: Row) -> Prompt:
         [path] = row.videos
         item = replace(video(path, (1, 2, 2)), path=path)
-        return Prompt(prompt_id, row, (1, 9, 2), (item,))
+        return Prompt(prompt_id, row, (1, 9, 2), (item,), (((1, 2),),))
 
 
 def reward(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
@@ -201,8 +201,8 @@ class ReencodedBuilder(Builder):
 
     def build(self, prompt_id: int, row: Row) -> Prompt:
         prompt = super().build(prompt_id, row)
-        [item] = prompt.videos
-        return replace(prompt, videos=(replace(item, key="other"),))
+        [item] = prompt.media
+        return replace(prompt, media=(replace(item, key="other"),))
 
 
 @pytest.mark.parametrize(("every", "at_end", "expected"), [(0, True, [2]), (1, False, [0, 1, 2]), (2, True, [1, 2])])

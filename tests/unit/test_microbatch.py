@@ -10,34 +10,31 @@ import torch
 from torch import Tensor
 
 from megatron_rl.training.microbatch import MicroBatch, RankSlice, build_microbatch, gather_embeds
-from megatron_rl.types import MediaItem, Prompt, Row, TrainSample
+from megatron_rl.types import MediaItem, Prompt, Row, Run, TrainSample
 from model_providers.attention.segments import QuerySlice
+from tests.media_items import made_video
 
 V = 9  # placeholder token
 
 
 def _video(key: str, num_tokens: int) -> MediaItem:
-    return MediaItem(key, "", (), (), (0, 0), (1, 2, 2 * num_tokens), 1.0, num_tokens)
+    return made_video(key, (1, 2, 2 * num_tokens), num_tokens)
 
 
 def _sample(prompt: Sequence[int], response: Sequence[int], weight: float, *videos: MediaItem) -> TrainSample:
     row = Row("made:1", "", "")
     logprobs = tuple(-0.5 * (i + 1) for i in range(len(response)))
-    return TrainSample(Prompt(0, row, tuple(prompt), videos), tuple(response), logprobs, weight=weight)
-
-
-def _positions(ids: Sequence[int], videos: Sequence[MediaItem]) -> Tensor:
-    """Recognisable: what the sample is told by its first token."""
-    return ids[0] * 100 + torch.arange(len(ids)).expand(3, -1)
-
-
-def _starts(ids: Sequence[int], videos: Sequence[MediaItem]) -> list[int]:
-    """Videos follow the first token, with one token between them."""
-    starts, position = [], 1
+    spans, at = [], 1  # media follow the first token, with one token between them
     for video in videos:
-        starts.append(position)
-        position += video.num_tokens + 1
-    return starts
+        spans.append(((at, at + video.num_tokens),))
+        at += video.num_tokens + 1
+    made = Prompt(0, row, tuple(prompt), videos, tuple(spans))
+    return TrainSample(made, tuple(response), logprobs, weight=weight)
+
+
+def _positions(num_tokens: int, media: Sequence[MediaItem], spans: Sequence[Sequence[Run]]) -> Tensor:
+    """Recognisable: the sample is told by its media."""
+    return (len(media) + 1) * 100 + torch.arange(num_tokens).expand(3, -1)
 
 
 def _predicting(batch: MicroBatch) -> Tensor:
@@ -54,7 +51,7 @@ SAMPLES = [
 
 
 def test_micro_batch_by_hand() -> None:
-    batch = build_microbatch(SAMPLES, ((2,), (1,)), RankSlice(pad_multiple=8), _positions, _starts)
+    batch = build_microbatch(SAMPLES, ((2,), (1,)), RankSlice(pad_multiple=8), _positions)
     assert batch.token_ids.tolist() == [3, V, 4, V, V, 3, 4, 4, 2, V, V, 3, 6, 7, 8, 0]
     assert batch.attention.run_lengths == (8, 7) and batch.attention.own == ()
     assert batch.position_ids.tolist() == [[*range(300, 308), *range(200, 207), 0]] * 3  # the last one is padding
@@ -62,37 +59,37 @@ def test_micro_batch_by_hand() -> None:
     assert batch.targets.tolist() == [4, 4, 6, 7, 8]
     assert batch.rollout_logprobs.tolist() == [-0.5, -1.0, -0.5, -1.0, -1.5]
     assert batch.weights.tolist() == [1.5, 1.5, 0.5, 0.5, 0.5]
-    assert batch.video_rows.tolist() == [1, 3, 4, 9, 10]
-    assert batch.videos == (B, A, A)
+    assert batch.media_rows.tolist() == [1, 3, 4, 9, 10]
+    assert batch.media == (B, A, A)
     assert batch.samples == (2, 1)
     assert batch.num_response_tokens == 5
     assert torch.equal(batch.token_ids[_predicting(batch) + 1], batch.targets)
 
 
-def test_embeddings_come_in_the_order_of_the_video_rows() -> None:
-    batch = build_microbatch(SAMPLES, ((2,), (1,)), RankSlice(), _positions, _starts)
+def test_embeddings_come_in_the_order_of_the_media_rows() -> None:
+    batch = build_microbatch(SAMPLES, ((2,), (1,)), RankSlice(), _positions)
     embeds = {"a": torch.tensor([[1.0], [2.0]]), "b": torch.tensor([[3.0]])}
     gathered = gather_embeds(batch, embeds)
     assert gathered is not None and gathered[:, 0].tolist() == [3.0, 1.0, 2.0, 1.0, 2.0]
-    assert gather_embeds(build_microbatch(SAMPLES, ((0,),), RankSlice(), _positions, _starts), embeds) is None
+    assert gather_embeds(build_microbatch(SAMPLES, ((0,),), RankSlice(), _positions), embeds) is None
 
 
 GROUP = [_sample([1, V, V, 3], [5, 6], 1.0, A), _sample([1, V, V, 3], [7, 8, 9], 0.5, A)]
 
 
 def test_a_shared_prompt_is_stored_once() -> None:
-    batch = build_microbatch(GROUP, ((0, 1),), RankSlice(), _positions, _starts)
+    batch = build_microbatch(GROUP, ((0, 1),), RankSlice(), _positions)
     assert batch.token_ids.tolist() == [1, V, V, 3, 5, 6, 7, 8, 9]
     assert batch.position_ids[0].tolist() == [
-        100,
-        101,
-        102,
-        103,
-        104,
-        105,
-        104,
-        105,
-        106,
+        200,
+        201,
+        202,
+        203,
+        204,
+        205,
+        204,
+        205,
+        206,
     ]  # both go on after the prompt
     assert batch.attention.run_lengths == (4, 2, 3)
     assert batch.attention.own == (QuerySlice((4, 9), ((0, 4),)),)
@@ -101,13 +98,13 @@ def test_a_shared_prompt_is_stored_once() -> None:
     assert batch.last_attention.run_lengths == (1, 1, 2)
     assert batch.last_attention.own == (QuerySlice((0, 1), ((0, 3),)), QuerySlice((1, 4), ((0, 4),)))
     assert batch.targets.tolist() == [5, 6, 7, 8, 9]
-    assert batch.video_rows.tolist() == [1, 2] and batch.videos == (A,) and batch.samples == (0, 1)
+    assert batch.media_rows.tolist() == [1, 2] and batch.media == (A,) and batch.samples == (0, 1)
 
 
 def test_context_parallel_ranks_hold_everything_once() -> None:
-    whole = build_microbatch([*GROUP, *SAMPLES], ((0, 1), (4,), (3,)), RankSlice(), _positions, _starts)
+    whole = build_microbatch([*GROUP, *SAMPLES], ((0, 1), (4,), (3,)), RankSlice(), _positions)
     parts = [
-        build_microbatch([*GROUP, *SAMPLES], ((0, 1), (4,), (3,)), RankSlice(rank, 3, 2, 0.01), _positions, _starts)
+        build_microbatch([*GROUP, *SAMPLES], ((0, 1), (4,), (3,)), RankSlice(rank, 3, 2, 0.01), _positions)
         for rank in range(3)
     ]
     assert sum(part.attention.num_queries for part in parts) == len(whole.token_ids)
@@ -124,8 +121,8 @@ def test_context_parallel_ranks_hold_everything_once() -> None:
         for index, *values in zip(part.response_index.tolist(), *(f.tolist() for f in fields), strict=True):
             seen[index] = tuple(values)
         made = gather_embeds(part, embeds)
-        assert (made is None) == (len(part.video_rows) == 0)
-        assert all(part.token_ids[part.video_rows] == V)
+        assert (made is None) == (len(part.media_rows) == 0)
+        assert all(part.token_ids[part.media_rows] == V)
     fields = (
         whole.targets,
         whole.rollout_logprobs,
@@ -134,19 +131,19 @@ def test_context_parallel_ranks_hold_everything_once() -> None:
     )
     assert [seen[i] for i in range(len(seen))] == list(zip(*(f.tolist() for f in fields), strict=True))
     rows = [
-        (gather_embeds(part, embeds)[:, 0].tolist(), part.position_ids[0, part.video_rows].tolist())
+        (gather_embeds(part, embeds)[:, 0].tolist(), part.position_ids[0, part.media_rows].tolist())
         for part in parts
-        if part.videos
+        if part.media
     ]
     pairs = sorted(pair for values, positions in rows for pair in zip(positions, values, strict=True))
     assert pairs == sorted(
-        zip(whole.position_ids[0, whole.video_rows].tolist(), gather_embeds(whole, embeds)[:, 0].tolist(), strict=True)
+        zip(whole.position_ids[0, whole.media_rows].tolist(), gather_embeds(whole, embeds)[:, 0].tolist(), strict=True)
     )
 
 
 @pytest.mark.parametrize(("multiple", "num_rows"), [(1, 3), (3, 3), (4, 4)])
 def test_padding_attends_to_nothing(multiple: int, num_rows: int) -> None:
-    batch = build_microbatch(SAMPLES, ((0,),), RankSlice(pad_multiple=multiple), _positions, _starts)
+    batch = build_microbatch(SAMPLES, ((0,),), RankSlice(pad_multiple=multiple), _positions)
     assert batch.attention.run_lengths == (3,) and len(batch.token_ids) == num_rows
     assert _predicting(batch).tolist() == [1]
 
@@ -155,7 +152,7 @@ def test_padding_attends_to_nothing(multiple: int, num_rows: int) -> None:
     "cut", [RankSlice(pad_multiple=4), RankSlice(1, 2, 4, 0.01), RankSlice(1, 2, 4, 0.01, by_heads=True)], ids=str
 )
 def test_an_empty_micro_batch_is_padding_only(cut: RankSlice) -> None:
-    batch = build_microbatch(SAMPLES, (), cut, _positions, _starts)
+    batch = build_microbatch(SAMPLES, (), cut, _positions)
     assert batch.token_ids.tolist() == [0] * 4 and batch.attention.num_queries == 0
     assert batch.position_ids.shape == (3, 4) and batch.num_response_tokens == 0
     assert _predicting(batch).dtype == batch.targets.dtype == torch.int64

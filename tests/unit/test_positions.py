@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_rl.types import MediaItem
 from model_providers.qwen2_5_vl.positions import rope_positions
+from tests.media_items import made_video
 
 MERGE, RATE = 2, 2.0  # the spatial merge and the tokens per second of published checkpoints
 TEXT_TOKEN, VIDEO_TOKEN = 7, 263
@@ -28,7 +29,7 @@ UNEVEN: list[Clip] = [((9, 4, 4), 1 / 3), ((30, 6, 4), 0.7), ((5, 4, 8), 3.3)]
 
 def _video(clip: Clip) -> MediaItem:
     (t, h, w), seconds = clip
-    return MediaItem("", "", (), (), (0, 0), (t, h, w), seconds, t * h * w // MERGE**2)
+    return made_video("", (t, h, w), h * w // MERGE**2, seconds)
 
 
 def _prompt(clips: Sequence[Clip]) -> tuple[list[int], list[int], list[MediaItem]]:
@@ -40,9 +41,14 @@ def _prompt(clips: Sequence[Clip]) -> tuple[list[int], list[int], list[MediaItem
     return ids, starts, videos
 
 
+def _positions(num_tokens: int, starts: Sequence[int], videos: Sequence[MediaItem]) -> Tensor:
+    spans = [[(start, start + video.num_tokens)] for start, video in zip(starts, videos, strict=True)]
+    return rope_positions(num_tokens, videos, spans, merge_size=MERGE, tokens_per_second=RATE)
+
+
 def _ours(clips: Sequence[Clip]) -> Tensor:
     ids, starts, videos = _prompt(clips)
-    return rope_positions(len(ids), starts, videos, MERGE, RATE)
+    return _positions(len(ids), starts, videos)
 
 
 def _transformers(clips: Sequence[Clip]) -> Tensor:
@@ -86,13 +92,13 @@ def _vllm(clips: Sequence[Clip]) -> Tensor:
 
 
 def test_text_counts_up_in_all_rows() -> None:
-    assert rope_positions(4, [], [], MERGE, RATE).tolist() == [[0, 1, 2, 3]] * 3
+    assert _positions(4, [], []).tolist() == [[0, 1, 2, 3]] * 3
 
 
 def test_by_hand() -> None:
     """Two text tokens, two steps of 2 x 2 tokens 1.5 s apart (3 positions at 2 tokens a second), two text tokens."""
     video = _video(((2, 4, 4), 1.5))
-    assert rope_positions(12, [2], [video], MERGE, RATE).tolist() == [
+    assert _positions(12, [2], [video]).tolist() == [
         [0, 1, 2, 2, 2, 2, 5, 5, 5, 5, 6, 7],
         [0, 1, 2, 2, 3, 3, 2, 2, 3, 3, 6, 7],
         [0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 6, 7],
@@ -101,7 +107,7 @@ def test_by_hand() -> None:
 
 def test_a_video_at_either_end() -> None:
     video = _video(((1, 2, 4), 1.0))
-    assert rope_positions(4, [0, 2], [video, video], MERGE, RATE).tolist() == [[0, 0, 2, 2], [0, 0, 2, 2], [0, 1, 2, 3]]
+    assert _positions(4, [0, 2], [video, video]).tolist() == [[0, 0, 2, 2], [0, 0, 2, 2], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("clips", [SHORT, MIXED, LONG, UNEVEN], ids=["short", "mixed", "long", "uneven"])

@@ -23,6 +23,9 @@ def video(name: str) -> MediaItem:
         grid_thw=(2, 4, 6),
         seconds_per_grid=2 / 3,
         num_tokens=12,
+        num_frames=4,
+        frames_per_unit=2,
+        tokens_per_unit=6,
     )
 
 
@@ -37,7 +40,8 @@ def group(prompt_id: int, num_videos: int, num_samples: int = 2) -> Group:
         )
         for i in range(num_samples)
     )
-    return Group(Prompt(prompt_id, row, (1, 2, *([9] * 12 * num_videos), 3), videos), scored)
+    spans = tuple(((2 + 12 * i, 14 + 12 * i),) for i in range(num_videos))
+    return Group(Prompt(prompt_id, row, (1, 2, *([9] * 12 * num_videos), 3), videos, spans), scored)
 
 
 GROUPS = [group(0, 1), group(3, 0), group(1, 2), group(4, 0, num_samples=0)]
@@ -75,8 +79,8 @@ def test_changed_data_is_refused_by_name(what: str, tmp_path: Path) -> None:
     prompts = [g.prompt for g in GROUPS]
     changed = prompts[2]
     if what == "video":
-        videos = (replace(changed.videos[0], key="sha-other"), changed.videos[1])
-        prompts[2] = replace(changed, videos=videos)
+        media = (replace(changed.media[0], key="sha-other"), changed.media[1])
+        prompts[2] = replace(changed, media=media)
     elif what == "tokens":
         prompts[2] = replace(changed, token_ids=changed.token_ids[:-1])
     elif what == "answer":

@@ -4,20 +4,22 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from megatron_rl.media.routes import Wanted, plan_messages, split_over_ranks
 from megatron_rl.types import MediaItem
+from tests.media_items import made_video
 
 
 def _video(key: str, grid_t: int, per_patch: int) -> MediaItem:
-    grid = (grid_t, 2, 2 * per_patch)
-    return MediaItem(key, "", (), (), (0, 0), grid, 1.0, grid_t * per_patch)
+    return made_video(key, (grid_t, 2, 2 * per_patch), per_patch)
 
 
-VIDEOS = [_video("a", 1, 3), _video("b", 29, 2), _video("c", 7, 5)]
-PER_PATCH = {"a": 3, "b": 2, "c": 5}
+SOUND = replace(_video("d", 6, 4), kind="audio", num_tokens=22)  # the last unit is half as long
+VIDEOS = [_video("a", 1, 3), _video("b", 29, 2), _video("c", 7, 5), SOUND]
+BY_KEY = {video.key: video for video in VIDEOS}
 
 
 def _requests(world: int, seed: int) -> list[Wanted]:
@@ -36,41 +38,41 @@ def _requests(world: int, seed: int) -> list[Wanted]:
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("most", [None, 1, 4])
 def test_everyone_gets_what_it_asked_for_in_order(world: int, most: int | None) -> None:
-    pieces = split_over_ranks(VIDEOS, world, most)
+    chunks = split_over_ranks(VIDEOS, world, most and 2 * most)
     for seed in range(5):
         requests = _requests(world, seed)
         tables = [{key: {} for key in wanted} for wanted in requests]
-        for messages in plan_messages(pieces, PER_PATCH, requests):
+        for messages in plan_messages(chunks, BY_KEY, requests):
             for m in messages:
-                assert m.source == m.piece.owner and m.start < m.stop
-                first = m.piece.start * PER_PATCH[m.piece.key]
+                assert m.source == m.chunk.owner and m.start < m.stop
+                first = m.chunk.start * BY_KEY[m.chunk.key].tokens_per_unit
                 for row, token in zip(
                     range(m.at, m.in_table.stop), range(first + m.start, first + m.stop), strict=True
                 ):
-                    assert row not in tables[m.target][m.piece.key], "a row that arrives twice"
-                    tables[m.target][m.piece.key][row] = token
+                    assert row not in tables[m.target][m.chunk.key], "a row that arrives twice"
+                    tables[m.target][m.chunk.key][row] = token
         for wanted, table in zip(requests, tables, strict=True):
             expected = {key: [t for run in runs for t in range(*run)] for key, runs in wanted.items()}
             assert {key: [rows[i] for i in range(len(rows))] for key, rows in table.items()} == expected
 
 
 @pytest.mark.parametrize("world", [2, 4, 7])
-def test_a_rank_receives_one_piece_a_round_and_the_ranks_do_not_queue(world: int) -> None:
+def test_a_rank_receives_one_chunk_a_round_and_the_ranks_do_not_queue(world: int) -> None:
     everything = [{v.key: ((0, v.num_tokens),) for v in VIDEOS}] * world
-    rounds = plan_messages(split_over_ranks(VIDEOS, world, 2), PER_PATCH, everything)
+    rounds = plan_messages(split_over_ranks(VIDEOS, world, 4), BY_KEY, everything)
     for messages in rounds[1:]:
         for target in range(world):
-            assert len({m.piece for m in messages if m.target == target}) <= 1
+            assert len({m.chunk for m in messages if m.target == target}) <= 1
         assert all(m.source != m.target for m in messages)
     assert {m.source for m in rounds[1]} == set(range(world)), "all turn to the same rank first"
 
 
 @pytest.mark.parametrize(("most", "unit"), [(4, 1), (4, 3), (1, 3), (None, 8)])
-def test_pieces_are_small_and_begin_at_multiples(most: int | None, unit: int) -> None:
-    pieces = split_over_ranks(VIDEOS, 3, most, unit)
+def test_chunks_are_small_and_begin_at_multiples(most: int | None, unit: int) -> None:
+    chunks = split_over_ranks(VIDEOS, 3, most and 2 * most, unit)
     for video in VIDEOS:
-        mine = pieces[video.key]
-        assert [p for piece in mine for p in range(piece.start, piece.stop)] == list(range(video.grid_thw[0]))
-        assert all(piece.start % unit == 0 for piece in mine)
+        mine = chunks[video.key]
+        assert [p for chunk in mine for p in range(chunk.start, chunk.stop)] == list(range(video.grid_thw[0]))
+        assert all(chunk.start % unit == 0 for chunk in mine)
         if most is not None:
             assert max(p.stop - p.start for p in mine) <= max(most // unit * unit, unit)
