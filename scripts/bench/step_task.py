@@ -65,13 +65,14 @@ def write_model(folder: Path) -> None:
     -80, the others' a few units.
     """
     import torch
+
+    from megatron_rl.runtime.device import define_torchvision_operators
+
+    define_torchvision_operators()  # before transformers looks for torchvision
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     from model_providers.qwen3.tiny import tiny
-    from scripts.make_tiny_checkpoint import (
-        VOCAB_SIZE,
-        make_tokenizer,
-    )  # declares what transformers' models ask torchvision for
+    from scripts.make_tiny_checkpoint import VOCAB_SIZE, make_tokenizer
 
     tokenizer = make_tokenizer()
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
