@@ -46,6 +46,7 @@ from megatron_rl.runtime.grid import Grid
 from megatron_rl.weight_sync.plan import make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
+from model_providers.positions import text_positions
 from model_providers.provider import open_provider
 from model_providers.weight_map import HfTensor
 from scripts.bench.baselines import BUCKET_BYTES, CoreResharding, FullGather, LiveBytes, ReceivedBytes, as_matrix
@@ -179,7 +180,7 @@ def build_middle(setting: SyncSetting, backend: Backend, provider: Any) -> Any:
 
 def open_engine(setting: SyncSetting, backend: Backend, folder: Path) -> VllmEngine:
     settings = EngineSettings(
-        folder=str(folder),
+        model=open_provider(folder).engine,
         tensor=setting.rollout_tensor,
         max_model_len=256,
         max_num_seqs=4,
@@ -187,7 +188,7 @@ def open_engine(setting: SyncSetting, backend: Backend, folder: Path) -> VllmEng
         gpu_memory_utilization=0.5,
         enforce_eager=True,
     )
-    engine = VllmEngine(settings, backend, (), (), lambda prompt, embeds: {}, lambda ids: "")
+    engine = VllmEngine(settings, backend, (), (), text_positions, lambda ids: "")
     engine.wake("weights")
     return engine
 
