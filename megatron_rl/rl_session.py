@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 from data.rows.loader import RowLoader
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.evaluate import Evaluation, EvaluationPlan
-from megatron_rl.protocols import GroupSource
-from megatron_rl.rewards.registry import load_reward
+from megatron_rl.protocols import GroupSource, RewardFunction
 from megatron_rl.rollout.colocated import ColocatedEngine, ColocatedRollouts, GroupFilter
 from megatron_rl.rollout.replayed import ReplayedRollouts
 from megatron_rl.rollout.store import RolloutStore
@@ -32,9 +31,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_colocated(cfg: RlConfig, session: Session, learner: TokenLearner) -> Iterator[ColocatedEngine]:
+def open_colocated(
+    cfg: RlConfig, session: Session, learner: TokenLearner, reward: RewardFunction
+) -> Iterator[ColocatedEngine]:
     """The engine on the trainer's ranks; freed at the end of the block. Collective."""
-    reward = load_reward(cfg.reward.name, cfg.reward.terms)
     with learner.offloaded():  # the engine measures what memory is left for it
         engine, resharder = open_engine(cfg, session)
     colocated = ColocatedEngine(

@@ -28,6 +28,7 @@ def run(cfg: RlConfig) -> None:
     """The whole job on this rank."""
     from megatron_rl.loop import rl_step, sample_step
     from megatron_rl.observe.step_metrics import media_metrics
+    from megatron_rl.rewards.registry import load_reward
     from megatron_rl.rl_session import open_colocated, open_evaluation, open_source
     from megatron_rl.session import open_learner, open_loader, open_session
 
@@ -36,7 +37,8 @@ def run(cfg: RlConfig) -> None:
         run_state, learner = session.run_state, open_learner(cfg, session)
         loader = colocated = None
         if not cfg.rollout.replay_from:
-            colocated = stack.enter_context(open_colocated(cfg, session, learner))
+            reward = load_reward(cfg.reward.name, cfg.reward.terms)
+            colocated = stack.enter_context(open_colocated(cfg, session, learner, reward))
             loader = open_loader(cfg, session.quarantine)
         source = open_source(cfg, session, colocated, loader)
         evaluation = open_evaluation(cfg, session, colocated)

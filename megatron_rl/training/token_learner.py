@@ -13,8 +13,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor
-
 from megatron_rl.algorithms.losses import NllLoss
 from megatron_rl.observe.progress import Progress
 from megatron_rl.observe.step_metrics import MismatchMetric, Totals
@@ -70,10 +68,6 @@ class TokenLearner:
     @property
     def version(self) -> int:
         return self.policy.version
-
-    def weights(self) -> dict[str, Tensor]:
-        """This rank's live parameters by the names of the weight table."""
-        return {name: param.data for name, param in self.policy.language_model.named_weights().items()}
 
     def offloaded(self) -> AbstractContextManager[None]:
         return self.policy.offloaded()

@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config.schema import RolloutConfig
+from megatron_rl.protocols import ModelProvider
 from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import Backend, choose_backend
@@ -46,7 +47,6 @@ from megatron_rl.runtime.grid import Grid
 from megatron_rl.weight_sync.plan import make_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
-from model_providers.positions import text_positions
 from model_providers.provider import open_provider
 from model_providers.weight_map import HfTensor
 from scripts.bench.baselines import BUCKET_BYTES, CoreResharding, FullGather, LiveBytes, ReceivedBytes, as_matrix
@@ -142,7 +142,7 @@ def build(setting: SyncSetting, folder: Path) -> Bench:
     mesh = parallel.initialize(backend, grid, Grid(world, tensor=setting.rollout_tensor))
     trainer = provider.build_language(backend, mesh)
     fill_trainer(provider, trainer, mesh)
-    engine = open_engine(setting, backend, folder)
+    engine = open_engine(setting, backend, provider)
     source = {name: param.data for name, param in trainer.named_weights().items()}
     target = engine.parameters()
     shape, table = provider.shape, provider.weight_map
@@ -178,9 +178,9 @@ def build_middle(setting: SyncSetting, backend: Backend, provider: Any) -> Any:
     return middle
 
 
-def open_engine(setting: SyncSetting, backend: Backend, folder: Path) -> VllmEngine:
+def open_engine(setting: SyncSetting, backend: Backend, provider: ModelProvider) -> VllmEngine:
     settings = EngineSettings(
-        model=open_provider(folder).engine,
+        model=provider.engine,
         tensor=setting.rollout_tensor,
         max_model_len=256,
         max_num_seqs=4,
@@ -188,7 +188,7 @@ def open_engine(setting: SyncSetting, backend: Backend, folder: Path) -> VllmEng
         gpu_memory_utilization=0.5,
         enforce_eager=True,
     )
-    engine = VllmEngine(settings, backend, (), (), text_positions, lambda ids: "")
+    engine = VllmEngine(settings, backend, (), (), provider.position_ids, lambda ids: "")
     engine.wake("weights")
     return engine
 

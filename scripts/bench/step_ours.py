@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our side of bench_step.py: the parts of `megatron_rl.train`, stepped one turn at a time."""
+"""Our side of scripts/bench/step.py: the parts of `megatron_rl.train`, stepped one turn at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from contextlib import ExitStack
 
 from megatron_rl.config.checks import check
 from megatron_rl.config.schema import (
@@ -69,30 +68,31 @@ def config(task: Task) -> RlConfig:
 def run(task: Task, channel: Channel) -> None:
     from megatron_rl.loop import rl_step
     from megatron_rl.rewards.registry import UserReward
-    from megatron_rl.session import open_loader, open_session
-    from megatron_rl.train import build_loss, build_rollout
+    from megatron_rl.rl_session import open_colocated, open_source
+    from megatron_rl.session import open_learner, open_loader, open_session
 
     cfg = config(task)
     check(cfg, 1, "rl")
-    with open_session(cfg, cfg.rollout.temperature) as session:
-        seen = Seen()
+    seen = Seen()
 
-        def reward(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
-            seen.prompts, seen.responses = prompts, [c.token_ids for c in completions]
-            return [{"overall": even_share(response)} for response in seen.responses]
+    def reward(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
+        seen.prompts, seen.responses = prompts, [c.token_ids for c in completions]
+        return [{"overall": even_share(response)} for response in seen.responses]
 
-        rollout = replace(build_rollout(session), reward=UserReward("even_share", reward))
-        engine: Any = rollout.engine
-        loader, loss = open_loader(session), build_loss(cfg.algorithm)
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(cfg, cfg.rollout.temperature))
+        learner = open_learner(cfg, session)
+        colocated = stack.enter_context(open_colocated(cfg, session, learner, UserReward("even_share", reward)))
+        source = open_source(cfg, session, colocated, open_loader(cfg, session.quarantine))
         weights = session.policy.language_model.named_weights()
         channel.ready()
         for step in range(task.num_steps):
             before = {name: weight.detach().clone() for name, weight in weights.items()}
             channel.wait_for_turn()
             clock = Clock()
-            metrics = rl_step(session, rollout, loader, loss, None, None, step)
+            metrics = rl_step(source, learner, session.quarantine, step)
             times = clock.read()
-            phases = session.progress.end_step(step)
+            phases = session.run_state.progress.end_step(step)
             phases.pop("timing_s/step")  # it includes the other sides' turns
             channel.report(
                 times,
@@ -102,4 +102,3 @@ def run(task: Task, channel: Channel) -> None:
                 **seen.counts(lambda prompt: prompt.token_ids),
                 **weight_change(before, weights.items()),
             )
-        engine.close()

@@ -146,9 +146,9 @@ class Step:
         self._provider.load_language(model, mesh)
         hyper = Hyperparameters(1e-6, (0.9, 0.999), 1e-8, 0.0, 0, 1.0)
         self._policy = Policy(model, backend, mesh, hyper)
-        encoder = self._provider.build_encoder(backend, torch.device("cpu"))
-        assert encoder is not None
-        self._tower = encoder
+        tower = self._provider.build_encoder(backend, torch.device("cpu"))
+        assert tower is not None
+        self._tower = tower
         self.videos = [artifact(f"video {i}", num_frames, setting.side) for i in range(PROMPTS)]
         generator = torch.Generator().manual_seed(0)
         shape = (num_frames, 3, setting.side, setting.side)

@@ -174,7 +174,9 @@ def test_mistakes_are_told_together(capsys, arguments, expected) -> None:
 def test_model_files_that_cannot_be_used(tmp_path, capsys) -> None:
     path = tmp_path / "config.json"
     texts = {"{": "not readable", "[]": "not a JSON object", '{"model_type": "bert"}': "no provider for"}
-    for text, expected in {**texts, '{"model_type": "qwen2_5_vl"}': "missing in config.json"}.items():
+    texts |= {'{"model_type": "qwen2_5_vl"}': "mrope_section: missing in config.json"}
+    texts |= {'{"model_type": "qwen2", "rope_theta": 1e4}': "config.json has no"}
+    for text, expected in texts.items():
         path.write_text(text)
         assert main(["--train", "tp=1", "--rollout", "tp=1", "--model", str(path)]) == 2
         assert expected in capsys.readouterr().err
