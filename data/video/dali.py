@@ -38,7 +38,7 @@ def _frames_pipeline(on_gpu: bool) -> DataNode:
     # pad_mode "none": an index past the end is an error; by default it would be a black frame.
     video = fn.decoders.video(encoded, device="mixed" if on_gpu else "cpu", frames=positions, pad_mode="none")
     resized = fn.resize(video, size=size_hw, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
-    assert isinstance(resized, DataNode), "one input, one output"
+    assert isinstance(resized, DataNode), "one input gives one output"
     return fn.transpose(resized, perm=[0, 3, 1, 2])
 
 

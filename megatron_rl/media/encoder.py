@@ -70,6 +70,7 @@ class ParallelEncoder:
         self,
         encoder: MediaEncoder,
         frames: FramePrefetcher,
+        *,
         blank: bool = False,
         frames_per_chunk: int = 64,
         store: EmbeddingStore | None = None,
@@ -83,7 +84,7 @@ class ParallelEncoder:
 
     def blanked(self) -> ParallelEncoder:
         """Another one over the same encoder, which sees black frames and hears silence."""
-        return ParallelEncoder(self._encoder, self._frames, True, self._frames_per_chunk)
+        return ParallelEncoder(self._encoder, self._frames, blank=True, frames_per_chunk=self._frames_per_chunk)
 
     def take_counts(self) -> EncoderCounts:
         """The counts, which start again at zero."""

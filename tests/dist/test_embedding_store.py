@@ -52,9 +52,9 @@ def _open(checkpoint: Path, folder: Path, max_bytes: int = ROOMY, dtype: str = "
         dist.init_process_group("gloo")
     backend, provider = choose_backend("cpu", dtype), open_provider(checkpoint)
     tower = provider.build_encoder(backend, torch.device("cpu"))
-    store = DiskStore(folder, max_bytes, tower.fingerprint(), tower.dtype, provider.shape.hidden_size)
+    store = DiskStore(folder, max_bytes, tower.fingerprint(), tower.dtype, tower.width)
     frames = FramePrefetcher(MadeFrames(), 0)
-    return ParallelEncoder(tower, frames, provider.shape.hidden_size, frames_per_chunk=16, store=store)
+    return ParallelEncoder(tower, frames, frames_per_chunk=16, store=store)
 
 
 def _run(
@@ -65,7 +65,7 @@ def _run(
     def work(rank: int) -> tuple[EncoderCounts, dict[str, Tensor]]:
         cache = _open(checkpoint, folder, **options)
         assert cache.encode(videos) == {}
-        made = cache.fetch(videos)
+        made = cache.fetch(videos).tables
         return cache.take_counts(), made
 
     ranks = run_world(world, work)
@@ -137,7 +137,7 @@ def test_a_file_that_changes_during_a_run(tiny_checkpoint: Path, videos: list[Me
         store = cache._store
         _rewrite(Path(videos[0].path), "Content of a")
         before = len(_entries(tmp_path / "cache"))
-        store.write(videos[0], 0, torch.zeros(8 * 4, tp.HIDDEN))
+        store.write(videos[0], 0, 8, torch.zeros(8 * 4, tp.HIDDEN))
         assert len(_entries(tmp_path / "cache")) == before
         return cache.take_counts().encoded_patches, before
 
@@ -188,7 +188,7 @@ def test_a_damaged_or_foreign_entry_is_never_used(
         def encode() -> tuple[EncoderCounts, dict[str, Tensor]]:
             cache.forget()
             cache.encode(videos[:1])
-            return cache.take_counts(), cache.fetch(videos[:1])
+            return cache.take_counts(), cache.fetch(videos[:1]).tables
 
         _, made = encode()
         first, second, _ = _entries(folder)
@@ -209,7 +209,7 @@ def _filled(checkpoint: Path, folder: Path, video: MediaItem) -> tuple[DiskStore
     cache.encode([video])
     store = cache._store
     assert isinstance(store, DiskStore)
-    return store, cache.fetch([video])[video.key]
+    return store, cache.fetch([video]).tables[video.key]
 
 
 def test_every_bit_of_the_header_counts(tiny_checkpoint: Path, videos: list[MediaItem], tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def _alone(rank: int, checkpoint: Path, folder: Path, videos: Sequence[MediaItem
     results = []
     for _ in range(12):
         assert cache.encode(videos) == {}
-        results.append(cache.fetch(videos))
+        results.append(cache.fetch(videos).tables)
         cache.forget()
     for result in results[1:]:
         _assert_equal(result, results[0])

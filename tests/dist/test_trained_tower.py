@@ -70,9 +70,10 @@ class Parts:
         provider.load_language(model, mesh)
         model.requires_grad_(not case.freeze_language)
         self.tower = provider.build_encoder(tp.BACKEND, torch.device("cpu"), case.trained)
+        assert self.tower is not None
         policy = Policy(model, tp.BACKEND, mesh, case.hyper, self.tower)
         self.trainer = tp.Trainer(provider, mesh, policy)
-        self.cache = ParallelEncoder(self.tower, FramePrefetcher(MadeFrames(), 0), tp.HIDDEN, frames_per_chunk=8)
+        self.cache = ParallelEncoder(self.tower, FramePrefetcher(MadeFrames(), 0), frames_per_chunk=8)
         self.case = case
         self.groups = tp.grouped_samples(provider)
         self.videos = videos_of(self.groups)
