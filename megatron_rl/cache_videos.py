@@ -43,12 +43,12 @@ def fill_cache(cfg: CacheConfig) -> dict[str, float]:
     from megatron_rl.runtime.grid import Grid
     from megatron_rl.runtime.watchdog import watch_world
     from megatron_rl.session import (
+        build_decoder,
+        build_media_encoder,
+        build_prompt_builder,
+        build_provider,
+        build_step_encoder,
         load_tokenizer,
-        open_builder,
-        open_decoder,
-        open_encoder,
-        open_model,
-        open_tower,
         usable_rows,
     )
 
@@ -56,10 +56,10 @@ def fill_cache(cfg: CacheConfig) -> dict[str, float]:
     alone = Grid(parallel.world_size())  # every rank encodes by itself
     mesh = parallel.initialize(backend, alone, alone)
     with watch_world():
-        provider = open_model(cfg)
-        decoder = open_decoder(cfg, backend)
-        builder = open_builder(cfg.data, load_tokenizer(cfg.model.hf), provider, decoder)
-        encoder = open_encoder(cfg, open_tower(cfg, backend, provider), provider, decoder)
+        provider = build_provider(cfg)
+        decoder = build_decoder(cfg, backend)
+        builder = build_prompt_builder(cfg.data, load_tokenizer(cfg.model.hf), provider, decoder)
+        encoder = build_step_encoder(cfg, build_media_encoder(cfg, backend, provider), provider, decoder)
         quarantine = Quarantine(Path(cfg.run_dir) / FOLDER, mesh.rank == 0, max_fraction=1.0)
         files = [(path, name) for path, name in ((cfg.data.train, "data.train"), (cfg.data.eval, "data.eval")) if path]
         datasets = [part for files, name in files for part in usable_rows(files, cfg.data.media_root, name, quarantine)]

@@ -21,7 +21,7 @@ from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_rl.session import Session, usable_rows
 from megatron_rl.training.token_learner import TokenLearner
 from megatron_rl.types import Sampling
-from megatron_rl.weight_sync.plan import make_plan
+from megatron_rl.weight_sync.plan import build_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.weight_map import WeightMap
@@ -36,7 +36,7 @@ def open_colocated(
 ) -> Iterator[ColocatedEngine]:
     """The engine on the trainer's ranks; freed at the end of the block. Collective."""
     with learner.offloaded():  # the engine measures what memory is left for it
-        engine, resharder = open_engine(cfg, session)
+        engine, resharder = build_engine(cfg, session)
     colocated = ColocatedEngine(
         engine,
         resharder,
@@ -51,7 +51,7 @@ def open_colocated(
         yield colocated
 
 
-def open_source(
+def build_source(
     cfg: RlConfig, session: Session, colocated: ColocatedEngine | None, loader: RowLoader | None
 ) -> GroupSource:
     """Where the groups of a step come from: the engine or, without one, the files of an earlier run."""
@@ -79,7 +79,7 @@ def _sampling(cfg: RlConfig, num_samples: int, temperature: float, greedy: bool)
     return Sampling(num_samples, temperature, cfg.rollout.max_response_tokens, cfg.seed, greedy=greedy)
 
 
-def open_evaluation(cfg: RlConfig, session: Session, colocated: ColocatedEngine | None) -> Evaluation:
+def build_evaluation(cfg: RlConfig, session: Session, colocated: ColocatedEngine | None) -> Evaluation:
     settings, data = cfg.eval, cfg.data
     found = usable_rows(data.eval, data.media_root, "data.eval", session.quarantine) if data.eval else []
     plan = EvaluationPlan(
@@ -113,7 +113,7 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str) -> tuple[int,
     return tuple(sorted(ids))
 
 
-def open_engine(cfg: RlConfig, session: Session) -> tuple[VllmEngine, Resharder]:
+def build_engine(cfg: RlConfig, session: Session) -> tuple[VllmEngine, Resharder]:
     """A vLLM replica over this rank's rollout group, and the plan that fills it. Collective."""
 
     mesh, provider = session.mesh, session.provider
@@ -134,7 +134,7 @@ def open_engine(cfg: RlConfig, session: Session) -> tuple[VllmEngine, Resharder]
         provider.position_ids,
         lambda ids: str(session.tokenizer.decode(list(ids), skip_special_tokens=True)),
     )
-    plan = make_plan(provider.weight_map, provider.shape.num_layers, mesh.trainer, mesh.engine)
+    plan = build_plan(provider.weight_map, provider.shape.num_layers, mesh.trainer, mesh.engine)
     source = {name: param.data for name, param in session.policy.language_model.named_weights().items()}
     target = engine.parameters()
     check_fit(provider.weight_map, mesh.trainer, mesh.engine, mesh.rank, source, target)

@@ -20,9 +20,9 @@ from data.rows.dataset import read_rows
 from data.rows.loader import RowLoader
 from data.rows.manifest import Manifest
 from data.rows.prompts import PromptBuilder
+from data.video.build_decoder import build_video_decoder
 from data.video.frames import FrameSettings
 from data.video.index_store import IndexStore
-from data.video.open_decoder import open_video_decoder
 from data.video.prefetch import FramePrefetcher
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.correction import CORRECTIONS, CorrectedLoss
@@ -110,14 +110,14 @@ def _build_session(
 ) -> Session:
     """What must be closed at the end goes onto `stack`."""
     torch.manual_seed(cfg.seed)
-    provider = open_model(cfg)
-    tower = open_tower(cfg, backend, provider)
+    provider = build_provider(cfg)
+    tower = build_media_encoder(cfg, backend, provider)
     policy = _build_policy(cfg, temperature, backend, mesh, provider, tower)
-    decoder = open_decoder(cfg, backend)
+    decoder = build_decoder(cfg, backend)
     tokenizer = load_tokenizer(cfg.model.hf)
-    builder = open_builder(cfg.data, tokenizer, provider, decoder)
+    builder = build_prompt_builder(cfg.data, tokenizer, provider, decoder)
     # Closed, or the interpreter would finish decoding before it ends.
-    encoder = stack.enter_context(closing(open_encoder(cfg, tower, provider, decoder)))
+    encoder = stack.enter_context(closing(build_step_encoder(cfg, tower, provider, decoder)))
     quarantine = Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction)
     log = stack.enter_context(closing(_open_log(cfg, mesh)))
     progress = Progress(
@@ -145,16 +145,16 @@ def _build_session(
     )
 
 
-def open_model(cfg: CacheConfig) -> ModelProvider:
+def build_provider(cfg: CacheConfig) -> ModelProvider:
     return open_provider(cfg.model.hf, cfg.data.min_pixels, cfg.data.max_pixels, cfg.data.total_pixels)
 
 
-def open_decoder(cfg: CacheConfig, backend: Backend) -> VideoDecoder:
+def build_decoder(cfg: CacheConfig, backend: Backend) -> VideoDecoder:
     indexes = IndexStore(Path(cfg.run_dir) / "index")
-    return open_video_decoder(backend.decoder_device, cfg.data.decode_threads, indexes)
+    return build_video_decoder(backend.decoder_device, cfg.data.decode_threads, indexes)
 
 
-def open_builder(
+def build_prompt_builder(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, provider: ModelProvider, decoder: VideoDecoder
 ) -> PromptBuilder:
     return PromptBuilder(
@@ -168,7 +168,7 @@ def open_builder(
     )
 
 
-def open_tower(cfg: CacheConfig, backend: Backend, provider: ModelProvider) -> MediaEncoder | None:
+def build_media_encoder(cfg: CacheConfig, backend: Backend, provider: ModelProvider) -> MediaEncoder | None:
     """The vision tower of the model, if it has one, with the weights to start from. Collective."""
     parts: tuple[VisionPart, ...] = (
         ("tower", "projector") if cfg.model.train_vision == "all" else (cfg.model.train_vision,)
@@ -180,7 +180,7 @@ def open_tower(cfg: CacheConfig, backend: Backend, provider: ModelProvider) -> M
     return tower
 
 
-def open_encoder(
+def build_step_encoder(
     cfg: CacheConfig, tower: MediaEncoder | None, provider: ModelProvider, decoder: VideoDecoder
 ) -> StepEncoder:
     """What encodes the media of a step, and what their embeddings are kept in."""
@@ -248,7 +248,7 @@ def usable_rows(setting: str, media_root: str, field: str, quarantine: Quarantin
     return [rows for rows, _ in found]
 
 
-def open_loader(cfg: JobConfig, quarantine: Quarantine) -> RowLoader:
+def build_loader(cfg: JobConfig, quarantine: Quarantine) -> RowLoader:
     rows = usable_rows(cfg.data.train, cfg.data.media_root, "data.train", quarantine)
     return RowLoader(rows, cfg.train.prompts_per_step, cfg.seed, cfg.data.shuffle, cfg.data.weights)
 
@@ -256,7 +256,7 @@ def open_loader(cfg: JobConfig, quarantine: Quarantine) -> RowLoader:
 # ------------------------------------------------------------------------------------------------------------ learning
 
 
-def open_learner(cfg: RlConfig, session: Session) -> TokenLearner:
+def build_learner(cfg: RlConfig, session: Session) -> TokenLearner:
     """Before a resume: the reference is the weights that the run starts from."""
     algorithm = cfg.algorithm
     reference = Reference(session.policy) if algorithm.kl_coef else None
@@ -264,7 +264,7 @@ def open_learner(cfg: RlConfig, session: Session) -> TokenLearner:
     return _token_learner(session, _packing(cfg.train, algorithm.loss_average), reference, objective)
 
 
-def open_answer_learner(cfg: SftConfig, session: Session) -> TokenLearner:
+def build_answer_learner(cfg: SftConfig, session: Session) -> TokenLearner:
     """A learner for `learn_answers` alone."""
     return _token_learner(session, _packing(cfg.train, cfg.train.loss_average), reference=None, objective=None)
 
@@ -296,7 +296,7 @@ def build_loss(algorithm: AlgorithmConfig) -> PolicyLoss:
     return CorrectedLoss(loss, CORRECTIONS[algorithm.correction](algorithm))
 
 
-def open_answers(cfg: SftConfig, session: Session, loader: RowLoader) -> AnswerSource:
+def build_answers(cfg: SftConfig, session: Session, loader: RowLoader) -> AnswerSource:
     tokenizer = session.tokenizer
     return AnswerSource(
         loader,

@@ -22,11 +22,11 @@ def run(cfg: SftConfig) -> None:
     """The whole job on this rank."""
     from megatron_rl.observe.step_metrics import media_metrics
     from megatron_rl.run_state import first, last
-    from megatron_rl.session import open_answer_learner, open_answers, open_loader, open_session
+    from megatron_rl.session import build_answer_learner, build_answers, build_loader, open_session
 
     with open_session(cfg, temperature=1.0) as session:
-        run_state, loader = session.run_state, open_loader(cfg, session.quarantine)
-        learner, answers = open_answer_learner(cfg, session), open_answers(cfg, session, loader)
+        run_state, loader = session.run_state, build_loader(cfg, session.quarantine)
+        learner, answers = build_answer_learner(cfg, session), build_answers(cfg, session, loader)
         for step in range(run_state.resume(loader), cfg.train.num_steps):
             metrics = learner.learn_answers(answers.next_batch(step), step)
             metrics |= session.quarantine.metrics() | media_metrics(session.encoder.take_counts())

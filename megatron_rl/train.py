@@ -29,19 +29,19 @@ def run(cfg: RlConfig) -> None:
     from megatron_rl.loop import rl_step, sample_step
     from megatron_rl.observe.step_metrics import media_metrics
     from megatron_rl.rewards.registry import load_reward
-    from megatron_rl.rl_session import open_colocated, open_evaluation, open_source
-    from megatron_rl.session import open_learner, open_loader, open_session
+    from megatron_rl.rl_session import build_evaluation, build_source, open_colocated
+    from megatron_rl.session import build_learner, build_loader, open_session
 
     with ExitStack() as stack:
         session = stack.enter_context(open_session(cfg, cfg.rollout.temperature))
-        run_state, learner = session.run_state, open_learner(cfg, session)
+        run_state, learner = session.run_state, build_learner(cfg, session)
         loader = colocated = None
         if not cfg.rollout.replay_from:
             reward = load_reward(cfg.reward.name, cfg.reward.terms)
             colocated = stack.enter_context(open_colocated(cfg, session, learner, reward))
-            loader = open_loader(cfg, session.quarantine)
-        source = open_source(cfg, session, colocated, loader)
-        evaluation = open_evaluation(cfg, session, colocated)
+            loader = build_loader(cfg, session.quarantine)
+        source = build_source(cfg, session, colocated, loader)
+        evaluation = build_evaluation(cfg, session, colocated)
         start = run_state.resume(loader)
         if start == 0:
             run_state.pending |= evaluation.at_start()

@@ -9,7 +9,7 @@ from data.video.index_store import IndexStore
 from megatron_rl.protocols import VideoDecoder
 
 
-def open_video_decoder(
+def build_video_decoder(
     device: Literal["cpu", "gpu"], num_threads: int, indexes: IndexStore | None = None
 ) -> VideoDecoder:
     """On a GPU DALI with NVDEC. On a CPU libavcodec and torch, whose resize costs a fraction of DALI's there.

@@ -17,7 +17,7 @@ from data.video.frames import FrameSettings, choose_frames
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.planner.model import PlannedModel
 from megatron_rl.planner.towers import Tower
-from megatron_rl.training.packing import attention_weight, make_bundles, plan_packing
+from megatron_rl.training.packing import attention_weight, build_bundles, plan_packing
 from megatron_rl.types import Prompt, Row, TrainSample, VideoInfo
 from model_providers.attention.segments import segments_of, shard
 
@@ -148,7 +148,7 @@ def pack_step(
     if work.longest > budget:
         return None
     prompts = -(-work.num_prompts // num_updates)
-    bundles = make_bundles(_samples(work, prompts), budget, hidden_size, share)
+    bundles = build_bundles(_samples(work, prompts), budget, hidden_size, share)
     plan = plan_packing(bundles, num_ranks, budget, multiple)
     tokens = {bundle.members: bundle.num_tokens for bundle in bundles}
     ranks = [[members for part in rank for members in part] for rank in plan.bins]

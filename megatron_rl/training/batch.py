@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_rl.protocols import ModelProvider
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.microbatch import MicroBatch, RankSlice, build_microbatch
-from megatron_rl.training.packing import attention_weight, make_bundles, plan_packing
+from megatron_rl.training.packing import attention_weight, build_bundles, plan_packing
 from megatron_rl.types import AdvantageInputs, Advantages, Group, MediaEmbeds, TrainSample
 
 NO_EMBEDS = MediaEmbeds({}, {}, 0)
@@ -70,7 +70,7 @@ def _advantages_of(batch: MicroBatch, samples: Sequence[TrainSample], advantages
     return whole[batch.response_index]
 
 
-def make_samples(groups: Sequence[Group], truncated: str) -> list[list[TrainSample]]:
+def build_samples(groups: Sequence[Group], truncated: str) -> list[list[TrainSample]]:
     """One list of samples per group. `truncated`="mask" leaves truncated responses out of the loss."""
     return [
         [
@@ -83,7 +83,7 @@ def make_samples(groups: Sequence[Group], truncated: str) -> list[list[TrainSamp
 
 
 def advantage_inputs(groups: Sequence[Group]) -> AdvantageInputs:
-    """Of all responses: those that `make_samples` leaves out too."""
+    """Of all responses: those that `build_samples` leaves out too."""
     return AdvantageInputs(
         rewards=tuple(tuple(s.reward for s in group.scored) for group in groups),
         num_tokens=tuple(tuple(len(s.completion.token_ids) for s in group.scored) for group in groups),
@@ -118,7 +118,7 @@ def pack(
         samples = weigh([s for group in _share(groups, index, num_updates) for s in group], loss_average)
         if not samples:
             continue
-        bundles = make_bundles(samples, max_tokens, provider.shape.hidden_size, share_prefix)
+        bundles = build_bundles(samples, max_tokens, provider.shape.hidden_size, share_prefix)
         multiple = mesh.trainer.pipeline if mesh.trainer.virtual > 1 else 1
         plan = plan_packing(bundles, mesh.trainer.data, max_tokens, multiple)
         batches = (

@@ -56,7 +56,9 @@ def bundle_cost(prompt: int, responses: Sequence[int], hidden_size: int) -> floa
     return tokens + attention_weight(hidden_size) * attended
 
 
-def make_bundles(samples: Sequence[TrainSample], max_tokens: int, hidden_size: int, share_prefix: bool) -> list[Bundle]:
+def build_bundles(
+    samples: Sequence[TrainSample], max_tokens: int, hidden_size: int, share_prefix: bool
+) -> list[Bundle]:
     """Neighbouring samples of one prompt, as many as fit into `max_tokens`; one sample each without sharing."""
     bundles = []
     for _, group in itertools.groupby(range(len(samples)), key=lambda i: samples[i].prompt.prompt_id):

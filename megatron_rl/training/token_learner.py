@@ -18,10 +18,10 @@ from megatron_rl.observe.progress import Progress
 from megatron_rl.observe.step_metrics import MismatchMetric, Totals
 from megatron_rl.protocols import AdvantageEstimator, ModelProvider, PolicyLoss, StepEncoder
 from megatron_rl.runtime.parallel import ParallelMesh
-from megatron_rl.training.batch import Update, advantage_inputs, make_samples, pack
+from megatron_rl.training.batch import Update, advantage_inputs, build_samples, pack
 from megatron_rl.training.context_advice import SmallerContext, advise
 from megatron_rl.training.microbatch import localize
-from megatron_rl.training.packing import make_bundles
+from megatron_rl.training.packing import build_bundles
 from megatron_rl.training.policy import Policy, Reference
 from megatron_rl.types import Group, TrainSample
 
@@ -76,7 +76,7 @@ class TokenLearner:
         """`updates_per_step` optimizer updates from one rollout batch. Returns the metrics of all ranks together."""
         objective = self._objective
         assert objective is not None, "a learner of answers has no objective for groups"
-        updates = self._pack(make_samples(groups, objective.truncated))
+        updates = self._pack(build_samples(groups, objective.truncated))
         updates = self._score(updates, step)
         advantages = objective.estimator(advantage_inputs(groups))
         updates = [update.with_advantages(advantages) for update in updates]
@@ -141,7 +141,7 @@ class TokenLearner:
             return
         self._advised = True
         shape, settings, mesh = self._provider.shape, self._packing, self._mesh
-        bundles = make_bundles(updates[0].samples, settings.max_tokens, shape.hidden_size, settings.share_prefix)
+        bundles = build_bundles(updates[0].samples, settings.max_tokens, shape.hidden_size, settings.share_prefix)
         advice = advise(bundles, shape, mesh.trainer.context, mesh.context_comm, mesh.trainer.data, settings.max_tokens)
         if advice is not None:
             warnings.warn(advice, SmallerContext, stacklevel=2)

@@ -24,7 +24,7 @@ from megatron_rl.runtime.grid import Grid
 from megatron_rl.weight_sync.cost import Links, SyncCost, cost_of, full_gather_elements
 from megatron_rl.weight_sync.grid_checks import ROLLOUT_SIZES, TRAIN_SIZES, grid_problems
 from megatron_rl.weight_sync.placement import best_placement, overlap, ranks_in_order
-from megatron_rl.weight_sync.plan import ReshardPlan, make_plan
+from megatron_rl.weight_sync.plan import ReshardPlan, build_plan
 from megatron_rl.weight_sync.view import explanation, report
 from model_providers.family import Config, read_config, shape_and_weights
 from model_providers.known import KNOWN_CONFIGS
@@ -66,13 +66,13 @@ def plan_sync(model: Model, trainer: Grid, engine: Grid, bytes_per_element: int,
     """Plan a sync with the ranks in their usual order and in the order that keeps most bytes local."""
     raise_all(grid_problems(model.shape, model.weights, trainer, engine), "layouts")
     num_layers = model.shape.num_layers
-    usual = make_plan(model.weights, num_layers, trainer, engine)
+    usual = build_plan(model.weights, num_layers, trainer, engine)
     position = best_placement(overlap(model.weights, num_layers, trainer, engine), links.ranks_per_node)
     is_usual = position == tuple(range(engine.world))
     advised = (
         replace(usual, engine_position=position)
         if is_usual
-        else make_plan(model.weights, num_layers, trainer, engine, position)
+        else build_plan(model.weights, num_layers, trainer, engine, position)
     )
     usual_cost = cost_of(usual, bytes_per_element, links)
     return SyncPlan(

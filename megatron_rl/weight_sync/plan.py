@@ -132,7 +132,7 @@ def _count(transfers: Sequence[Transfer], world: int, local: bool = False, recei
     return total
 
 
-def make_plan(
+def build_plan(
     weights: WeightMap, num_layers: int, trainer: Grid, engine: Grid, engine_position: tuple[int, ...] = ()
 ) -> ReshardPlan:
     """The plan of one job; the same on every rank.

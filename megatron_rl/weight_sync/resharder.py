@@ -88,8 +88,8 @@ class Resharder:
         self._link = link
         buffer_numel = max(1, buffer_bytes // self._dtype.itemsize)
         alone = ALONE_BYTES // self._dtype.itemsize
-        self._whole = write_script(plan, rank, buffer_numel, alone)
-        self._trained = write_script(plan.without(frozen), rank, buffer_numel, alone) if frozen else self._whole
+        self._whole = build_script(plan, rank, buffer_numel, alone)
+        self._trained = build_script(plan.without(frozen), rank, buffer_numel, alone) if frozen else self._whole
         self._padded = _partly_covered(plan, rank, target)
         self._frozen_sent = False
 
@@ -198,7 +198,7 @@ def _partly_covered(plan: ReshardPlan, rank: int, target: Mapping[str, Tensor]) 
     return [name for name, numel in covered.items() if numel < target[name].numel()]
 
 
-def write_script(plan: ReshardPlan, rank: int, buffer_numel: int, alone_numel: int) -> Script:
+def build_script(plan: ReshardPlan, rank: int, buffer_numel: int, alone_numel: int) -> Script:
     """This rank's part of the plan, with messages divided into rounds of bounded staging.
 
     Every rank walks the transfers of the world in the same order, so that both ends of a message agree on its round.

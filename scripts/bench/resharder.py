@@ -44,7 +44,7 @@ from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import Backend, choose_backend
 from megatron_rl.runtime.files import write_atomically
 from megatron_rl.runtime.grid import Grid
-from megatron_rl.weight_sync.plan import make_plan
+from megatron_rl.weight_sync.plan import build_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.provider import open_provider
@@ -142,7 +142,7 @@ def build(setting: SyncSetting, folder: Path) -> Bench:
     mesh = parallel.initialize(backend, grid, Grid(world, tensor=setting.rollout_tensor))
     trainer = provider.build_language(backend, mesh)
     fill_trainer(provider, trainer, mesh)
-    engine = open_engine(setting, backend, provider)
+    engine = build_engine(setting, backend, provider)
     source = {name: param.data for name, param in trainer.named_weights().items()}
     target = engine.parameters()
     shape, table = provider.shape, provider.weight_map
@@ -150,7 +150,7 @@ def build(setting: SyncSetting, folder: Path) -> Bench:
     engine.load_hf((hf.name, random_tensor(hf, backend.dtype)) for hf in table.hf_tensors().values())
     expected = {name: param.clone() for name, param in target.items()}
 
-    plan = make_plan(table, shape.num_layers, mesh.trainer, mesh.engine)
+    plan = build_plan(table, shape.num_layers, mesh.trainer, mesh.engine)
     resharder = Resharder(plan, mesh.rank, source, target, setting.buffer_bytes)
     per_tensor = FullGather(table, shape.num_layers, mesh.trainer, source, bucket_bytes=0)
     bucketed = FullGather(table, shape.num_layers, mesh.trainer, source, BUCKET_BYTES)
@@ -178,7 +178,7 @@ def build_middle(setting: SyncSetting, backend: Backend, provider: Any) -> Any:
     return middle
 
 
-def open_engine(setting: SyncSetting, backend: Backend, provider: ModelProvider) -> VllmEngine:
+def build_engine(setting: SyncSetting, backend: Backend, provider: ModelProvider) -> VllmEngine:
     settings = EngineSettings(
         model=provider.engine,
         tensor=setting.rollout_tensor,

@@ -68,8 +68,8 @@ def config(task: Task) -> RlConfig:
 def run(task: Task, channel: Channel) -> None:
     from megatron_rl.loop import rl_step
     from megatron_rl.rewards.registry import UserReward
-    from megatron_rl.rl_session import open_colocated, open_source
-    from megatron_rl.session import open_learner, open_loader, open_session
+    from megatron_rl.rl_session import build_source, open_colocated
+    from megatron_rl.session import build_learner, build_loader, open_session
 
     cfg = config(task)
     check(cfg, 1, "rl")
@@ -81,9 +81,9 @@ def run(task: Task, channel: Channel) -> None:
 
     with ExitStack() as stack:
         session = stack.enter_context(open_session(cfg, cfg.rollout.temperature))
-        learner = open_learner(cfg, session)
+        learner = build_learner(cfg, session)
         colocated = stack.enter_context(open_colocated(cfg, session, learner, UserReward("even_share", reward)))
-        source = open_source(cfg, session, colocated, open_loader(cfg, session.quarantine))
+        source = build_source(cfg, session, colocated, build_loader(cfg, session.quarantine))
         weights = session.policy.language_model.named_weights()
         channel.ready()
         for step in range(task.num_steps):

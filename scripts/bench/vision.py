@@ -36,7 +36,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from data.video.open_decoder import open_video_decoder
+from data.video.open_decoder import build_video_decoder
 from data.video.prefetch import FramePrefetcher
 from megatron_rl.algorithms.losses import PpoClip
 from megatron_rl.media.encoder import ParallelEncoder
@@ -98,7 +98,7 @@ def encode_one_video(rank: int, world: int, port: int, folder: str, video: Media
     mesh = join(rank, world, port, context=world)
     provider, backend = open_provider(folder), choose_backend("cpu", "float32")
     tower = provider.build_encoder(backend, torch.device("cpu"))
-    frames = FramePrefetcher(open_video_decoder(backend.decoder_device, 1), 0)
+    frames = FramePrefetcher(build_video_decoder(backend.decoder_device, 1), 0)
     assert tower is not None
     cache = ParallelEncoder(tower, frames)
     batches = pack(make_groups(provider, [video], 2), 1, 1 << 20, provider, mesh)[0].batches

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.rl_session import open_engine
+from megatron_rl.rl_session import build_engine
 from megatron_rl.rollout.generate import generate
 from megatron_rl.session import open_session
 from megatron_rl.types import Completion, Prompt, Row, Sampling
@@ -44,7 +44,7 @@ def _rollout_peaks(rank: int, cfg: RlConfig, video: str, counts: tuple[int, ...]
     map_large_blocks()
     peaks = []
     with open_session(cfg, cfg.rollout.temperature) as session:
-        engine, resharder = open_engine(cfg, session)
+        engine, resharder = build_engine(cfg, session)
         resharder.sync(session.policy.version)
         engine.weights_changed(session.policy.version)
         for number, num_samples in enumerate(counts):

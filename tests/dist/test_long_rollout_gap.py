@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.config.schema import ParallelConfig, RlConfig
-from megatron_rl.rl_session import open_engine
+from megatron_rl.rl_session import build_engine
 from megatron_rl.session import open_session
 from megatron_rl.training.batch import pack
 from megatron_rl.types import Completion, EncodedMedia, Sampling, TrainSample
@@ -44,7 +44,7 @@ def long_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _gaps(rank: int, cfg: RlConfig) -> tuple[torch.Tensor, int]:
     """(trainer - engine of this rank's response tokens, rows of this rank)."""
     with open_session(cfg, cfg.rollout.temperature) as session:
-        engine, resharder = open_engine(cfg, session)
+        engine, resharder = build_engine(cfg, session)
         prompt = video_prompt(0, session.provider, GRID)
         generator = torch.Generator().manual_seed(1)
         width = session.provider.shape.hidden_size

@@ -27,7 +27,7 @@ from megatron_rl.config.schema import (
 )
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.grid import Grid
-from megatron_rl.weight_sync.plan import make_plan
+from megatron_rl.weight_sync.plan import build_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.provider import open_provider
@@ -196,7 +196,7 @@ def _sync(rank: int, folder: Path, tensor: int, pipeline: int, rollout: int, exp
     engine = open_plain_engine(folder, rollout)
     target = engine.parameters()
     check_fit(provider.weight_map, mesh.trainer, mesh.engine, rank, source, target)
-    plan = make_plan(provider.weight_map, provider.shape.num_layers, mesh.trainer, mesh.engine)
+    plan = build_plan(provider.weight_map, provider.shape.num_layers, mesh.trainer, mesh.engine)
     for parameter in target.values():
         parameter.normal_()
     Resharder(plan, rank, source, target, 1 << 20).sync(0)

@@ -26,14 +26,14 @@ from torch import Tensor
 
 from megatron_rl.errors import WeightMismatch
 from megatron_rl.protocols import ModelProvider
-from megatron_rl.rl_session import open_engine
+from megatron_rl.rl_session import build_engine
 from megatron_rl.runtime import parallel
 from megatron_rl.runtime.device import choose_backend
 from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.session import open_session
 from megatron_rl.types import SyncReport
-from megatron_rl.weight_sync.plan import Holder, ReshardPlan, Transfer, make_plan
+from megatron_rl.weight_sync.plan import Holder, ReshardPlan, Transfer, build_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
 from model_providers.hf_checkpoint import canonical_hf_name
@@ -143,7 +143,7 @@ def _sync_into_noise(
     source = build_trainer(provider, mesh)
     serves = rank in engine.ranks
     shapes = {name: p.shape for name, p in expected[mesh.engine_tp_rank].items()} if serves else {}
-    plan = make_plan(provider.weight_map, provider.shape.num_layers, trainer, engine)
+    plan = build_plan(provider.weight_map, provider.shape.num_layers, trainer, engine)
     results = []
     for size in buffer_bytes:
         target = {name: torch.randn(shape) for name, shape in shapes.items()}
@@ -257,7 +257,7 @@ def _sync_into_engine_elsewhere(rank: int, folder: Path, trainer: Grid, engine: 
     if rank in engine.ranks:
         target = open_plain_engine(folder, engine.tensor).parameters()
     before = {name: p.clone() for name, p in target.items()}
-    plan = make_plan(provider.weight_map, provider.shape.num_layers, trainer, engine)
+    plan = build_plan(provider.weight_map, provider.shape.num_layers, trainer, engine)
     check_fit(provider.weight_map, trainer, engine, rank, source, target)
     Resharder(plan, rank, source, target, 1 << 20, dtype=torch.float32, link=mesh.link).sync(0, verify=True)
     assert all(not torch.equal(p, before[name]) for name, p in target.items() if "norm" not in name)
@@ -287,7 +287,7 @@ def test_a_live_engine_on_ranks_of_its_own_holds_what_vllm_loads(trainer: Grid, 
 def _sync_into_engine(rank: int, folder: Path, run_dir: Path) -> tuple[Params, dict[str, bool]]:
     cfg = small_config(folder, run_dir, tensor=2, rollout_tensor=2)
     with open_session(cfg, temperature=1.0) as session:
-        engine, resharder = open_engine(cfg, session)
+        engine, resharder = build_engine(cfg, session)
         before = {name: p.data_ptr() for name, p in engine.parameters().items()}
         resharder.sync(0)
         after = engine.parameters()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from megatron_rl.algorithms.losses import PpoClip
 from megatron_rl.config.schema import RlConfig
-from megatron_rl.rl_session import open_engine
+from megatron_rl.rl_session import build_engine
 from megatron_rl.session import Session, open_session
 from megatron_rl.training.batch import ScoredBatch, pack
 from megatron_rl.training.microbatch import MicroBatch
@@ -46,7 +46,7 @@ def _measure(rank: int, cfg: RlConfig, rows: list[Row]) -> Gaps:
 
 
 def _measure_in(session: Session, cfg: RlConfig, rows: list[Row]) -> Gaps:
-    engine, resharder = open_engine(cfg, session)
+    engine, resharder = build_engine(cfg, session)
     prompts, bad = session.prompts.take(list(enumerate(rows)))
     assert not bad
     prompts += [slowed_down(p, 40.0) for p in prompts if p.media]

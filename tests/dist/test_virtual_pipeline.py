@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_rl.algorithms.losses import PpoClip
 from megatron_rl.runtime.grid import Grid
 from megatron_rl.training import checkpoint
-from megatron_rl.weight_sync.plan import make_plan
+from megatron_rl.weight_sync.plan import build_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from tests import tiny_policy as tp
 from tests.world import run_world
@@ -95,7 +95,7 @@ def _sync(rank: int, folder: Path) -> dict[str, Tensor]:
         for entry in provider.weight_map.entries.values()
     }
     source = {name: p.data for name, p in trainer.policy.language_model.named_weights().items()}
-    plan = make_plan(provider.weight_map, NUM_LAYERS, grid, engine)
+    plan = build_plan(provider.weight_map, NUM_LAYERS, grid, engine)
     report = Resharder(plan, rank, source, target, 1 << 20).sync(0, verify=True)
     assert report.received == report.minimum > 0
     return target

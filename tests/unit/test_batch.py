@@ -11,7 +11,7 @@ import torch
 
 from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
-from megatron_rl.training.batch import advantage_inputs, make_samples, pack
+from megatron_rl.training.batch import advantage_inputs, build_samples, pack
 from megatron_rl.types import AdvantageInputs, Advantages, Completion, Group, Prompt, Row, Scored, TrainSample
 from model_providers.positions import text_positions
 
@@ -57,8 +57,8 @@ def scored(index: int, length: int, reward: float, truncated: bool = False) -> S
 def test_masked_truncation_keeps_the_baseline():
     group = Group(PROMPT, (scored(0, 1, 0.0, truncated=True), scored(1, 1, 2.0)))
     assert advantage_inputs([group]).rewards == ((0.0, 2.0),)  # of both: the mean is 1
-    assert [[s.place for s in g] for g in make_samples([group], "mask")] == [[(0, 1)]]
-    assert [[s.place for s in g] for g in make_samples([group], "keep")] == [[(0, 0), (0, 1)]]
+    assert [[s.place for s in g] for g in build_samples([group], "mask")] == [[(0, 1)]]
+    assert [[s.place for s in g] for g in build_samples([group], "keep")] == [[(0, 0), (0, 1)]]
 
 
 def per_token(inputs: AdvantageInputs) -> Advantages:
@@ -81,7 +81,7 @@ def test_every_token_gets_its_own_advantage_wherever_it_is_computed(context):
     found = []
     for rank in range(context):
         mesh = ParallelMesh(rank, Grid(context, context=context), Grid(context))
-        for update in pack(make_samples(groups, "mask"), 2, 4096, PROVIDER, mesh):
+        for update in pack(build_samples(groups, "mask"), 2, 4096, PROVIDER, mesh):
             for part in update.with_advantages(advantages).scored:
                 found += part.advantages.tolist()
     expected = [*range(7), *range(200, 205), *range(1000, 1002), *range(1100, 1109)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from megatron_rl.training.packing import Bundle, PackPlan, bundle_cost, make_bundles, plan_packing
+from megatron_rl.training.packing import Bundle, PackPlan, build_bundles, bundle_cost, plan_packing
 from megatron_rl.types import Prompt, Row, TrainSample
 
 HIDDEN = 128
@@ -47,16 +47,16 @@ def _group(prompt_id: int, num_prompt: int, responses: Sequence[int]) -> list[Tr
 
 def test_bundles_share_a_prompt_within_the_budget() -> None:
     samples = [*_group(1, 10, [5, 6, 7]), *_group(2, 10, [1]), *_group(3, 10, [9, 9])]
-    found = [(b.members, b.num_tokens) for b in make_bundles(samples, 100, HIDDEN, share_prefix=True)]
+    found = [(b.members, b.num_tokens) for b in build_bundles(samples, 100, HIDDEN, share_prefix=True)]
     assert found == [((0, 1, 2), 28), ((3,), 11), ((4, 5), 28)]
-    found = [(b.members, b.num_tokens) for b in make_bundles(samples, 21, HIDDEN, share_prefix=True)]
+    found = [(b.members, b.num_tokens) for b in build_bundles(samples, 21, HIDDEN, share_prefix=True)]
     assert found == [((0, 1), 21), ((2,), 17), ((3,), 11), ((4,), 19), ((5,), 19)]
-    found = [(b.members, b.num_tokens) for b in make_bundles(samples, 100, HIDDEN, share_prefix=False)]
+    found = [(b.members, b.num_tokens) for b in build_bundles(samples, 100, HIDDEN, share_prefix=False)]
     assert found == [((i,), n) for i, n in enumerate([15, 16, 17, 11, 19, 19])]
 
 
 def test_a_response_without_room_is_named_by_the_plan_not_by_the_bundle() -> None:
-    bundles = make_bundles(_group(1, 10, [5, 50]), 20, HIDDEN, share_prefix=True)
+    bundles = build_bundles(_group(1, 10, [5, 50]), 20, HIDDEN, share_prefix=True)
     assert [b.num_tokens for b in bundles] == [15, 60]
     with pytest.raises(ValueError, match="1 sequences are longer"):
         plan_packing(bundles, 1, 20)

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rl.runtime.grid import Grid
 from megatron_rl.weight_sync.placement import best_placement, most_valuable_flow, overlap, ranks_in_order
-from megatron_rl.weight_sync.plan import make_plan
+from megatron_rl.weight_sync.plan import build_plan
 from model_providers.qwen2_5_vl.weights import weight_map
 from model_providers.shape import RopeSettings, TransformerShape
 
@@ -60,7 +60,7 @@ def test_no_placement_keeps_more(trainer: Grid, engine: Grid) -> None:
     position = best_placement(held, ranks_per_node=8)
     assert sorted(position) == list(range(engine.world))
     assert kept(held, position) == best_by_trying_all(held)
-    plan = make_plan(weights, SHAPE.num_layers, trainer, engine, position)
+    plan = build_plan(weights, SHAPE.num_layers, trainer, engine, position)
     assert plan.local.sum() == kept(held, position), "the plan keeps what the advisor promised"
 
 

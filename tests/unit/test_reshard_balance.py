@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_rl.runtime.grid import Grid
-from megatron_rl.weight_sync.plan import ReshardPlan, make_plan
+from megatron_rl.weight_sync.plan import ReshardPlan, build_plan
 from model_providers.qwen2_5_vl.weights import weight_map
 from model_providers.shape import RopeSettings, TransformerShape
 
@@ -133,7 +133,7 @@ def test_the_oracle_on_a_case_by_hand() -> None:
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_the_busiest_sender_is_within_ten_percent_of_the_best_split(case: tuple[TransformerShape, Grid, Grid]) -> None:
     shape, *grids = case
-    plan = make_plan(weight_map(shape), shape.num_layers, *grids)
+    plan = build_plan(weight_map(shape), shape.num_layers, *grids)
     best = least_possible_maximum(demands_of(plan))
     assert best > 0
     assert plan.sent.max() <= 1.1 * best

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from megatron_rl.runtime.grid import Grid
-from megatron_rl.weight_sync.plan import ReshardPlan, make_plan, stage_of
-from megatron_rl.weight_sync.resharder import Part, Script, write_script
+from megatron_rl.weight_sync.plan import ReshardPlan, build_plan, stage_of
+from megatron_rl.weight_sync.resharder import Part, Script, build_script
 from model_providers.qwen2_5_vl.weights import weight_map
 from model_providers.shape import RopeSettings, TransformerShape
 from model_providers.weight_map import Block, Shard, WeightMap
@@ -86,7 +86,7 @@ def plan_of(
     shape: TransformerShape, trainer: Grid, engine: Grid, position: tuple[int, ...] = ()
 ) -> tuple[ReshardPlan, WeightMap]:
     weights = weight_map(shape)
-    return make_plan(weights, shape.num_layers, trainer, engine, position), weights
+    return build_plan(weights, shape.num_layers, trainer, engine, position), weights
 
 
 def engine_shard(case: Case, rank: int) -> int | None:
@@ -217,7 +217,7 @@ WAYS = [
 
 def scripts_of(case: Case, buffer_numel: int, alone_numel: int) -> tuple[ReshardPlan, list[Script]]:
     plan, _ = plan_of(*case)
-    return plan, [write_script(plan, rank, buffer_numel, alone_numel) for rank in range(plan_world(case))]
+    return plan, [build_script(plan, rank, buffer_numel, alone_numel) for rank in range(plan_world(case))]
 
 
 def blocks_between(scripts: list[Script], kind: str) -> dict[tuple[int, int], list[list[Part]]]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_rl.runtime.grid import Grid
-from megatron_rl.weight_sync.plan import make_plan
+from megatron_rl.weight_sync.plan import build_plan
 from model_providers.decoder_weights import decoder_weight_map
 from model_providers.shape import RopeSettings, TransformerShape
 from model_providers.weight_map import HfTensor, Shard, WeightMap, canonical_name
@@ -99,7 +99,7 @@ def test_a_plan_brings_every_element_to_every_engine_rank(
 ) -> None:
     weights = decoder_weight_map(replace(SHAPE, tied_embeddings=tied), expert_tensor=expert_tensor)
     grid = Grid(16, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor)
-    plan = make_plan(weights, SHAPE.num_layers, grid, Grid(16, tensor=rollout))
+    plan = build_plan(weights, SHAPE.num_layers, grid, Grid(16, tensor=rollout))
     got = [dict.fromkeys(weights.engine_entries(), 0) for _ in range(16)]
     for transfer in plan.transfers:
         for rank in itertools.chain(transfer.local, transfer.receivers):
