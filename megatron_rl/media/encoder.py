@@ -22,7 +22,7 @@ from megatron_rl.media.reading import Work, media_requests, num_patches
 from megatron_rl.media.routes import (
     EmbedMessage,
     EncodeChunk,
-    Wanted,
+    WantedTokens,
     exchange,
     num_tokens,
     plan_messages,
@@ -212,7 +212,7 @@ class ParallelEncoder:
         tables = self._fetch({item.key: ((0, item.num_tokens),) for item in media}, to_host=True)
         return EncodedMedia(tables, f"{self._step.version}{' blank' if self._blank else ''}")
 
-    def fetch_tokens(self, wanted: Wanted) -> MediaEmbeds:
+    def fetch_tokens(self, wanted: WantedTokens) -> MediaEmbeds:
         """The tokens this rank asks for; leaves of the autograd graph, in fp32, where the encoder is trained.
 
         Collective; every rank may ask for others.
@@ -222,7 +222,7 @@ class ParallelEncoder:
             tables = {key: table.float().requires_grad_() for key, table in tables.items()}
         return MediaEmbeds(tables, {key: tuple(runs) for key, runs in wanted.items()}, self._step.version)
 
-    def _fetch(self, wanted: Wanted, to_host: bool) -> dict[str, Tensor]:
+    def _fetch(self, wanted: WantedTokens, to_host: bool) -> dict[str, Tensor]:
         requests = self._everyones(wanted)
         if not any(requests):
             return {}
@@ -318,12 +318,12 @@ class ParallelEncoder:
                 arriving[message] = outgoing(message)
         return arriving
 
-    def _everyones(self, wanted: Wanted) -> list[Wanted]:
-        requests: list[Wanted] = [{} for _ in range(self._world)]
+    def _everyones(self, wanted: WantedTokens) -> list[WantedTokens]:
+        requests: list[WantedTokens] = [{} for _ in range(self._world)]
         dist.all_gather_object(requests, dict(wanted))
         return requests
 
-    def _plan(self, requests: Sequence[Wanted]) -> list[list[EmbedMessage]]:
+    def _plan(self, requests: Sequence[WantedTokens]) -> list[list[EmbedMessage]]:
         return plan_messages(self._step.chunks, self._step.media, requests)
 
     def _no_gradient(self, chunk: EncodeChunk) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_rl.media.encoder import EncoderCounts
-from megatron_rl.media.routes import Wanted
+from megatron_rl.media.routes import WantedTokens
 from megatron_rl.types import EncodedMedia, MediaEmbeds, MediaItem
 
 
@@ -31,7 +31,7 @@ class NoMedia:
         self.encode(media)
         return EncodedMedia({})
 
-    def fetch_tokens(self, wanted: Wanted) -> MediaEmbeds:
+    def fetch_tokens(self, wanted: WantedTokens) -> MediaEmbeds:
         """Nothing."""
         assert not wanted, "no prompt of a model of text only has media"
         return MediaEmbeds({}, {}, 0)

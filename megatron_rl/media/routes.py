@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.types import MediaItem, Run
 
-Wanted = Mapping[str, Sequence[Run]]  # tokens by key; the runs of an item ascend and do not touch
+WantedTokens = Mapping[str, Sequence[Run]]  # tokens by key; the runs of an item ascend and do not touch
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def split_over_ranks(
 
 
 def plan_messages(
-    chunks: Mapping[str, Sequence[EncodeChunk]], media: Mapping[str, MediaItem], requests: Sequence[Wanted]
+    chunks: Mapping[str, Sequence[EncodeChunk]], media: Mapping[str, MediaItem], requests: Sequence[WantedTokens]
 ) -> list[list[EmbedMessage]]:
     """What must be moved so that rank r gets `requests[r]`, in rounds: in a round, a rank receives from one chunk.
 
