@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in the place of an encoder where the model takes text only."""
+"""The StepEncoder of a model that takes text only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NoMedia:
         """Nothing is kept."""
 
     def prefetch(self, media: Sequence[MediaItem]) -> None:
-        """Nothing is read ahead. Raises ValueError for any medium."""
+        """Nothing is prefetched. Raises ValueError for any medium."""
         self.encode(media)
 
     def encode(self, media: Sequence[MediaItem]) -> dict[str, str]:
