@@ -2,7 +2,7 @@
 """What vLLM takes on one rank while it is awake, in bytes, and whether its KV cache can hold what it must.
 
 With `rollout.gpu_memory_utilization` vLLM takes that part of the GPU for weights, working memory and KV cache together.
-The encoder's cache comes on top: the engine has no tower, so vLLM does not count the embeddings it is given.
+The encoder's cache comes on top: the engine has no encoder, so vLLM does not count the embeddings it is given.
 """
 
 from __future__ import annotations
