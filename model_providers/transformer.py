@@ -55,7 +55,8 @@ class TokenPolicy:
 
 
 class RMSNorm(torch.nn.Module):
-    """RMS norm that Megatron-core's local spec can use under sequence parallelism (its own torch norm refuses)."""
+    """[..., hidden_size] -> [..., hidden_size]: RMS norm that Megatron-core's local spec can use under sequence
+    parallelism (its own torch norm refuses)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused_by_us: Any):
         super().__init__()
