@@ -51,9 +51,10 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
     (
         "above 0",
         lambda value: value > 0,
-        "rollout.temperature data.cache_gib algorithm.correction_cap "
+        "data.cache_gib algorithm.correction_cap "
         "algorithm.clip_high train.optimizer.eps train.optimizer.max_grad_norm",
     ),
+    ("at least 0.01: vLLM samples at no lower one", lambda value: value >= 0.01, "rollout.temperature"),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "rollout.gpu_memory_utilization"),
     ("between 0 and 1, both excluded", lambda value: 0 < value < 1, "algorithm.clip_low"),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "data.max_bad_fraction"),
@@ -169,6 +170,8 @@ def _checkpoints(cfg: JobConfig) -> Iterator[str]:
 
 def _rollout(cfg: RlConfig) -> Iterator[str]:
     rollout = cfg.rollout
+    if rollout.only and cfg.checkpoint.export_hf:
+        yield _problem(cfg, "checkpoint.export_hf", "rollout.only=true learns nothing to export; unset one of them")
     if rollout.only and not rollout.save_to:
         yield _problem(cfg, "rollout.only", "the rollouts would be lost; set rollout.save_to")
     for path in ("rollout.only", "rollout.save_to"):

@@ -84,6 +84,13 @@ def _inspect_model(rank: int, cache: Path, adapted: bool) -> str:
             return str(error)
 
 
+def test_vllm_raises_low_temperatures_with_a_warning_only() -> None:
+    """When it does not, rollout.temperature may be lower than 0.01 (megatron_rl/config/checks.py)."""
+    from vllm import SamplingParams
+
+    assert SamplingParams(temperature=0.005).temperature == 0.01
+
+
 def test_vllm_looks_at_model_classes_in_a_process_of_their_own(tmp_path: Path) -> None:
     assert run_world(1, _inspect_model, tmp_path / "a", False) == ["no process"]
     assert run_world(1, _inspect_model, tmp_path / "b", True) == ["Qwen2_5_VLForConditionalGeneration"]

@@ -68,7 +68,7 @@ def test_the_defaults_pass(make):
         ("train.num_steps=0", "train.num_steps=0: out of range; it must be at least 1"),
         ("checkpoint.keep=0", "checkpoint.keep=0: out of range; it must be at least 1"),
         ("train.optimizer.lr=-1e-6", "train.optimizer.lr=-1e-06: out of range; it must be at least 0"),
-        ("rollout.temperature=0", "rollout.temperature=0.0: out of range; it must be above 0"),
+        ("rollout.temperature=0", "rollout.temperature=0.0: out of range; it must be at least 0.01"),
         ("rollout.gpu_memory_utilization=1.5", "it must be above 0 and at most 1"),
         (
             "reward.terms={acuracy: 1}",
@@ -261,6 +261,18 @@ def test_the_models_own_table_is_asked(make, tmp_path):
     (tmp_path / "format.jinja").write_text("{{ question }}")
     (template,) = problems(make(f"data.format_prompt={tmp_path}/format.jinja", "data.num_frames=4"))
     assert "uses the variables ['question']" in template
+
+
+def test_the_lowest_temperature_is_that_of_the_engine(make):
+    """vLLM would sample at 0.01 what the trainer scores at less (tests/dist/test_vllm_adaptations.py)."""
+    assert problems(make("rollout.temperature=0.01")) == []
+    (problem,) = problems(make("rollout.temperature=0.0099"))
+    assert problem.startswith("rollout.temperature=0.0099: out of range")
+
+
+def test_rollouts_alone_leave_nothing_to_export(make):
+    (problem,) = problems(make("rollout.only=true", "rollout.save_to=rollouts", "checkpoint.export_hf=true"))
+    assert problem.startswith("checkpoint.export_hf=true: rollout.only=true learns nothing to export")
 
 
 def test_export_needs_a_last_checkpoint(make):
