@@ -51,8 +51,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
     (
         "above 0",
         lambda value: value > 0,
-        "data.cache_gib algorithm.correction_cap "
-        "algorithm.clip_high train.optimizer.eps train.optimizer.max_grad_norm",
+        "data.cache_gib algorithm.correction_cap algorithm.clip_high train.optimizer.eps train.optimizer.max_grad_norm",
     ),
     ("at least 0.01: vLLM samples at no lower one", lambda value: value >= 0.01, "rollout.temperature"),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "rollout.gpu_memory_utilization"),
@@ -227,11 +226,21 @@ def _model(cfg: JobConfig, job: Job) -> Iterator[str]:
         return
     yield from _fits_positions(cfg, text["max_position_embeddings"])
     yield from _fits_provider(cfg, hf, job)
-    if not cfg.model.freeze_vision and "vision_config" not in hf:
-        yield _problem(cfg, "model.freeze_vision", "the model has no vision tower that could be trained; use true")
+    if "vision_config" not in hf:
+        yield from _takes_text_only(cfg)
     patch = hf.get("vision_config", {}).get("temporal_patch_size", 1)
     if cfg.data.num_frames > 0:
         yield from FrameSettings(cfg.data.num_frames).problems(patch)
+
+
+def _takes_text_only(cfg: JobConfig) -> Iterator[str]:
+    """Settings that a model without an encoder has no use for."""
+    if not cfg.model.freeze_vision:
+        yield _problem(cfg, "model.freeze_vision", "the model has no vision tower that could be trained; use true")
+    if cfg.data.cache_dir:
+        yield _problem(cfg, "data.cache_dir", "the model takes no media whose embeddings could be kept; unset it")
+    if isinstance(cfg, RlConfig) and cfg.eval.blind and cfg.data.eval:
+        yield _problem(cfg, "eval.blind", "the model takes no media that could be blanked; use false")
 
 
 def _fits_provider(cfg: JobConfig, hf: Config, job: Job) -> Iterator[str]:

@@ -306,3 +306,12 @@ def test_only_a_tower_that_exists_is_trained(make, tmp_path):
     assert missing.startswith("model.freeze_vision=false: the model has no vision tower")
     (tmp_path / "model/config.json").write_text(json.dumps(HF | {"vision_config": {}}))
     assert problems(make("model.freeze_vision=false", "model.freeze=['*']")) == [], "the tower alone is enough"
+
+
+def test_a_model_of_text_keeps_and_blanks_nothing(make, tmp_path):
+    found = problems(make(f"data.cache_dir={tmp_path}/cache", f"data.eval={tmp_path}/train.jsonl", "eval.blind=true"))
+    assert [problem.partition("=")[0] for problem in found] == ["data.cache_dir", "eval.blind"]
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | {"vision_config": {}}))
+    assert (
+        problems(make(f"data.cache_dir={tmp_path}/cache", f"data.eval={tmp_path}/train.jsonl", "eval.blind=true")) == []
+    )
