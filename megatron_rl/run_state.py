@@ -77,8 +77,8 @@ class RunState:
         self._place_in_rows = state["loader"]
         if loader is not None and self._place_in_rows is None:
             raise ValueError(
-                f"rollout.replay_from=: the checkpoints in {self.checkpoints} were made from saved rollouts and know no "
-                "place in data.train; go on with rollout.replay_from, or start a new run_dir with model.weights_from"
+                f"rollout.replay_from=: the checkpoints in {self.checkpoints} were made from saved rollouts and know "
+                "no place in data.train; go on with rollout.replay_from, or start a new run_dir with model.weights_from"
             )
         if loader is not None and self._place_in_rows is not None:
             loader.load_state_dict(self._place_in_rows)
@@ -126,7 +126,7 @@ class RunState:
             steps = checkpoint.list_steps(self.checkpoints)
             if not steps:
                 raise ValueError(
-                    "checkpoint.export_hf=true: no update was made, so there is no checkpoint to export; set it to false"
+                    "checkpoint.export_hf=true: no update was made, so there is nothing to export; set it to false"
                 )
             mcore_to_hf(checkpoint.step_folder(self.checkpoints, steps[-1]), target, force=True)
         dist.barrier()

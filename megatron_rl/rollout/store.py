@@ -50,8 +50,8 @@ class RolloutStore:
             return
         what = f"holds {alone} of {len(groups)} prompts with a single response" if groups else "holds no prompts"
         raise ValueError(
-            f"rollout.replay_from={self.folder}: {self._path(step).name} {what}, and an advantage compares the responses "
-            "of a prompt; sample again with rollout.num_samples of 2 or more"
+            f"rollout.replay_from={self.folder}: {self._path(step).name} {what}, and an advantage compares the "
+            "responses of a prompt; sample again with rollout.num_samples of 2 or more"
         )
 
     def check_unchanged(self, groups: Sequence[Group], prompts: Sequence[Prompt]) -> None:
