@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from collections.abc import Iterator
@@ -87,3 +88,29 @@ def test_a_name_that_leads_nowhere_is_found(tmp_path: Path) -> None:
         "`megatron_rl/loop.py`, `train.py`, `gone.py`, `data/video/dali.py`, `train.py`, `docs`, `data/no/`"
     )
     assert _missing_files(document) == ["gone.py", "train.py", "data/no/"]
+
+
+METRIC_GROUPS = (
+    "actor correction critic data eval prompt_length response_length reward rollout sft sync timing_s vision"
+)
+METRIC = re.compile(rf"(?:{METRIC_GROUPS.replace(' ', '|')})(?:/[a-z_]+)+")
+
+
+def described_metrics() -> set[str]:
+    """Names in docs/metrics.md."""
+    return set(filter(METRIC.fullmatch, _quoted(REPO / "docs/metrics.md")))
+
+
+def test_every_metric_is_described() -> None:
+    """The names that stand whole in the source; tests/dist/test_jobs.py looks at those that a run has logged."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in REPO.glob("megatron_rl/**/*.py")]
+    constants = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    names = {text for text in constants if isinstance(text, str) and METRIC.fullmatch(text)}
+    missing = names - described_metrics() - {"critic/score", "timing_s/rollout"}  # the first half of a name; an example
+    assert len(names) > 30 and sorted(missing) == []
+
+
+def test_no_metric_is_described_that_is_gone() -> None:
+    source = "\n".join(path.read_text(encoding="utf-8") for path in REPO.glob("megatron_rl/**/*.py"))
+    words = set(re.findall(r"\w+", source))
+    assert sorted(name for name in described_metrics() if name.rpartition("/")[2] not in words) == []
