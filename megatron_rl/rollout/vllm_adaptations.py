@@ -98,16 +98,18 @@ def private_shared_memory() -> Iterator[None]:
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     agrees = CpuCommunicator._all_group_ranks_share_shm_group_name
     enough_cores = len(os.sched_getaffinity(0)) >= num_local
-    with (
-        mock.patch.object(_CPUSHMDistributed, "make_group_name", staticmethod(unique_name)),
-        mock.patch.object(
-            CpuCommunicator, "_all_group_ranks_share_shm_group_name", lambda self: agrees(self) and enough_cores
-        ),
-    ):
-        yield
-    dist.barrier()
-    for path in Path("/dev/shm").glob(f"{token[0]}*"):
-        path.unlink(missing_ok=True)
+    try:
+        with (
+            mock.patch.object(_CPUSHMDistributed, "make_group_name", staticmethod(unique_name)),
+            mock.patch.object(
+                CpuCommunicator, "_all_group_ranks_share_shm_group_name", lambda self: agrees(self) and enough_cores
+            ),
+        ):
+            yield
+        dist.barrier()
+    finally:  # of an engine that cannot be built nobody else will
+        for path in Path("/dev/shm").glob(f"{token[0]}*"):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
