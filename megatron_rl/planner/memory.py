@@ -43,7 +43,7 @@ class PhaseMemory:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """All phases on one GPU; `host` is the main memory that one rank needs for what is parked there."""
+    """All phases on one GPU; `host` is the main memory that one rank needs for what waits there."""
 
     phases: tuple[PhaseMemory, ...]
     engine: EngineNeed
@@ -285,10 +285,10 @@ def saved_by_stage(
 
 
 def host_bytes(case: Case, need: EngineNeed) -> dict[str, float]:
-    """Main memory of one rank: parked optimizer state, the sleeping engine's weights, the embeddings of all videos of
-    its replica's prompts, the reference and, while it is swapped in, the policy."""
+    """Main memory of one rank: offloaded optimizer state, the sleeping engine's weights, the embeddings of all videos
+    of its replica's prompts, the reference and, while it is swapped in, the policy."""
     params = max((case.params(stage) for stage in (0, case.trainer.pipeline - 1)), key=lambda p: p.total)
-    host = {"optimizer, parked": optimizer_bytes(case, params), "engine's weights, asleep": need.weights}
+    host = {"offloaded optimizer": optimizer_bytes(case, params), "sleeping engine's weights": need.weights}
     if case.model.tower is not None:
         most = max(case.work.num_prompts, case.cfg.eval.batch_size if case.cfg.data.eval else 0)
         host["videos for the engine"] = -(-most // case.engine.data) * _video_bytes(case)
