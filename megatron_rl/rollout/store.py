@@ -44,8 +44,8 @@ class RolloutStore:
                 return _group(data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"rollout.replay_from={self.folder}: {name}: line {number} is no saved group ({type(error).__name__}: {error}); remove "
-                "what is no rollout of this project, or sample again"
+                f"rollout.replay_from={self.folder}: {name}: line {number} is no saved group "
+                f"({type(error).__name__}: {error}); restore the file or sample again"
             ) from error
         raise ValueError(
             f"rollout.replay_from={self.folder}: {name} is of an older version, which did not write where the tokens "
