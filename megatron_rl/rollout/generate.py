@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts -> completions -> scores, with the work spread over replicas and the results known to all ranks."""
+"""Prompts -> completions -> scores, with the work split over replicas and the results sent to all ranks."""
 
 from __future__ import annotations
 

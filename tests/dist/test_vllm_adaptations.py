@@ -227,6 +227,6 @@ def test_vllm_leaves_deepstack_out_where_the_tower_is_missing(heavy_imports: Non
     models = importlib.import_module(f"vllm.model_executor.models.{module}")
     assert "not isinstance(self.visual, StageMissingLayer)" in " ".join(inspect.getsource(models).split())
     missing = models.StageMissingLayer("visual")
-    with vllm_adaptations.deepstack_without_tower():
+    with vllm_adaptations.deepstack_without_encoder():
         assert not isinstance(missing, models.StageMissingLayer)
     assert isinstance(missing, models.StageMissingLayer)
