@@ -279,11 +279,12 @@ class Completion:
 @dataclass(frozen=True, slots=True)
 class Scored:
     """A completion with its reward. `parts` are the named components (accuracy, format ...); `reward` their
-    weighted sum."""
+    weighted sum; `notes` what the reward has to say in words, for the log."""
 
     completion: Completion
     reward: float
     parts: dict[str, float]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
