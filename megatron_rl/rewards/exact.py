@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_rl.rewards.grading import MissingAnswer, reference_answer, tagged_answer
+from megatron_rl.rewards.grading import MissingAnswer, reference_answer
+from megatron_rl.rewards.tags import last_answer_span
 
 if TYPE_CHECKING:
     from megatron_rl.types import Completion, Prompt
@@ -29,7 +30,7 @@ class ExactReward:
         return [self._parts(reference_answer(p.row.answer), c) for p, c in zip(prompts, completions, strict=True)]
 
     def _parts(self, reference: str, completion: Completion) -> dict[str, float]:
-        answer = tagged_answer(completion)
+        answer = last_answer_span(completion.text, completion.truncated)
         if answer is None and self.missing_answer == "whole_response":
             answer = completion.text.strip()
         return {"accuracy": float(answer == reference)}

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from megatron_rl.rewards.tags import has_open_answer, has_open_box, last_answer_span, last_boxed
-
-if TYPE_CHECKING:
-    from megatron_rl.types import Completion
+from megatron_rl.rewards.tags import last_answer_span
 
 MissingAnswer = Literal["wrong", "whole_response"]
 """What a response without a complete `<answer>` span answers: nothing, or all of its text."""
@@ -35,21 +32,6 @@ def reference_answer(text: str) -> str:
     (LongVideo-Reason stores `<answer>B</answer>`; a row of SFT data holds the reasoning too)."""
     span = last_answer_span(text)
     return (text if span is None else span).strip()
-
-
-def tagged_answer(completion: Completion) -> str | None:
-    """The last complete `<answer>` span; None where there is none, or the response was cut off within a later one."""
-    if completion.truncated and has_open_answer(completion.text):
-        return None
-    return last_answer_span(completion.text)
-
-
-def boxed_answer(completion: Completion) -> str | None:
-    r"""The content of the last complete `\boxed{}`; None where there is none, or the response was cut off within a
-    later one."""
-    if completion.truncated and has_open_box(completion.text):
-        return None
-    return last_boxed(completion.text)
 
 
 def same_text(predicted: str, reference: str) -> bool:

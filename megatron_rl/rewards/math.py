@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_rl.rewards.grading import boxed_answer, reference_answer, same_text
-from megatron_rl.rewards.tags import is_think_then_box
+from megatron_rl.rewards.grading import reference_answer, same_text
+from megatron_rl.rewards.tags import is_think_then_box, last_boxed
 from megatron_rl.rewards.values import same_value
 
 if TYPE_CHECKING:
@@ -29,6 +29,6 @@ class MathReward:
         return [self._parts(reference_answer(p.row.answer), c) for p, c in zip(prompts, completions, strict=True)]
 
     def _parts(self, reference: str, completion: Completion) -> dict[str, float]:
-        boxed = boxed_answer(completion)
+        boxed = last_boxed(completion.text, completion.truncated)
         right = boxed is not None and (same_text(boxed, reference) or same_value(boxed, reference))
         return {"accuracy": float(right), "format": float(is_think_then_box(completion.text))}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_rl.rewards.grading import MissingAnswer, reference_answer, same_text, tagged_answer
-from megatron_rl.rewards.tags import ANSWER, is_think_then_answer
+from megatron_rl.rewards.grading import MissingAnswer, reference_answer, same_text
+from megatron_rl.rewards.tags import ANSWER, is_think_then_answer, last_answer_span
 from megatron_rl.rewards.values import is_value, same_value
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class R1VReward:
         return [self._parts(reference_answer(p.row.answer), c) for p, c in zip(prompts, completions, strict=True)]
 
     def _parts(self, reference: str, completion: Completion) -> dict[str, float]:
-        answer = tagged_answer(completion)
+        answer = last_answer_span(completion.text, completion.truncated)
         whole = self.missing_answer == "whole_response" and ANSWER not in completion.text and not completion.truncated
         if answer is None and whole:
             answer = completion.text

@@ -13,37 +13,23 @@ _THINK_THEN_ANSWER = re.compile(rf"{END_THINK}\s*{ANSWER}")
 _BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\[{}\\](?!boxed)|(?P<open>\{)|(?P<close>\})")
 
 
-def last_answer_span(text: str) -> str | None:
-    """The text of the last complete `<answer>...</answer>`, or None. Of nested ones, the inner."""
-    start = text.rfind(ANSWER, 0, max(text.rfind(END_ANSWER), 0))
-    if start < 0:
+def last_answer_span(text: str, truncated: bool = False) -> str | None:
+    """The text of the last complete `<answer>...</answer>`, or None. Of nested ones, the inner. None also where a text
+    that was cut off ends within a later span."""
+    end = text.rfind(END_ANSWER)
+    start = text.rfind(ANSWER, 0, max(end, 0))
+    if start < 0 or (truncated and text.rfind(ANSWER) > end):
         return None
     start += len(ANSWER)
     return text[start : text.find(END_ANSWER, start)].strip()
 
 
-def has_open_answer(text: str) -> bool:
-    """Whether the last `<answer>` is not closed."""
-    return text.rfind(ANSWER) > text.rfind(END_ANSWER)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete `\boxed{...}`, inner braces included, or None."""
-    complete, _ = _boxes(text)
-    return None if complete is None else text[complete[0] : complete[1]].strip()
-
-
-def has_open_box(text: str) -> bool:
-    r"""Whether the last `\boxed{` is not closed."""
-    complete, last_start = _boxes(text)
-    return last_start is not None and (complete is None or complete[0] < last_start)
-
-
-def _boxes(text: str) -> tuple[tuple[int, int] | None, int | None]:
-    """(where the content of the last complete box starts and stops, where that of the last box starts)."""
+def last_boxed(text: str, truncated: bool = False) -> str | None:
+    r"""The content of the last complete `\boxed{...}`, inner braces included, or None. None also where a text that was
+    cut off ends within a later box."""
     complete = last_start = None
     opened: list[int | None] = []  # of each brace that is open, where the content starts if it is that of a box
-    for match in _BRACES.finditer(text):
+    for match in _BRACES.finditer(text, max(text.find(r"\boxed"), 0)):
         if match.lastgroup == "box":
             last_start = match.end()
             opened.append(last_start)
@@ -53,7 +39,9 @@ def _boxes(text: str) -> tuple[tuple[int, int] | None, int | None]:
             start = opened.pop()
             if start is not None and (complete is None or start > complete[0]):
                 complete = start, match.start()
-    return complete, last_start
+    if complete is None or (truncated and complete[0] != last_start):
+        return None
+    return text[complete[0] : complete[1]].strip()
 
 
 def is_think_then_answer(response: str) -> bool:
