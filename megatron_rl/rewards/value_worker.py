@@ -26,6 +26,7 @@ def main(cpu_seconds: float) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # it ends with the process that asks
     logging.disable(logging.CRITICAL)  # of failed parsing, and that math-verify's own limit is off
+    _equal(r"\frac{1}{2}", "0.5")  # compiles patterns and fills tables that every fork then has
     replies = os.dup(1)
     os.dup2(2, 1)
     for line in sys.stdin.buffer:
@@ -45,12 +46,16 @@ def _compare(answer: str, reference: str, cpu_seconds: float) -> None:
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        gold, target = (parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer))
-        status = 0 if verify(gold, target, timeout_seconds=None) else 1
+        status = 0 if _equal(answer, reference) else 1
     except (MemoryError, RecursionError):
         pass
     finally:
         os._exit(status)
+
+
+def _equal(answer: str, reference: str) -> bool:
+    gold, target = (parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer))
+    return bool(verify(gold, target, timeout_seconds=None))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ _ASSIGNED = re.compile(r"[A-Za-z]\s*=(?!=)")
 _RELATION = re.compile(r"[=<>≤≥≠≈~]|\\(?:neq?|leq?|geq?|lt|gt|approx|sim|in)(?![A-Za-z])")
 _SPACE = re.compile(r"\\[ ,;:!]")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\d\s+\d")  # \frac 1 2
-_BROKEN = re.compile(r"\d\s+\.?\d|[+\-−]\s*[+\-−]|^\s*!")  # two numbers, two signs, "not"
+# Two numbers, two signs, "not", an operator that lacks a side.
+_BROKEN = re.compile(r"\d\s+\.?\d|[+\-−]\s*[+\-−]|^\s*[!*/^]|[+\-−*/^]\s*$")
+_ORDER = frozenset(r"< > ≤ ≥ \le \leq \ge \geq \lt \gt".split())
 _ARITHMETIC = frozenset(
     r"+ - − * / ^ ! ( ) [ ] { } . × · ÷ π √ \, \; \: \! \frac \dfrac \tfrac \sqrt \cdot \times \div \left \right \pi"
     r" \infty \sin \cos \tan \ln \log \exp \binom \text \textbf \mathrm \mathbf".split()
@@ -45,8 +47,10 @@ def same_value(predicted: str, reference: str) -> bool:
     math-verify compares, in about 10 ms, and has CPU_SECONDS of processor time; then the answer is wrong, with a
     warning. Pairs that were compared before are answered from memory.
     """
+    if max(len(predicted.strip()), len(reference.strip())) > LONGEST_VALUE:
+        return False
     answer, wanted = _plain(predicted), _plain(reference)
-    if not 0 < len(answer) <= LONGEST_VALUE or not 0 < len(wanted) <= LONGEST_VALUE or ":" in wanted:
+    if not answer or not wanted or ":" in wanted:
         return False
     return is_comparable(answer, wanted) and _verified(answer, wanted)
 
@@ -57,7 +61,8 @@ def is_comparable(answer: str, reference: str) -> bool:
     if _RELATION.search(reference) is None:
         answer = _ASSIGNED.sub("", answer, count=1) if _ASSIGNED.match(answer) else answer
     ours, theirs = _TOKEN.findall(answer), _TOKEN.findall(reference)
-    if not set(ours) <= _ARITHMETIC.union(theirs):
+    allowed = _ARITHMETIC.union(theirs, _ORDER if _ORDER.intersection(theirs) else ())  # 3 < x is x > 3
+    if not allowed.issuperset(ours):
         return False
     words, wanted = (_WORD.findall(text) for text in (answer, reference))
     if words and words != wanted:
@@ -78,12 +83,16 @@ def _plain(text: str) -> str:
 
 
 def _is_balanced(tokens: list[str]) -> bool:
-    depth = 0
-    for token in tokens:
-        depth += {"{": 1, "}": -1}.get(token, 0)
-        if depth < 0:
+    """Whether every bracket has its other one; (1, 2] is an interval."""
+    for opening, closing in (("{",), ("}",)), (("(", "["), (")", "]")):
+        depth = 0
+        for token in tokens:
+            depth += (token in opening) - (token in closing)
+            if depth < 0:
+                return False
+        if depth:
             return False
-    return depth == 0
+    return True
 
 
 _PROCESS = ValueProcess()
