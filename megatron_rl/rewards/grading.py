@@ -63,7 +63,8 @@ def _reference_option(reference: str) -> tuple[str, str] | None:
 
 def _names_option(answer: str, letter: str, text: str) -> bool:
     """Whether an answer is the option with that letter, and no other beside it."""
-    answer = _WRAPPED.sub(r"\1", answer)
+    for _ in range(3):  # \boxed{\text{B}}
+        answer = _WRAPPED.sub(r"\1", answer)
     answer = re.sub(r"[*`]|^_+|_+$", "", answer).strip(" $\"'")
     lead_in = _LEAD_IN.match(answer)
     answer = answer[lead_in.end() :] if lead_in else answer
@@ -81,7 +82,7 @@ def _names_option(answer: str, letter: str, text: str) -> bool:
 def _is_list(chosen: str, rest: str) -> bool:
     """Whether nothing but other letters follow: "B, C", "B. or C"."""
     words = [word for word in re.findall(r"[^\W_]+", rest) if word.casefold() not in ("and", "or")]
-    alike = all(len(word) == 1 and word.isupper() == chosen.isupper() for word in words)
+    alike = all(len(word) == 1 and word.isalpha() and word.isupper() == chosen.isupper() for word in words)
     return alike and any(word != chosen for word in words)
 
 

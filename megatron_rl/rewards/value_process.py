@@ -11,9 +11,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 CPU_SECONDS = 2.0  # of one comparison
-WALL_SECONDS = 60.0  # until the process counts as stuck; the machine may be busy, and the first answer imports sympy
+WALL_SECONDS = 30.0  # of one comparison, until the process counts as stuck: the machine may be busy
+START_SECONDS = 120.0  # to import sympy
 
 _SCRIPT = Path(__file__).with_name("value_worker.py")
 
@@ -44,7 +46,9 @@ class ValueProcess:
                 reply = self._ask(question)
                 if reply is not None:
                     return {b"right\n": True, b"wrong\n": False}.get(reply)
-        raise RuntimeError(f"{_SCRIPT.name}, which compares values, ended or did not reply, twice; see its messages above")
+        raise RuntimeError(
+            f"{_SCRIPT.name}, which compares values, ended or did not reply, twice; see its messages above"
+        )
 
     def close(self) -> None:
         """End the process."""
@@ -54,10 +58,9 @@ class ValueProcess:
     def _ask(self, question: bytes) -> bytes | None:
         """The reply; None when the process is gone. Whatever happens, no reply is left for the next question."""
         process, reply = self._started(), None
-        assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(question)
-            reply = _line(process.stdout.fileno(), self._wall_seconds)
+            os.write(_descriptor(process.stdin), question)
+            reply = _line(_descriptor(process.stdout), self._wall_seconds)
         except BrokenPipeError:
             pass
         finally:
@@ -66,6 +69,7 @@ class ValueProcess:
         return reply
 
     def _started(self) -> subprocess.Popen[bytes]:
+        """The process, ready for a question."""
         if self._process is None or self._owner != os.getpid():
             command = [sys.executable, "-P", "-W", "ignore", str(_SCRIPT), str(self._cpu_seconds)]
             # -P: its folder holds a math.py. A group of its own: Ctrl-C and the launcher's signals are for the ranks.
@@ -73,6 +77,14 @@ class ValueProcess:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
             )
             self._owner = os.getpid()
+            ready = False
+            try:
+                ready = _line(_descriptor(self._process.stdout), START_SECONDS) is not None
+            finally:
+                if not ready:
+                    self._end()
+            if not ready:
+                raise RuntimeError(f"{_SCRIPT.name}, which compares values, did not start; see its messages above")
         return self._process
 
     def _end(self) -> None:
@@ -84,6 +96,11 @@ class ValueProcess:
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+def _descriptor(pipe: IO[bytes] | None) -> int:
+    assert pipe is not None
+    return pipe.fileno()
 
 
 def _line(descriptor: int, seconds: float) -> bytes | None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares values for value_process.py: `python -P value_worker.py CPU_SECONDS`. A line `["answer", "reference"]` comes
-in, a line "right", "wrong" or "given up" goes out, until the input ends.
+in, a line "right", "wrong" or "given up" goes out, until the input ends; the first line out is "ready".
 
 Each comparison runs in a fork of its own, which the kernel ends after its processor time, wherever it is (math-verify's
 limit is an exception out of SIGALRM, which needs the main thread and waits for C code), and which may take no more than
@@ -29,6 +29,7 @@ def main(cpu_seconds: float) -> None:
     _equal(r"\frac{1}{2}", "0.5")  # compiles patterns and fills tables that every fork then has
     replies = os.dup(1)
     os.dup2(2, 1)
+    os.write(replies, b"ready\n")
     for line in sys.stdin.buffer:
         answer, reference = json.loads(line)
         child = os.fork()

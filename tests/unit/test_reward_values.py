@@ -260,7 +260,7 @@ def test_a_killed_process_is_started_again():
 
 
 def test_a_stopped_process_is_replaced():
-    process = ValueProcess(wall_seconds=15)
+    process = ValueProcess(wall_seconds=3)
     try:
         assert process.compare("1", "1.0")
         first = process.pid
