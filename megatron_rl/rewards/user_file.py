@@ -6,14 +6,14 @@ from __future__ import annotations
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_rl.types import Completion, Prompt
 
-UserFunction = Callable[["Sequence[Prompt]", "Sequence[Completion]"], "list[dict[str, object]]"]
+UserFunction = Callable[["Sequence[Prompt]", "Sequence[Completion]"], "Sequence[Mapping[str, object]]"]
 
 
 def load_function(name: str, path: Path, function: str) -> UserFunction:

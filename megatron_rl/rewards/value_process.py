@@ -21,8 +21,8 @@ _SCRIPT = Path(__file__).with_name("value_worker.py")
 
 
 class ValueProcess:
-    """Starts with the first question and serves one at a time, from any thread. It ends with `close`, and by itself when
-    this process is gone. A fork of this process starts its own."""
+    """Starts with the first question and serves one at a time, from any thread. It ends with `close`, and by itself
+    when this process is gone. A fork of this process starts its own."""
 
     def __init__(self, cpu_seconds: float = CPU_SECONDS, wall_seconds: float = WALL_SECONDS):
         self._cpu_seconds, self._wall_seconds = cpu_seconds, wall_seconds

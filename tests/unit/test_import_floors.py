@@ -21,7 +21,7 @@ FLOORS: dict[str, tuple[int, str]] = {  # floor and purpose; the longest prefix 
     "megatron_rl.protocols": (1, "every seam on one page"),
     "megatron_rl.runtime": (2, "devices, ranks, files, processes: the only modules that know CPU from GPU"),
     "megatron_rl.algorithms": (3, "advantages, losses, KL: pure functions"),
-    "megatron_rl.rewards": (3, "rewards and grading: pure functions"),
+    "megatron_rl.rewards": (3, "rewards and grading"),
     "megatron_rl.observe": (3, "metrics, progress, reports, rows that were set aside"),
     "data": (4, "rows, frames, sound"),
     "model_providers": (4, "Megatron modules, weight tables and encoders of the model families"),
