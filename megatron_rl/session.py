@@ -20,9 +20,9 @@ from data.rows.dataset import read_rows
 from data.rows.loader import RowLoader
 from data.rows.manifest import Manifest
 from data.rows.prompts import PromptBuilder
-from data.video.build_decoder import build_video_decoder
 from data.video.frames import FrameSettings
 from data.video.index_store import IndexStore
+from data.video.open_decoder import build_video_decoder
 from data.video.prefetch import FramePrefetcher
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.correction import CORRECTIONS, CorrectedLoss
@@ -308,4 +308,5 @@ def build_answers(cfg: SftConfig, session: Session, loader: RowLoader) -> Answer
         lambda text: tokenizer.encode(text, add_special_tokens=False),
         tokenizer.eos_token_id,
         cfg.train.max_answer_tokens,
+        sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special),
     )
