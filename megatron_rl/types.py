@@ -42,9 +42,9 @@ Run = tuple[int, int]  # [start, stop) of tokens
 @dataclass(frozen=True, slots=True)
 class Row:
     """One checked line of a data file. `source` is "file.jsonl:12"; paths are absolute.
+    Example: Row("train.jsonl:12", "<video>Which colour?", "B", videos=("/data/a.mp4",))
 
     `span` (start, end) is the range of seconds of its videos and sounds that is looked at.
-    Example: Row("train.jsonl:12", "<video>Which colour?", "B", videos=("/data/a.mp4",))
     """
 
     source: str
