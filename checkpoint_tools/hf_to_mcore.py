@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_tools.console import follow
+from checkpoint_tools.digests import write_digests
 from checkpoint_tools.folders import folder_bytes, new_folder
 from checkpoint_tools.frozen import copy_frozen_parts
 from checkpoint_tools.mcore_file import Param, Place, place_of, write_mcore
@@ -48,6 +49,7 @@ def hf_to_mcore(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1, force: 
         ]
         write_mcore(folder, params, _modules_with_state(entries), provider.shape.num_layers)
         next(steps, None)
+        write_digests(folder, {})
     num_parameters = sum(t.rows * t.cols for entry in entries for t in entry.hf)
     return {"out": str(out), "num_parameters": num_parameters, "num_tensors": len(params), "bytes": folder_bytes(out)}
 

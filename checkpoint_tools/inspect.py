@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 from checkpoint_tools.console import size_text
 from checkpoint_tools.folders import HF_MARK, find_mcore, folder_bytes
+from checkpoint_tools.intact import check_files
 from checkpoint_tools.mcore_to_hf import dtype_name
 from checkpoint_tools.weights import McoreWeights, hf_dtype
 from model_providers.family import read_config
@@ -80,6 +81,7 @@ def _inspect_hf(folder: Path) -> Summary:
 
 
 def _inspect_mcore(folder: Path) -> Summary:
+    check_files(folder)
     weights = McoreWeights(folder)
     stored = weights.file.tensors
     trained = [

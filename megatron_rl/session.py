@@ -175,6 +175,8 @@ def build_media_encoder(cfg: CacheConfig, backend: Backend, provider: ModelProvi
     )
     trained = frozenset(() if cfg.model.freeze_vision else parts)
     tower = provider.build_encoder(backend, backend.local_device(parallel.local_rank()), trained)
+    if cfg.model.weights_from:
+        checkpoint.check_weights(cfg.model.weights_from)
     if cfg.model.weights_from and tower is not None:
         checkpoint.load_tower(cfg.model.weights_from, tower)
     return tower

@@ -151,7 +151,7 @@ def test_a_checkpoint_from_before_the_first_update(tiny_checkpoint: Path, tmp_pa
 
 
 def _die_while_saving(folder: Path, root: Path, moment: str) -> None:
-    def die(*args: Any) -> None:
+    def die(*args: Any, **kwargs: Any) -> None:
         if moment == "half of the tensors written":
             (Path(args[1]) / "half.distcp").write_bytes(b"\0" * 1000)
         os.kill(os.getpid(), signal.SIGKILL)

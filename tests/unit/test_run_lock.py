@@ -80,7 +80,7 @@ def test_a_refused_job_touches_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, run_dir = tmp_path / "recipe.yaml", tmp_path / "run"
-    recipe.write_text(f"run_dir: {run_dir}\nmodel: {{hf: none}}\ndata: {{train: none}}\n")
+    recipe.write_text(f"run_dir: {run_dir}\nmodel: {{hf: none}}\ndata: {{train: none}}\ntrain: {{num_steps: 1}}\n")
     monkeypatch.setattr(command_line, "check", lambda *_: None)
     ran: list[object] = []
     holder = _holder(run_dir)
