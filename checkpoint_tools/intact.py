@@ -81,29 +81,29 @@ def check_files(folder: Path) -> None:
 
 
 def _problems_of_content(folder: Path, metadata: Metadata, is_old: bool) -> Iterator[str]:
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.distcp")}
-    stored = metadata.storage_data or {}
-    for name in sorted({entry.relative_path for entry in stored.values()}):
-        end = max(entry.offset + entry.length for entry in stored.values() if entry.relative_path == name)
+    ends: dict[str, int] = {}
+    for entry in (metadata.storage_data or {}).values():
+        ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
+    sizes = {name: (folder / name).stat().st_size for name in ends if (folder / name).is_file()}
+    for name, end in sorted(ends.items()):
         if name not in sizes:
             yield f"{name}: missing"
         elif sizes[name] < end:
             yield f"{name}: {sizes[name]} bytes, at least {end} were written"
-    yield from _problems_of_states(folder, metadata)
+    yield from _problems_of_states(folder, metadata, {name for name, size in sizes.items() if size >= ends[name]})
     if is_old:
         yield from _problems_of_small_files(folder)
 
 
-def _problems_of_states(folder: Path, metadata: Metadata) -> Iterator[str]:
-    """The extra states of modules, which torch would read with pickle."""
+def _problems_of_states(folder: Path, metadata: Metadata, whole: set[str]) -> Iterator[str]:
+    """The extra states of modules, which torch would read with pickle, in the files that are whole."""
     for index, entry in (metadata.storage_data or {}).items():
-        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+        is_state = isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata)
+        if is_state and entry.relative_path in whole:
             try:
                 with (folder / entry.relative_path).open("rb") as file:
                     file.seek(entry.offset)
                     torch.load(io.BytesIO(file.read(entry.length)), map_location="cpu", weights_only=True)
-            except FileNotFoundError:
-                return  # said already
             except _UNREADABLE as error:
                 yield f"{entry.relative_path}: {index.fqn} cannot be read ({_reason(error)})"
 

@@ -120,7 +120,7 @@ def _save_tensors(final: Path, partial: Path, policy: Policy) -> dict[str, FileD
             first = next(iter(error.failures.values()), (error, None))[0]
             raise ValueError(_not_written(final, str(first))) from error
         except (OSError, RuntimeError) as error:  # rank 0 alone: of common.pt and .metadata
-            raise ValueError(_not_written(final, str(error))) from error
+            raise ValueError(_not_written(final, f"a file of rank 0 failed ({error})")) from error
     return writer.written
 
 

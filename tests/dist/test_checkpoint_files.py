@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint whose files are not what was written is refused by name, whoever reads it; none runs foreign code; a save
-that fails leaves nothing behind."""
+"""A checkpoint whose files are not what was written is refused by name, whoever reads it; none runs foreign code; a
+save that fails leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def _save_on_a_small_disk(folder: Path, root: Path, limit: int) -> str:
 
 @pytest.mark.parametrize(
     ("limit", "reason"),
-    [(0, "it takes 4,"), (100_000, "[Errno 27] File too large"), (1000, "[Errno 27] File too large")],
+    [(0, "it takes 6,3"), (100_000, "[Errno 27] File too large"), (1000, "a file of rank 0 failed (")],
     ids=["known before", "a tensor", "the first file"],
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(
@@ -224,6 +224,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert ranks[1].startswith(f"{tmp_path}/step_2 cannot be written: ")
     assert [path.name for path in tmp_path.iterdir()] == ["step_1"]
     assert problems_of_files(tmp_path / "step_1") == []
+
+
+def test_the_bytes_asked_for_are_those_of_the_files(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    said = run_world(2, lambda _: _save_on_a_small_disk(tiny_checkpoint, tmp_path, limit=0))[0]
+    asked = int(said.split("it takes ")[1].split(" bytes")[0].replace(",", ""))
+    written = sum(path.stat().st_size for path in (tmp_path / "step_1").glob("*.distcp"))
+    assert 0.9 * written < asked <= written
 
 
 def test_megatron_core_still_forks_its_writers() -> None:
