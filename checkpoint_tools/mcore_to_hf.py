@@ -19,7 +19,7 @@ from checkpoint_tools.frozen import FROZEN_FILE
 from checkpoint_tools.intact import check_files
 from checkpoint_tools.weights import McoreWeights
 from megatron_rl.runtime.files import written_atomically
-from model_providers.hf_checkpoint import INDEX_FILE
+from model_providers.hf_files import INDEX_FILE
 
 DTYPES = {"keep": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

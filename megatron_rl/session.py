@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from checkpoint_tools.origin import origin_of
 from data.rows.dataset import read_rows
 from data.rows.loader import RowLoader
 from data.rows.manifest import Manifest
 from data.rows.prompts import PromptBuilder
-from data.video.build_decoder import build_video_decoder
 from data.video.frames import FrameSettings
 from data.video.index_store import IndexStore
+from data.video.open_decoder import build_video_decoder
 from data.video.prefetch import FramePrefetcher
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.correction import CORRECTIONS, CorrectedLoss
@@ -140,7 +141,16 @@ def _build_session(
         policy=policy,
         quarantine=quarantine,
         run_state=RunState(
-            Path(cfg.run_dir), cfg.train.num_steps, cfg.model.hf, policy, mesh, plan, log, progress, stop
+            Path(cfg.run_dir),
+            cfg.train.num_steps,
+            cfg.model.hf,
+            _origin(cfg, mesh),
+            policy,
+            mesh,
+            plan,
+            log,
+            progress,
+            stop,
         ),
     )
 
@@ -222,6 +232,14 @@ def _build_policy(
     if cfg.model.weights_from:
         checkpoint.load_weights(cfg.model.weights_from, policy)
     return policy
+
+
+def _origin(cfg: JobConfig, mesh: ParallelMesh) -> dict[str, str]:
+    """What this run begins with; on rank 0."""
+    if mesh.rank != 0:
+        return {}
+    start = checkpoint.find_start(cfg.model.weights_from) if cfg.model.weights_from else None
+    return origin_of(Path(cfg.model.hf), start)
 
 
 def freeze(model: LanguageModel | ChunkedStage, patterns: Sequence[str]) -> None:

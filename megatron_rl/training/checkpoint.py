@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from checkpoint_tools.digests import FileDigest, digest_of, read_digests, write_digests
 from checkpoint_tools.frozen import copy_frozen_parts
 from checkpoint_tools.intact import problems_of_files
+from checkpoint_tools.origin import changes_since
+from megatron_rl.errors import raise_all
 from megatron_rl.protocols import MediaEncoder
 from megatron_rl.runtime.files import write_atomically
 from megatron_rl.runtime.parallel import ParallelMesh, gather_lists
@@ -190,6 +192,19 @@ def _not_read(folder: Path, problems: Sequence[str]) -> str:
     return f"{folder} cannot be read ({'; '.join(dict.fromkeys(problems))}); remove it to {go_on}"
 
 
+def check_origin(folder: Path, hf: Path, origin: Mapping[str, str]) -> None:
+    """Raise one ValueError on all ranks where the run that wrote `folder` began with another model. `origin` counts on
+    rank 0. Collective."""
+    problems: list[str] = []
+    if dist.get_rank() == 0:
+        try:
+            saved = json.loads((folder / STATE_FILE).read_text()).get("origin", {})
+            problems = list(changes_since(folder / HF_FOLDER, saved, hf, origin))
+        except (OSError, ValueError, SafetensorError) as error:
+            problems = [_not_read(folder, [str(error)])]
+    raise_all(gather_lists(problems), f"resume from {folder}")
+
+
 def vision_of(tower: MediaEncoder | None) -> list[str] | None:
     """What a checkpoint says of the tower that it holds: the parts that were trained."""
     return sorted(tower.trained) if holds_tower(tower) else None
@@ -216,7 +231,7 @@ def _check_same_vision(saved: list[str] | None, tower: MediaEncoder | None) -> N
 def check_weights(folder: str | Path) -> None:
     """Raise one ValueError on all ranks with every file of `model.weights_from` that is damaged or would run foreign
     code. Collective."""
-    path = _find(folder)
+    path = find_start(folder)
     problems = gather_lists(problems_of_files(path, dist.get_rank(), dist.get_world_size()))
     if problems:
         why = "; ".join(dict.fromkeys(problems))
@@ -227,19 +242,25 @@ def load_weights(folder: str | Path, policy: Policy) -> None:
     """Start from the model weights of a checkpoint: of one `step_N`, or of the newest in a folder of them. The tower
     has a function of its own. `check_weights` comes first."""
     with policy.backend.mcore_scope():
-        loaded = _load_tensors({"model": policy.language_model.sharded_state_dict()}, _find(folder))
+        loaded = _load_tensors({"model": policy.language_model.sharded_state_dict()}, find_start(folder))
         policy.language_model.load_state_dict(loaded["model"])
+    weights = policy.language_model.named_weights()
+    not_finite = sorted(set(gather_lists([name for name, param in weights.items() if not param.isfinite().all()])))
+    if not_finite:
+        why = f"NaN or infinity in {', '.join(not_finite[:3])}" + (" ..." if len(not_finite) > 3 else "")
+        raise ValueError(f"model.weights_from={folder}: {why}; take an earlier checkpoint of that run")
     policy.optimizer.reload_model_params()
 
 
 def load_tower(folder: str | Path, tower: MediaEncoder) -> None:
     """As `load_weights`, for the vision tower; it stays that of `model.hf` where the checkpoint holds none."""
-    path, state = _find(folder), tower_state(tower)
+    path, state = find_start(folder), tower_state(tower)
     if state.keys() <= dist_checkpointing.load_tensors_metadata(str(path)).keys():
         load_tower_state(tower, _load_tensors({"tower": state}, path)["tower"])
 
 
-def _find(folder: str | Path) -> Path:
+def find_start(folder: str | Path) -> Path:
+    """The `step_N` that `model.weights_from` stands for. Raises ValueError."""
     steps = list_steps(folder)
     path = step_folder(folder, steps[-1]) if steps else Path(folder)
     if not (path / "metadata.json").is_file():
