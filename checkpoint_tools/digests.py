@@ -11,8 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import RawIOBase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_rl.runtime.files import write_atomically
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 DIGESTS_FILE = "digests.json"
 _BLOCK = 1 << 22
@@ -27,16 +31,20 @@ class FileDigest:
     sha256: str
 
 
-class HashedStream:
+class HashedStream(RawIOBase):
     """Writes to an unbuffered file from front to back and takes the digest of what it writes.
 
     `error` is the first OSError of a write: the libraries that write to a stream report others in its place."""
 
     def __init__(self, file: RawIOBase):
+        super().__init__()
         self._file, self._hash, self._num_bytes = file, hashlib.sha256(), 0
         self.error: OSError | None = None
 
-    def write(self, data: bytes | memoryview) -> int:
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Buffer) -> int:
         rest = memoryview(data).cast("B")
         num_bytes = len(rest)
         while rest:
@@ -53,9 +61,6 @@ class HashedStream:
 
     def tell(self) -> int:
         return self._num_bytes
-
-    def flush(self) -> None:
-        """Nothing is buffered."""
 
     def digest(self) -> FileDigest:
         return FileDigest(self._num_bytes, self._hash.hexdigest())

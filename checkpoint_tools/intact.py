@@ -39,8 +39,19 @@ _CLASSES = {
     },
     "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
-_UNREADABLE = (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError)
-_UNREADABLE += (AttributeError, ImportError, MemoryError)  # what a damaged pickle can end in
+_UNREADABLE = (  # what reading a damaged pickle can end in
+    pickle.UnpicklingError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    ImportError,
+    MemoryError,
+)
 
 
 class _MetadataUnpickler(pickle.Unpickler):

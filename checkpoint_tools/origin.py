@@ -39,7 +39,7 @@ def fingerprint(checkpoint: HfCheckpoint) -> str:
         parts = [checkpoint.part(name, row, whole) for row in rows] or [checkpoint.tensor(name)]
         for part in parts:
             found.update(str(part.dtype).encode())
-            found.update(part.contiguous().view(-1).view(torch.uint8).numpy())
+            found.update(part.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -328,4 +328,5 @@ def build_answers(cfg: SftConfig, session: Session, loader: RowLoader) -> Answer
         lambda text: tokenizer.encode(text, add_special_tokens=False),
         tokenizer.eos_token_id,
         cfg.train.max_answer_tokens,
+        sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special),
     )

@@ -29,8 +29,11 @@ class Quarantine:
         kinds = {"row": "data/bad_rows", "media": "data/bad_media", "overlong": "data/overlong"}
         return {"data/quarantined": float(self.total)} | {kinds[kind]: float(n) for kind, n in self.counts.items()}
 
-    def add(self, bad: Sequence[BadRow], num_rows: int, where: str) -> None:
-        """Set `bad` aside, out of `num_rows`. Called with the same arguments on every rank.
+    def add(
+        self, bad: Sequence[BadRow], num_rows: int, where: str, length_setting: str = "data.max_prompt_tokens"
+    ) -> None:
+        """Set `bad` aside, out of `num_rows`; `length_setting` is what the long ones are over. Called with the same
+        arguments on every rank.
 
         Prompts that are too long are a matter of taste, not of faulty data: they stop a run only where nothing is left.
         """
@@ -48,7 +51,11 @@ class Quarantine:
                 f"used; mend them, or raise the limit to go on without them. All are listed in {self.path}\n{listed}"
             )
         if bad and len(bad) == num_rows:
+            num_long = len(bad) - len(faulty)
+            setting, why = "data.max_bad_fraction", "none can be used; mend them"
+            if num_long:
+                setting, why = length_setting, f"{num_long} are too long; raise it, or shorten them"
             raise ValueError(
-                f"data.max_prompt_tokens: none of the {num_rows} rows of {where} is left, {len(bad) - len(faulty)} are "
-                f"too long; raise it, or take fewer or smaller frames. All are listed in {self.path}\n{listed}"
+                f"{setting}: none of the {num_rows} rows of {where} is left, {why}. All are listed in {self.path}\n"
+                f"{listed}"
             )

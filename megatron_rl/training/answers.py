@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from data.rows.loader import RowLoader
 from megatron_rl.media.prompt_prefetcher import PromptPrefetcher
@@ -19,6 +19,8 @@ class AnswerSource:
     """The rows of a loader as samples whose response is the reference answer. Every method is collective.
 
     `encode` tokenizes text as it is; `max_tokens` bounds an answer, its end-of-turn token `eos_token_id` included.
+    `control_tokens` are those that steer the model (<|im_end|>, <|video_pad|>): an answer in which one is written is
+    set aside, as a prompt is, since it would be learned as the token and not as its text.
     """
 
     def __init__(
@@ -32,13 +34,15 @@ class AnswerSource:
         encode: Encode,
         eos_token_id: int,
         max_tokens: int,
+        control_tokens: Sequence[str],
     ):
         self._loader, self._prompts, self._encoder, self._quarantine = loader, prompts, encoder, quarantine
         self._progress, self._num_steps = progress, num_steps
         self._encode, self._eos, self._max_tokens = encode, eos_token_id, max_tokens
+        self._control_tokens = control_tokens
 
     def next_batch(self, step: int) -> list[TrainSample]:
-        """The next rows, their media encoded; answers that are too long are set aside."""
+        """The next rows, their media encoded; answers that cannot be learned as they are, are set aside."""
         self._encoder.forget()
         with self._progress.phase(step, "encode"):
             prompts = self._prompts.encoded(self._loader.next_batch(), f"step {step}")
@@ -46,10 +50,13 @@ class AnswerSource:
                 self._prompts.prepare(self._loader.peek_batch())  # read while this batch is learned
         samples = [self._sample(prompt) for prompt in prompts]
         bad = [sample for sample in samples if isinstance(sample, BadRow)]
-        self._quarantine.add(bad, len(prompts), "a batch of reference answers")
+        self._quarantine.add(bad, len(prompts), "a batch of reference answers", "train.max_answer_tokens")
         return [sample for sample in samples if isinstance(sample, TrainSample)]
 
     def _sample(self, prompt: Prompt) -> TrainSample | BadRow:
+        for token in self._control_tokens:
+            if token in prompt.row.answer:
+                return BadRow(prompt.row.source, f"the answer contains {token}, a control token of the model")
         answer = (*self._encode(prompt.row.answer), self._eos)
         if len(answer) > self._max_tokens:
             reason = f"answer of {len(answer)} tokens is over train.max_answer_tokens={self._max_tokens}"
