@@ -189,9 +189,9 @@ def _algorithm(cfg: RlConfig) -> Iterator[str]:
         why = f"is not below algorithm.filter_high={algorithm.filter_high}; no group could pass"
         yield _problem(cfg, "algorithm.filter_low", why)
     try:
-        load_reward(cfg.reward.name, cfg.reward.terms)
+        load_reward(cfg.reward.name, cfg.reward.terms, cfg.reward.missing_answer)
     except ValueError as error:
-        yield str(error)
+        yield from str(error).splitlines()
 
 
 def _files(cfg: JobConfig, job: Job) -> Iterator[str]:
