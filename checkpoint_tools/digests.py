@@ -11,12 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_rl.runtime.files import write_atomically
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer as Buffer
 
 DIGESTS_FILE = "digests.json"
 _BLOCK = 1 << 22
@@ -44,7 +40,7 @@ class HashedStream(RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data: Buffer) -> int:
+    def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]  # all that torch writes
         rest = memoryview(data).cast("B")
         num_bytes = len(rest)
         while rest:
