@@ -243,9 +243,9 @@ def _open_log(cfg: JobConfig, mesh: ParallelMesh) -> MetricLog:
 def usable_rows(setting: str, media_root: str, field: str, quarantine: Quarantine) -> list[list[Row]]:
     """Usable rows of each data set that the setting lists; the others are counted and listed."""
     found = read_rows(setting, media_root, quarantine.path.parent / "media", field)
-    for rows, bad in found:
-        quarantine.add(bad, len(rows) + len(bad), where=f"{field}={setting}")
-    return [rows for rows, _ in found]
+    for part in found:
+        quarantine.add(part.bad, len(part.rows) + len(part.bad), where=f"{field}={setting}")
+    return [part.rows for part in found]
 
 
 def build_loader(cfg: JobConfig, quarantine: Quarantine) -> RowLoader:

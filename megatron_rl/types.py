@@ -34,13 +34,16 @@ MOST_TICKS, NUM_FOR_TICKS = 1_000_000, 16  # the finest clock looked for behind 
 VisionPart = Literal["tower", "projector"]
 MediaKind = Literal["video", "image", "audio"]
 Run = tuple[int, int]  # [start, stop) of tokens
+Turn = tuple[Literal["user", "assistant"], str]  # who speaks, and the text
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One checked line of a data file. `source` is "file.jsonl:12"; paths are absolute.
 
-    `span` (start, end) is the range of seconds of its videos and sounds that is looked at.
+    `span` (start, end) is the range of seconds of its videos and sounds that is looked at; `video_spans`, empty or one
+    for each video, takes its place where videos have spans of their own. `problem` is the last turn of the user;
+    `system` and `history` stand before it.
     """
 
     source: str
@@ -51,6 +54,13 @@ class Row:
     images: tuple[str, ...] = ()
     span: tuple[float, float] = (0.0, math.inf)
     audios: tuple[str, ...] = ()
+    system: str = ""
+    history: tuple[Turn, ...] = ()
+    video_spans: tuple[tuple[float, float], ...] = ()
+
+    def span_of(self, video: int) -> tuple[float, float]:
+        """The seconds of video number `video` that are looked at."""
+        return self.video_spans[video] if self.video_spans else self.span
 
 
 @dataclass(frozen=True, slots=True)

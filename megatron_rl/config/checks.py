@@ -16,8 +16,8 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from data.rows.loader import weight_problems
-from data.rows.prompts import template_problems
 from data.rows.sources import source_names, source_problems
+from data.rows.templates import template_problems
 from data.video.frames import FrameSettings
 from megatron_rl.config.schema import JobConfig, RlConfig
 from megatron_rl.config.sizes import rank_problems, size_problems, trainer_grid
