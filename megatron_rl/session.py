@@ -21,6 +21,7 @@ from data.rows.loader import RowLoader
 from data.rows.manifest import Manifest
 from data.rows.prompts import PromptBuilder
 from data.video.build_decoder import build_video_decoder
+from data.video.frame_files import FrameFilesDecoder
 from data.video.frames import FrameSettings
 from data.video.index_store import IndexStore
 from data.video.prefetch import FramePrefetcher
@@ -151,7 +152,7 @@ def build_provider(cfg: CacheConfig) -> ModelProvider:
 
 def build_decoder(cfg: CacheConfig, backend: Backend) -> VideoDecoder:
     indexes = IndexStore(Path(cfg.run_dir) / "index")
-    return build_video_decoder(backend.decoder_device, cfg.data.decode_threads, indexes)
+    return FrameFilesDecoder(build_video_decoder(backend.decoder_device, cfg.data.decode_threads, indexes))
 
 
 def build_prompt_builder(

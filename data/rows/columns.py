@@ -120,8 +120,10 @@ def as_text(value: object, name: str) -> str:
     if isinstance(value, float | Decimal):
         if not math.isfinite(value):
             raise ValueError(f"`{name}` is {value}, which is no finite number")
-        value = int(value) if value == int(value) and abs(value) <= _MOST_EXACT else value
-    text = str(value)
+        number = int(value)
+        text = str(number if value == number and abs(number) <= _MOST_EXACT else value)
+    else:
+        text = str(value)
     if not text.strip():
         raise ValueError(f"`{name}` is empty")
     return whole(text, name)

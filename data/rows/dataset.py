@@ -49,10 +49,8 @@ class DataSet:
             shown = ", ".join(self.unused_columns)
             found.append(f"{self.name}: columns that nothing uses: {shown} (data.columns names columns)")
         if self.num_plain_marks:
-            found.append(
-                f"{self.name}: {self.num_plain_marks} rows without media have marks such as <video> in their text, "
-                "which are words there"
-            )
+            what = "rows without media whose text has marks such as <video>, which are words there"
+            found.append(f"{self.name}: {what}: {self.num_plain_marks}")
         return found
 
 
