@@ -81,6 +81,12 @@ def check(cfg: JobConfig, world_size: int, job: Job, require_files: bool = True)
     raise_all(problems, f"configuration of {cfg.run_dir}")
 
 
+def check_inputs(cfg: JobConfig) -> None:
+    """Raise one ValueError with every problem of what a job reads; layouts, rewards and the like are not looked at."""
+    job: Job = "rl" if isinstance(cfg, RlConfig) else "sft"
+    raise_all([*_ranges(cfg), *_data(cfg), *_files(cfg, job), *_model(cfg, job)], f"configuration of {cfg.run_dir}")
+
+
 def range_problems(cfg: JobConfig) -> list[str]:
     """Values out of their range, and settings of data that exclude each other."""
     return [*_ranges(cfg), *_data(cfg)]
@@ -198,12 +204,12 @@ def _files(cfg: JobConfig, job: Job) -> Iterator[str]:
         yield from source_problems(_at(cfg, path), path)
     yield from weight_problems(len(source_names(cfg.data.train)), cfg.data.weights)
     for path in ("data.format_prompt", "data.manifest"):
-        if _at(cfg, path) and not Path(_at(cfg, path)).is_file():
+        if _at(cfg, path) and not Path(_at(cfg, path)).expanduser().is_file():
             yield _problem(cfg, path, "no such file; check the path")
-    if cfg.data.format_prompt and Path(cfg.data.format_prompt).is_file():
+    if cfg.data.format_prompt and Path(cfg.data.format_prompt).expanduser().is_file():
         yield from template_problems(cfg.data.format_prompt)
     for path in ("model.weights_from", "data.media_root", "rollout.replay_from"):
-        if _has(cfg, path) and _at(cfg, path) and not Path(_at(cfg, path)).is_dir():
+        if _has(cfg, path) and _at(cfg, path) and not Path(_at(cfg, path)).expanduser().is_dir():
             yield _problem(cfg, path, "no such folder; check the path")
 
 

@@ -4,11 +4,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_rl.types import BadRow
+
+TOO_LONG = {
+    "data.max_prompt_tokens": "raise it, or take fewer or smaller frames",
+    "train.max_answer_tokens": "raise it, or leave such answers out",
+}
+"""Settings that bound a length, and what to do about them."""
 
 
 class Quarantine:
@@ -29,17 +36,22 @@ class Quarantine:
         kinds = {"row": "data/bad_rows", "media": "data/bad_media", "overlong": "data/overlong"}
         return {"data/quarantined": float(self.total)} | {kinds[kind]: float(n) for kind, n in self.counts.items()}
 
-    def add(self, bad: Sequence[BadRow], num_rows: int, where: str) -> None:
-        """Set `bad` aside, out of `num_rows`. Called with the same arguments on every rank.
+    def note(self, text: str) -> None:
+        """Say something about the data that is no row's fault: once, on one rank, and in the list."""
+        if self._writes:
+            sys.stderr.write(f"note: {text}\n")
+            self._append([{"source": "", "reason": text, "kind": "note"}])
 
-        Prompts that are too long are a matter of taste, not of faulty data: they stop a run only where nothing is left.
+    def add(self, bad: Sequence[BadRow], num_rows: int, where: str, too_long: str = "data.max_prompt_tokens") -> None:
+        """Set `bad` aside, out of `num_rows`. Called with the same arguments on every rank. `too_long` is the setting
+        by which rows are too long.
+
+        Rows that are too long are a matter of taste, not of faulty data: they stop a run only where nothing is left.
         """
         for row in bad:
             self.counts[row.kind] += 1
         if self._writes and bad:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad)
+            self._append([asdict(row) for row in bad])
         faulty = [row for row in bad if row.kind != "overlong"]
         listed = "\n".join(f"  {row.source}: {row.reason}" for row in (faulty or bad)[:20])
         if num_rows and len(faulty) > self._max_fraction * num_rows:
@@ -49,6 +61,11 @@ class Quarantine:
             )
         if bad and len(bad) == num_rows:
             raise ValueError(
-                f"data.max_prompt_tokens: none of the {num_rows} rows of {where} is left, {len(bad) - len(faulty)} are "
-                f"too long; raise it, or take fewer or smaller frames. All are listed in {self.path}\n{listed}"
+                f"{too_long}: none of the {num_rows} rows of {where} is left, {len(bad) - len(faulty)} are too long; "
+                f"{TOO_LONG[too_long]}. All are listed in {self.path}\n{listed}"
             )
+
+    def _append(self, lines: Sequence[Mapping[str, str]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
