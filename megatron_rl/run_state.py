@@ -57,6 +57,7 @@ class RunState:
         self._num_steps, self._hf_source, self._policy, self._mesh = num_steps, hf_source, policy, mesh
         self._plan, self._log, self._stop = plan, log, stop
         self._loader: RowLoader | None = None
+        self._place_in_rows: dict[str, Any] | None = None  # of a run that takes no rows: that of the checkpoint
         self.best: tuple[float, int] | None = None
         self.pending: dict[str, float] = {}
         self.stopped = False
@@ -73,8 +74,14 @@ class RunState:
             self._log.resume_from(0)
             return 0
         state = checkpoint.load(checkpoint.step_folder(self.checkpoints, steps[-1]), self._policy, self._mesh)
-        if loader is not None:
-            loader.load_state_dict(state["loader"])
+        self._place_in_rows = state["loader"]
+        if loader is not None and self._place_in_rows is None:
+            raise ValueError(
+                f"rollout.replay_from=: the checkpoints in {self.checkpoints} were made from saved rollouts and know "
+                "no place in data.train; go on with rollout.replay_from, or start a new run_dir with model.weights_from"
+            )
+        if loader is not None and self._place_in_rows is not None:
+            loader.load_state_dict(self._place_in_rows)
         self.best = tuple(state["best"]) if state["best"] else None
         self._log.resume_from(state["step"])
         return int(state["step"])
@@ -103,7 +110,8 @@ class RunState:
 
     def save(self, done: int) -> Path:
         """Write the checkpoint of `done` steps, then remove those that are no longer kept."""
-        state: dict[str, Any] = {"best": self.best, "loader": self._loader.state_dict() if self._loader else None}
+        place = self._loader.state_dict() if self._loader is not None else self._place_in_rows
+        state: dict[str, Any] = {"best": self.best, "loader": place}
         folder = checkpoint.save(self.checkpoints, done, self._policy, self._mesh, state, self._hf_source)
         if self._mesh.rank == 0:
             checkpoint.prune(self.checkpoints, self._plan.keep, self.best[1] if self.best else None)
@@ -116,6 +124,10 @@ class RunState:
         target = self.run_dir / "hf"
         if self._mesh.rank == 0:
             steps = checkpoint.list_steps(self.checkpoints)
+            if not steps:
+                raise ValueError(
+                    "checkpoint.export_hf=true: no update was made, so there is nothing to export; set it to false"
+                )
             mcore_to_hf(checkpoint.step_folder(self.checkpoints, steps[-1]), target, force=True)
         dist.barrier()
         return str(target)

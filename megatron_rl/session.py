@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from data.rows.loader import RowLoader
-from data.video.build_decoder import build_video_decoder
 from data.video.frame_files import FrameFilesDecoder
 from data.video.index_store import IndexStore
+from data.video.open_decoder import build_video_decoder
 from data.video.prefetch import FramePrefetcher
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.correction import CORRECTIONS, CorrectedLoss

@@ -51,9 +51,9 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
     (
         "above 0",
         lambda value: value > 0,
-        "rollout.temperature data.cache_gib algorithm.correction_cap "
-        "algorithm.clip_high train.optimizer.eps train.optimizer.max_grad_norm",
+        "data.cache_gib algorithm.correction_cap algorithm.clip_high train.optimizer.eps train.optimizer.max_grad_norm",
     ),
+    ("at least 0.01: vLLM samples at no lower one", lambda value: value >= 0.01, "rollout.temperature"),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "rollout.gpu_memory_utilization"),
     ("between 0 and 1, both excluded", lambda value: 0 < value < 1, "algorithm.clip_low"),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "data.max_bad_fraction"),
@@ -175,6 +175,8 @@ def _checkpoints(cfg: JobConfig) -> Iterator[str]:
 
 def _rollout(cfg: RlConfig) -> Iterator[str]:
     rollout = cfg.rollout
+    if rollout.only and cfg.checkpoint.export_hf:
+        yield _problem(cfg, "checkpoint.export_hf", "rollout.only=true learns nothing to export; unset one of them")
     if rollout.only and not rollout.save_to:
         yield _problem(cfg, "rollout.only", "the rollouts would be lost; set rollout.save_to")
     for path in ("rollout.only", "rollout.save_to"):
@@ -230,11 +232,21 @@ def _model(cfg: JobConfig, job: Job) -> Iterator[str]:
         return
     yield from _fits_positions(cfg, text["max_position_embeddings"])
     yield from _fits_provider(cfg, hf, job)
-    if not cfg.model.freeze_vision and "vision_config" not in hf:
-        yield _problem(cfg, "model.freeze_vision", "the model has no vision tower that could be trained; use true")
+    if "vision_config" not in hf:
+        yield from _takes_text_only(cfg)
     patch = hf.get("vision_config", {}).get("temporal_patch_size", 1)
     if cfg.data.num_frames > 0:
         yield from FrameSettings(cfg.data.num_frames).problems(patch)
+
+
+def _takes_text_only(cfg: JobConfig) -> Iterator[str]:
+    """Settings that a model without an encoder has no use for."""
+    if not cfg.model.freeze_vision:
+        yield _problem(cfg, "model.freeze_vision", "the model has no vision tower that could be trained; use true")
+    if cfg.data.cache_dir:
+        yield _problem(cfg, "data.cache_dir", "the model takes no media whose embeddings could be kept; unset it")
+    if isinstance(cfg, RlConfig) and cfg.eval.blind and cfg.data.eval:
+        yield _problem(cfg, "eval.blind", "the model takes no media that could be blanked; use false")
 
 
 def _fits_provider(cfg: JobConfig, hf: Config, job: Job) -> Iterator[str]:

@@ -50,7 +50,8 @@ def run_job(
 ) -> None:
     """Run `body` with the checked configuration; a ValueError is the user's to mend and ends without a traceback.
 
-    With `--check` it calls `check_data` instead. `schema` is that of the job: RlConfig, SftConfig, or CacheConfig, which takes a recipe for either of the two.
+    With `--check` it calls `check_data` instead. `schema` is that of the job: RlConfig, SftConfig, or CacheConfig,
+    which takes a recipe for either of the two.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:

@@ -141,7 +141,7 @@ class RolloutConfig:
     num_samples: int = 8
     """Responses per prompt."""
     temperature: float = 1.0
-    """Sampling temperature; the trainer scores at the same temperature."""
+    """Sampling temperature, at least 0.01; the trainer scores at the same temperature."""
     max_response_tokens: int = 1024
     """A response that reaches this length is truncated (counted in response_length/clip_ratio)."""
     truncated: Literal["keep", "mask"] = "keep"

@@ -11,12 +11,6 @@ from pathlib import Path
 
 from megatron_rl.types import BadRow
 
-TOO_LONG = {
-    "data.max_prompt_tokens": "raise it, or take fewer or smaller frames",
-    "train.max_answer_tokens": "raise it, or leave such answers out",
-}
-"""Settings that bound a length, and what to do about them."""
-
 
 class Quarantine:
     """Collects bad rows of a run; stops it when a batch has more than `max_fraction` of them."""
@@ -42,11 +36,13 @@ class Quarantine:
             sys.stderr.write(f"note: {text}\n")
             self._append([{"source": "", "reason": text, "kind": "note"}])
 
-    def add(self, bad: Sequence[BadRow], num_rows: int, where: str, too_long: str = "data.max_prompt_tokens") -> None:
-        """Set `bad` aside, out of `num_rows`. Called with the same arguments on every rank. `too_long` is the setting
-        by which rows are too long.
+    def add(
+        self, bad: Sequence[BadRow], num_rows: int, where: str, length_setting: str = "data.max_prompt_tokens"
+    ) -> None:
+        """Set `bad` aside, out of `num_rows`; `length_setting` is what the long ones are over. Called with the same
+        arguments on every rank.
 
-        Rows that are too long are a matter of taste, not of faulty data: they stop a run only where nothing is left.
+        Prompts that are too long are a matter of taste, not of faulty data: they stop a run only where nothing is left.
         """
         for row in bad:
             self.counts[row.kind] += 1
@@ -60,9 +56,13 @@ class Quarantine:
                 f"used; mend them, or raise the limit to go on without them. All are listed in {self.path}\n{listed}"
             )
         if bad and len(bad) == num_rows:
+            num_long = len(bad) - len(faulty)
+            setting, why = "data.max_bad_fraction", "none can be used; mend them"
+            if num_long:
+                setting, why = length_setting, f"{num_long} are too long; raise it, or shorten them"
             raise ValueError(
-                f"{too_long}: none of the {num_rows} rows of {where} is left, {len(bad) - len(faulty)} are too long; "
-                f"{TOO_LONG[too_long]}. All are listed in {self.path}\n{listed}"
+                f"{setting}: none of the {num_rows} rows of {where} is left, {why}. All are listed in {self.path}\n"
+                f"{listed}"
             )
 
     def _append(self, lines: Sequence[Mapping[str, str]]) -> None:

@@ -38,7 +38,7 @@ def work_lines(option: Option) -> Iterator[RenderableType]:
         f"packing   {packing.num_microbatches} micro-batches of up to {case.largest:,} tokens a rank and update, "
         f"{case.rows:,} rows on the fullest rank; {packing.responses_a_bundle:.3g} responses share a prompt",
         f"engine    KV cache of {option.memory.engine.kv_tokens:,} tokens a replica: "
-        f"{option.memory.engine.sequences} sequences decoded together",
+        f"{option.memory.engine.num_sequences} sequences decoded together",
     ]
     yield Text("\n".join(lines))
 

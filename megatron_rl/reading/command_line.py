@@ -69,8 +69,8 @@ def _inspect(cfg: JobConfig, num_shown: int, num_records: int, json_path: Path |
 
 def check_data(cfg: JobConfig, num_records: int | None) -> None:
     """What `--check` does with the data of a job: every record read, the media of the first NUM_OPENED rows of each
-    data set opened; `num_records` reads so many of each, and opens all of those (0 = all there are). The reward is called
-    once, on a made-up answer. Raises ValueError with every problem."""
+    data set opened; `num_records` reads so many of each, and opens all of those (0 = all there are). The reward is
+    called once, on a made-up answer. Raises ValueError with every problem."""
     from megatron_rl.reading.inspection import ReadLimits, inspect_inputs
 
     quiet_libraries()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the data of a recipe as its job would, and tells what would come of it: no model, nothing written to run_dir."""
+"""Reads the data of a recipe as its job would, and tells what would come of it: no model, nothing left on disk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from data.rows.answers import AnswerEncoder
 from data.rows.dataset import DataSet
 from data.rows.loader import RowLoader
 from data.rows.prompts import PromptBuilder
-from data.video.build_decoder import build_video_decoder
 from data.video.frame_files import FrameFilesDecoder, shown_path
+from data.video.open_decoder import build_video_decoder
 from megatron_rl.config.schema import JobConfig, RlConfig, SftConfig
 from megatron_rl.errors import BadSample, raise_all
 from megatron_rl.reading.inputs import (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts -> completions -> scores, with the work spread over replicas and the results known to all ranks."""
+"""Prompts -> completions -> scores, with the work split over replicas and the results sent to all ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def generate(
     embeds = encoder.fetch([item for prompt in mine for item in prompt.media])
     completions = engine.generate(mine, embeds, sampling)
     scored: list[Scored] = []
-    if mesh.speaks_for_replica:
+    if mesh.speaks_for_replica and completions:  # a reward need not know what to make of none
         by_id = {prompt.prompt_id: prompt for prompt in mine}
         parts = reward([by_id[c.prompt_id] for c in completions], completions)
         scored = [Scored(c, part["overall"], part) for c, part in zip(completions, parts, strict=True)]

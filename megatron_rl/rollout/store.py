@@ -43,6 +43,17 @@ class RolloutStore:
             )
         return [_group(line) for line in lines]
 
+    def check_learnable(self, step: int, groups: Sequence[Group]) -> None:
+        """Raise where there is nothing to compare: no group, or a group of one response."""
+        alone = sum(len(group.scored) < 2 for group in groups)
+        if groups and not alone:
+            return
+        what = f"holds {alone} of {len(groups)} prompts with a single response" if groups else "holds no prompts"
+        raise ValueError(
+            f"rollout.replay_from={self.folder}: {self._path(step).name} {what}, and an advantage compares the "
+            "responses of a prompt; sample again with rollout.num_samples of 2 or more"
+        )
+
     def check_unchanged(self, groups: Sequence[Group], prompts: Sequence[Prompt]) -> None:
         """Raise when today's data makes other prompts than those the responses were sampled from."""
         rebuilt = {p.prompt_id: p for p in prompts}

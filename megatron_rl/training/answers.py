@@ -19,7 +19,9 @@ EncodeAnswer = Callable[[Row], tuple[int, ...]]
 class AnswerSource:
     """The rows of a loader as samples whose response is the reference answer. Every method is collective.
 
-    `encode` gives the tokens of an answer, its end-of-turn token included, or raises BadSample.
+    `encode` tokenizes text as it is; `max_tokens` bounds an answer, its end-of-turn token `eos_token_id` included.
+    `control_tokens` are those that steer the model (<|im_end|>, <|video_pad|>): an answer in which one is written is
+    set aside, as a prompt is, since it would be learned as the token and not as its text.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class AnswerSource:
         self._encode = encode
 
     def next_batch(self, step: int) -> list[TrainSample]:
-        """The next rows, their media encoded; answers that cannot be learned are set aside."""
+        """The next rows, their media encoded; answers that cannot be learned as they are, are set aside."""
         self._encoder.forget()
         with self._progress.phase(step, "encode"):
             prompts = self._prompts.encoded(self._loader.next_batch(), f"step {step}")
@@ -45,7 +47,7 @@ class AnswerSource:
                 self._prompts.prepare(self._loader.peek_batch())  # read while this batch is learned
         samples = [self._sample(prompt) for prompt in prompts]
         bad = [sample for sample in samples if isinstance(sample, BadRow)]
-        self._quarantine.add(bad, len(prompts), "a batch of answers", too_long="train.max_answer_tokens")
+        self._quarantine.add(bad, len(prompts), "a batch of reference answers", "train.max_answer_tokens")
         return [sample for sample in samples if isinstance(sample, TrainSample)]
 
     def _sample(self, prompt: Prompt) -> TrainSample | BadRow:

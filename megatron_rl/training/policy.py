@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trained language model: Megatron-core's DDP, distributed optimizer and pipeline schedules behind three verbs.
+"""The trained language model: Megatron-core's DDP, distributed optimizer and pipeline schedules in three methods.
 
 `logprobs` scores micro-batches, `train` makes one optimizer update, `offloaded` frees gradients and optimizer state
-while the engine works; the state stays in host memory until the optimizer's step, where activations are gone again. A
+while the engine works; the state stays in host memory until the optimizer's step, when activations are freed. A
 `Reference` holds a second set of weights in host memory. All of them are collective calls.
 """
 
@@ -31,7 +31,7 @@ from megatron_rl.types import LossInputs
 from model_providers.attention.core import BatchLayout
 from model_providers.transformer import ChunkedStage, LanguageModel
 
-REFERENCE_VERSION = -1  # of a tower that holds the reference's weights
+REFERENCE_VERSION = -1  # of an encoder that holds the reference's weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Policy:
                 self.tower_training = TowerTraining(tower, model.config, ddp, settings)
                 self.optimizer = self.tower_training.join(self.optimizer)
             self._offload_at_rest()
-        self._backward_vision: Callable[[], None] | None = None
+        self._backward_media: Callable[[], None] | None = None
         model.config.finalize_model_grads_func = self._finalize
         model.config.grad_scale_func = self.optimizer.scale_loss
         self._forward_backward = get_forward_backward_func()
@@ -98,14 +98,14 @@ class Policy:
         embeds: Mapping[str, Tensor],
         loss: PolicyLoss,
         step: int,
-        backward_vision: Callable[[], None] | None = None,
+        backward_media: Callable[[], None] | None = None,
     ) -> dict[str, tuple[float, float]]:
-        """One update. Where the tower is trained, `backward_vision` takes the gradients of `embeds` through it.
+        """One update. Where the tower is trained, `backward_media` takes the gradients of `embeds` through it.
 
         Returns local sums {metric: (numerator, denominator)}; those of the optimizer have
         denominator 1."""
-        assert self.tower_training is None or backward_vision is not None, "a trained tower must get its gradients"
-        self._backward_vision = backward_vision
+        assert self.tower_training is None or backward_media is not None, "a trained encoder must get its gradients"
+        self._backward_media = backward_media
         for part in self._ddp_parts:
             part.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -136,12 +136,12 @@ class Policy:
         pg_collection: Any = None,
         force_all_reduce: bool = False,
     ) -> None:
-        """Called by the schedule after its last backward pass: the tower's backward pass, then all reductions."""
+        """Called by the schedule after its last backward pass: the encoder's backward pass, then all reductions."""
         if self.tower_training is None:
             finalize_model_grads(model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
             return
-        assert self._backward_vision is not None
-        self._backward_vision()
+        assert self._backward_media is not None
+        self._backward_media()
         # Leaves in num_tokens the tokens of all ranks.
         finalize_model_grads(model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
         self.tower_training.finish_gradients(num_tokens)
@@ -218,7 +218,7 @@ class Policy:
 
 
 class Reference:
-    """A frozen copy of the policy's weights, at home in host memory: one shard per rank, in the model's dtype."""
+    """A frozen copy of the policy's weights, kept in host memory: one shard per rank, in the model's dtype."""
 
     def __init__(self, policy: Policy):
         self._tower = policy.tower if policy.tower_training is not None else None
@@ -239,7 +239,7 @@ class Reference:
             self._set_tower_version(version)
 
     def _set_tower_version(self, version: int) -> int:
-        """Say which weights the tower holds; returns what it was."""
+        """Say which weights the encoder holds; returns what it was."""
         if self._tower is None:
             return 0
         before, self._tower.version = self._tower.version, version

@@ -68,7 +68,7 @@ def test_the_defaults_pass(make):
         ("train.num_steps=0", "train.num_steps=0: out of range; it must be at least 1"),
         ("checkpoint.keep=0", "checkpoint.keep=0: out of range; it must be at least 1"),
         ("train.optimizer.lr=-1e-6", "train.optimizer.lr=-1e-06: out of range; it must be at least 0"),
-        ("rollout.temperature=0", "rollout.temperature=0.0: out of range; it must be above 0"),
+        ("rollout.temperature=0", "rollout.temperature=0.0: out of range; it must be at least 0.01"),
         ("rollout.gpu_memory_utilization=1.5", "it must be above 0 and at most 1"),
         (
             "reward.terms={acuracy: 1}",
@@ -263,6 +263,18 @@ def test_the_models_own_table_is_asked(make, tmp_path):
     assert "uses the variables ['question']" in template
 
 
+def test_the_lowest_temperature_is_that_of_the_engine(make):
+    """vLLM would sample at 0.01 what the trainer scores at less (tests/dist/test_vllm_adaptations.py)."""
+    assert problems(make("rollout.temperature=0.01")) == []
+    (problem,) = problems(make("rollout.temperature=0.0099"))
+    assert problem.startswith("rollout.temperature=0.0099: out of range")
+
+
+def test_rollouts_alone_leave_nothing_to_export(make):
+    (problem,) = problems(make("rollout.only=true", "rollout.save_to=rollouts", "checkpoint.export_hf=true"))
+    assert problem.startswith("checkpoint.export_hf=true: rollout.only=true learns nothing to export")
+
+
 def test_export_needs_a_last_checkpoint(make):
     (problem,) = problems(make("checkpoint.export_hf=true", "checkpoint.save_at_end=false"))
     assert problem.startswith("checkpoint.export_hf=true: exports the last checkpoint")
@@ -294,3 +306,12 @@ def test_only_a_tower_that_exists_is_trained(make, tmp_path):
     assert missing.startswith("model.freeze_vision=false: the model has no vision tower")
     (tmp_path / "model/config.json").write_text(json.dumps(HF | {"vision_config": {}}))
     assert problems(make("model.freeze_vision=false", "model.freeze=['*']")) == [], "the tower alone is enough"
+
+
+def test_a_model_of_text_keeps_and_blanks_nothing(make, tmp_path):
+    found = problems(make(f"data.cache_dir={tmp_path}/cache", f"data.eval={tmp_path}/train.jsonl", "eval.blind=true"))
+    assert [problem.partition("=")[0] for problem in found] == ["data.cache_dir", "eval.blind"]
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | {"vision_config": {}}))
+    assert (
+        problems(make(f"data.cache_dir={tmp_path}/cache", f"data.eval={tmp_path}/train.jsonl", "eval.blind=true")) == []
+    )
