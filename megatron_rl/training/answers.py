@@ -19,9 +19,8 @@ EncodeAnswer = Callable[[Row], tuple[int, ...]]
 class AnswerSource:
     """The rows of a loader as samples whose response is the reference answer. Every method is collective.
 
-    `encode` tokenizes text as it is; `max_tokens` bounds an answer, its end-of-turn token `eos_token_id` included.
-    `control_tokens` are those that steer the model (<|im_end|>, <|video_pad|>): an answer in which one is written is
-    set aside, as a prompt is, since it would be learned as the token and not as its text.
+    `encode` gives the tokens of an answer, its end-of-turn token included, or raises BadSample: an answer in which a
+    control token is written would be learned as the token and not as its text.
     """
 
     def __init__(
