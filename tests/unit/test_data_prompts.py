@@ -302,7 +302,7 @@ def test_the_key_is_that_of_the_file_and_everything_done_with_it(make, paths):
     assert len(others) == 4 and key not in others
 
 
-# ------------------------------------------------------------------------------------------- turns, marks, their escapes
+# -------------------------------------------------------------------------------------------------- turns and marks
 
 
 def test_turns_before_the_problem(make, tokenizer, paths):
