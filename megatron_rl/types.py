@@ -43,11 +43,11 @@ Turn = tuple[Literal["user", "assistant"], str]  # who speaks, and the text
 @dataclass(frozen=True, slots=True)
 class Row:
     """One checked line of a data file. `source` is "file.jsonl:12"; paths are absolute.
+    Example: Row("train.jsonl:12", "<video>Which colour?", "B", videos=("/data/a.mp4",))
 
     `span` (start, end) is the range of seconds of its videos and sounds that is looked at; `video_spans`, empty or one
     for each video, takes its place where videos have spans of their own. `problem` is the last turn of the user;
     `system` and `history` stand before it.
-    Example: Row("train.jsonl:12", "<video>Which colour?", "B", videos=("/data/a.mp4",))
     """
 
     source: str

@@ -161,7 +161,7 @@ class RolloutConfig:
     verify_sync: bool = False
     """Compare checksums of every piece of every weight after each sync."""
     save_to: str = ""
-    """Write every rollout batch to this folder."""
+    """Write the groups of every step to this folder."""
     replay_from: str = ""
     """Train on rollouts saved before; no engine is built."""
     only: bool = False
@@ -171,9 +171,10 @@ class RolloutConfig:
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """Advantage estimator over the group of one prompt."""
+    """Advantage of a response with reward r in the group of its prompt. grpo: (r - mean) / std; dr_grpo: r - mean;
+    rloo: r - mean of the others."""
     loss: Literal["ppo_clip"] = "ppo_clip"
-    """Policy loss."""
+    """Policy loss; ppo_clip: PPO's clipped objective with the bounds below."""
     loss_average: Literal["token", "sequence"] = "token"
     """token: every response token of the global batch weighs the same; sequence: every response does."""
     clip_low: float = 0.2
@@ -181,11 +182,12 @@ class AlgorithmConfig:
     clip_high: float = 0.3
     """Upper clip: 1 + clip_high (DAPO's clip-higher)."""
     clip_dual: float = 3.0
-    """Dual clip for negative advantages."""
+    """Dual clip: where the advantage is negative, the loss of a token is at most -advantage * clip_dual."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference in the loss; 0 = no reference is kept."""
     kl_kind: Literal["k1", "abs", "k2", "k3"] = "k3"
-    """Estimator of the KL (Schulman 2020)."""
+    """Estimator of the KL, with d = log p_ref - log p (Schulman 2020): k1 = -d, abs = |d|, k2 = d^2 / 2, k3 = exp(d) -
+    d - 1."""
     correction: Literal["none", "tis"] = "none"
     """For the mismatch of trainer and engine: tis = truncated importance sampling of each token."""
     correction_cap: float = 2.0
@@ -193,7 +195,9 @@ class AlgorithmConfig:
     filter_groups: bool = False
     """DAPO's dynamic sampling: drop groups whose mean reward is outside (filter_low, filter_high)."""
     filter_low: float = 0.01
+    """Groups whose mean reward is not above this are dropped by filter_groups."""
     filter_high: float = 0.99
+    """Groups whose mean reward is not below this are dropped by filter_groups."""
     max_filter_rounds: int = 20
     """Rollout rounds spent on filling a batch with informative groups before giving up."""
 
@@ -211,13 +215,17 @@ class RewardConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     lr: float = 1e-6
-    """Peak learning rate."""
+    """Learning rate, constant after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
     weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
     eps: float = 1e-8
+    """AdamW's epsilon."""
     warmup_steps: int = 0
     """Steps of linear warm-up: step k (from 0) uses lr * min(1, (k + 1) / warmup_steps)."""
     max_grad_norm: float = 1.0
+    """Gradients with a larger norm, over all parameters, are scaled down to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +237,7 @@ class BatchConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(BatchConfig):
     num_steps: int
-    """Optimizer rounds: rollout batches in RL, batches in SFT."""
+    """Steps of the run: rollout batches in RL, batches in SFT."""
     updates_per_step: int = 1
     """Optimizer updates made from one rollout batch."""
     max_tokens_per_microbatch: int = 16_384
@@ -253,13 +261,15 @@ class SftTrainConfig(TrainConfig):
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     every: int = 0
-    """Evaluate after every so many steps; 0 = only before the first and after the last."""
+    """Evaluate after every so many steps, too; 0 = only as at_start and at_end say."""
     at_start: bool = True
+    """Evaluate before the first step."""
     at_end: bool = True
+    """Evaluate after the last step."""
     batch_size: int = 64
     """Prompts generated together."""
     blind: bool = False
-    """Also evaluate with every frame blanked: what can be guessed without looking."""
+    """At the end also evaluate with every frame blanked: what can be guessed without looking."""
     show: int = 5
     """Sample rollouts printed at the end."""
 
@@ -273,6 +283,7 @@ class CheckpointConfig:
     best_metric: str = "eval/accuracy"
     """Metric whose highest value marks the best checkpoint."""
     save_at_end: bool = True
+    """Save after the last step."""
     export_hf: bool = False
     """Write the final weights as a Hugging Face folder into the run directory."""
     resume: bool = True
@@ -282,9 +293,11 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     wandb: Literal["off", "offline", "online"] = "offline"
-    """Weights & Biases; online falls back to nothing: it needs a login and says so."""
+    """Weights & Biases: offline writes files that `wandb sync` uploads later; online needs a login."""
     project: str = "megatron_rl"
+    """Project of Weights & Biases."""
     tensorboard: bool = True
+    """Write files for TensorBoard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +307,7 @@ class CacheConfig:
     run_dir: str
     """Folder of this run: resolved config, metrics, checkpoints, plots."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = the GPUs if there are any."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     train: BatchConfig
@@ -304,6 +318,7 @@ class JobConfig(CacheConfig, ABC):
     """What every job that trains has."""
 
     seed: int = 1
+    """Of the order of rows and of sampling."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

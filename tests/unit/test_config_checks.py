@@ -252,9 +252,9 @@ def test_the_models_own_table_is_asked(make, tmp_path):
     assert "nothing is left to train" in everything
     config.write_text(json.dumps(HF | {"rope_scaling": {"type": "yarn"}, "use_sliding_window": True}))
     assert [p.split(": ")[1] for p in problems(make())] == ["rope_type=yarn", "use_sliding_window=true"]
-    config.write_text(json.dumps(HF | {"model_type": "llama"}))
+    config.write_text(json.dumps(HF | {"model_type": "bert"}))
     (unknown,) = problems(make())
-    assert "no provider for model_type=llama" in unknown
+    assert "no provider for model_type=bert" in unknown
     config.write_text(json.dumps(HF | {"vision_config": {"temporal_patch_size": 2}}))
     (frames,) = problems(make("data.num_frames=5"))
     assert frames.startswith("data.num_frames=5: the model joins 2 frames")

@@ -214,6 +214,14 @@ def test_help_names_every_key_and_its_doc():
 
 
 @pytest.mark.parametrize("schema", [RlConfig, SftConfig, CacheConfig])
+def test_help_explains_every_key(schema):
+    lines = [line for line in describe(schema).splitlines() if line]
+    is_key = [line.startswith("  ") and not line.startswith("   ") for line in lines]
+    unexplained = [a for a, b, key in zip(lines, [*lines[1:], ""], is_key, strict=True) if key and b[:6] != " " * 6]
+    assert sum(is_key) > 25 and unexplained == []
+
+
+@pytest.mark.parametrize("schema", [RlConfig, SftConfig, CacheConfig])
 def test_help_lists_the_keys_of_its_own_job(schema):
     listed = set()
     for line in describe(schema).splitlines():
