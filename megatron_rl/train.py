@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config.command_line import run_job
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.reading.command_line import check_data
 
 if TYPE_CHECKING:
     from megatron_rl.evaluate import Evaluation
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     summary = "Reinforcement learning on text and video (GRPO, DAPO)."
-    run_job(argv, RlConfig, "python -m megatron_rl.train", summary, run)
+    run_job(argv, RlConfig, "python -m megatron_rl.train", summary, run, check_data)
 
 
 def run(cfg: RlConfig) -> None:

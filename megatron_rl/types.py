@@ -37,6 +37,7 @@ DECODED_BYTES = 64 << 20
 VisionPart = Literal["tower", "projector"]
 MediaKind = Literal["video", "image", "audio"]
 Run = tuple[int, int]  # [start, stop) of tokens
+Turn = tuple[Literal["user", "assistant"], str]  # who speaks, and the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,9 @@ class Row:
     """One checked line of a data file. `source` is "file.jsonl:12"; paths are absolute.
     Example: Row("train.jsonl:12", "<video>Which colour?", "B", videos=("/data/a.mp4",))
 
-    `span` (start, end) is the range of seconds of its videos and sounds that is looked at.
+    `span` (start, end) is the range of seconds of its videos and sounds that is looked at; `video_spans`, empty or one
+    for each video, takes its place where videos have spans of their own. `problem` is the last turn of the user;
+    `system` and `history` stand before it.
     """
 
     source: str
@@ -55,6 +58,13 @@ class Row:
     images: tuple[str, ...] = ()
     span: tuple[float, float] = (0.0, math.inf)
     audios: tuple[str, ...] = ()
+    system: str = ""
+    history: tuple[Turn, ...] = ()
+    video_spans: tuple[tuple[float, float], ...] = ()
+
+    def span_of(self, video: int) -> tuple[float, float]:
+        """The seconds of video number `video` that are looked at."""
+        return self.video_spans[video] if self.video_spans else self.span
 
 
 @dataclass(frozen=True, slots=True)

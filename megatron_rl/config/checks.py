@@ -16,8 +16,8 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from data.rows.loader import weight_problems
-from data.rows.prompts import template_problems
 from data.rows.sources import source_names, source_problems
+from data.rows.templates import template_problems
 from data.video.frames import FrameSettings
 from megatron_rl.config.schema import JobConfig, RlConfig
 from megatron_rl.config.sizes import rank_problems, size_problems, trainer_grid
@@ -81,6 +81,12 @@ def check(cfg: JobConfig, world_size: int, job: Job, require_files: bool = True)
     if require_files:
         problems += [*_files(cfg, job), *_model(cfg, job), *([] if job == "cache" else _checkpoints(cfg))]
     raise_all(problems, f"configuration of {cfg.run_dir}")
+
+
+def check_inputs(cfg: JobConfig) -> None:
+    """Raise one ValueError with every problem of what a job reads; layouts, rewards and the like are not looked at."""
+    job: Job = "rl" if isinstance(cfg, RlConfig) else "sft"
+    raise_all([*_ranges(cfg), *_data(cfg), *_files(cfg, job), *_model(cfg, job)], f"configuration of {cfg.run_dir}")
 
 
 def range_problems(cfg: JobConfig) -> list[str]:
@@ -202,12 +208,12 @@ def _files(cfg: JobConfig, job: Job) -> Iterator[str]:
         yield from source_problems(_at(cfg, path), path)
     yield from weight_problems(len(source_names(cfg.data.train)), cfg.data.weights)
     for path in ("data.format_prompt", "data.manifest"):
-        if _at(cfg, path) and not Path(_at(cfg, path)).is_file():
+        if _at(cfg, path) and not Path(_at(cfg, path)).expanduser().is_file():
             yield _problem(cfg, path, "no such file; check the path")
-    if cfg.data.format_prompt and Path(cfg.data.format_prompt).is_file():
+    if cfg.data.format_prompt and Path(cfg.data.format_prompt).expanduser().is_file():
         yield from template_problems(cfg.data.format_prompt)
     for path in ("model.weights_from", "data.media_root", "rollout.replay_from"):
-        if _has(cfg, path) and _at(cfg, path) and not Path(_at(cfg, path)).is_dir():
+        if _has(cfg, path) and _at(cfg, path) and not Path(_at(cfg, path)).expanduser().is_dir():
             yield _problem(cfg, path, "no such folder; check the path")
 
 

@@ -38,19 +38,35 @@ _HELP_OF_KEYS: Mapping[Job, str] = {
 }
 
 
-def run_job(argv: Sequence[str], schema: type[C], program: str, summary: str, body: Callable[[C], object]) -> None:
+CheckData = Callable[[JobConfig, int | None], None]
+"""(configuration, records of each data set to read; None = as usual): raises ValueError for data that stop the job."""
+
+
+def run_job(
+    argv: Sequence[str],
+    schema: type[C],
+    program: str,
+    summary: str,
+    body: Callable[[C], object],
+    check_data: CheckData,
+) -> None:
     """Run `body` with the checked configuration; a ValueError is the user's to mend and ends without a traceback.
 
-    `schema` is that of the job: RlConfig, SftConfig, or CacheConfig, which takes a recipe for either of the two.
+    With `--check` it calls `check_data` instead. `schema` is that of the job: RlConfig, SftConfig, or CacheConfig,
+    which takes a recipe for either of the two.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         _check_data_package()
-        cfg, only_check = parse_args(argv, schema, program, summary)
+        cfg, only_check, num_records = parse_args(argv, schema, program, summary)
         assert isinstance(cfg, JobConfig)
         check(cfg, world, JOBS[schema])
+        if only_check and rank == 0:
+            check_data(cfg, num_records)
     except ValueError as error:
         _report(error, rank)
+        if "--check" in argv and rank == 0:
+            sys.stderr.write("this run cannot start\n")
         raise SystemExit(EXIT_USAGE) from None
     if only_check:
         if rank == 0:
@@ -114,8 +130,9 @@ def _check_data_package() -> None:
 # ---------------------------------------------------------------------------------------------- arguments and help
 
 
-def parse_args(argv: Sequence[str], schema: type[C], program: str, summary: str) -> tuple[C, bool]:
-    """The command line of every job: a recipe, then overrides. The second result tells whether only to check them."""
+def parse_args(argv: Sequence[str], schema: type[C], program: str, summary: str) -> tuple[C, bool, int | None]:
+    """The command line of every job: a recipe, then overrides. The second result tells whether only to check them, the
+    third how many records of each data set to read then."""
     examples = (
         "examples:\n"
         f"  {program} recipe.yaml\n"
@@ -130,8 +147,10 @@ def parse_args(argv: Sequence[str], schema: type[C], program: str, summary: str)
     parser.add_argument("recipe", help="YAML file, for example one of scripts/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
     parser.add_argument("--check", action="store_true", help="only tell whether this could run, and what is wrong")
+    rows_help = "with --check: read N records of each data set and open all their media; 0 = all records"
+    parser.add_argument("--check-rows", type=int, metavar="N", help=rows_help)
     args = parser.parse_intermixed_args(argv)
-    return load_config(args.recipe, schema, args.overrides), args.check
+    return load_config(args.recipe, schema, args.overrides), args.check, args.check_rows
 
 
 def describe(job: type) -> str:

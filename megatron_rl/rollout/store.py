@@ -119,4 +119,4 @@ def _scored(data: dict[str, Any]) -> Scored:
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
