@@ -17,7 +17,7 @@ import numpy as np
 from data.video.container import cause, demux, open_media, video_stream
 from data.video.index import VideoHeader, VideoIndex
 from data.video.packets import PacketParser
-from data.video.timestamps import NEVER_REORDERED, ascending, order_of_pictures
+from data.video.timestamps import NEVER_REORDERED, ascending, order_of_pictures, tells_order
 from data.video.whole_file import missing_bytes
 from megatron_rl.errors import VideoDecodeError
 
@@ -135,7 +135,7 @@ def _with_clock(header: VideoHeader, packets: _Packets, in_decoding_order: bool)
         in_decoding_order = False
     else:
         in_decoding_order = in_decoding_order and bool((steps >= 0).all())
-        good = not in_decoding_order and len(set(times[shown])) == len(shown) and dts == sorted(dts)
+        good = not in_decoding_order and dts == sorted(dts) and tells_order(times[shown])
         order = [] if good else order_of_pictures(header.path)
     if good:
         return _assemble(header, packets, times)

@@ -11,8 +11,16 @@ import numpy as np
 from data.video.container import demux, open_media, video_stream
 
 _COMES_BACK_WITHIN = 64  # frames; a clock that is behind for longer was set back
+_REORDERED = 16  # places: B pictures in a row, at most, of x264 and x265; for more a decoder is asked
 NEVER_REORDERED = frozenset({"vp8", "vp9", "av1", "gif", "apng"})
 """Codecs whose packets stand in the file in the order in which they are shown, keyframes or not."""
+
+
+def tells_order(times: np.ndarray) -> bool:
+    """Whether int64 [P] times of pictures in decoding order can be those of their showing: no two alike, and none
+    far from its place."""
+    ranks = np.argsort(np.argsort(times, kind="stable"))
+    return len(set(times.tolist())) == len(times) and bool((np.abs(ranks - np.arange(len(times))) <= _REORDERED).all())
 
 
 def ascending(times: np.ndarray) -> np.ndarray | None:

@@ -83,6 +83,22 @@ def test_repeated_timestamps_among_pictures_that_are_reordered(tmp_path, codec):
         assert np.array_equal(read_frames(path, [number])[0], truth[number])
 
 
+def test_one_timestamp_far_ahead_among_pictures_that_are_reordered(tmp_path):
+    source = write_video(tmp_path / "a.mp4", Kind("libx264", {"g": "10", "bf": "2"}), 90)
+    path = str(tmp_path / "ahead.mkv")
+    with av.open(source) as given, av.open(path, "w") as container:
+        stream = container.add_stream_from_template(given.streams.video[0])
+        for number, packet in enumerate(packet for packet in given.demux(video=0) if packet.size):
+            packet.pts += int(5 / packet.time_base) if number == 11 else 0
+            packet.stream = stream
+            container.mux(packet)
+    with av.open(path) as container:
+        assert max(packet.pts for packet in container.demux(video=0) if packet.size) > 5_000
+    index, truth = index_video(path), full_decode(path)
+    assert np.allclose(index.info().timestamps, np.arange(90) / 25, atol=0.05)
+    assert np.array_equal(read_frames(path, list(range(90))), truth)
+
+
 def test_a_clock_that_is_set_back_goes_on(tmp_path):
     """Two recordings joined byte after byte. Where they join, the container reports lost data."""
     half = Path(write_video(tmp_path / "half.ts", Kind("mpeg2video", {"g": "10"}), 70)).read_bytes()
