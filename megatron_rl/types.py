@@ -42,9 +42,9 @@ Run = tuple[int, int]  # [start, stop) of tokens
 @dataclass(frozen=True, slots=True)
 class Row:
     """One checked line of a data file. `source` is "file.jsonl:12"; paths are absolute.
+    Example: Row("train.jsonl:12", "<video>Which colour?", "B", videos=("/data/a.mp4",))
 
     `span` (start, end) is the range of seconds of its videos and sounds that is looked at.
-    Example: Row("train.jsonl:12", "<video>Which colour?", "B", videos=("/data/a.mp4",))
     """
 
     source: str
@@ -264,12 +264,13 @@ class Completion:
 @dataclass(frozen=True, slots=True)
 class Scored:
     """A completion with its reward. `parts` are the named components (accuracy, format ...); `reward` their
-    weighted sum.
-    Example: Scored(completion, 0.9, {"overall": 0.9, "accuracy": 1.0, "format": 0.0})"""
+    weighted sum; `notes` what the reward has to say in words, for the log.
+    Example: Scored(completion, 0.9, {"overall": 0.9, "accuracy": 1.0, "format": 0.0}, {"reason": "no reasoning"})"""
 
     completion: Completion
     reward: float
     parts: dict[str, float]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,8 @@ def times_to_bytes(times: Sequence[float]) -> tuple[int, bytes, bytes]:
     rate = math.lcm(*found)
     rate = rate if rate <= MAX_TICKS_PER_SECOND else MAX_TICKS_PER_SECOND
     exact = np.array(times, np.float64)
-    ticks = (exact * rate).round().astype(np.int64)
+    with np.errstate(invalid="ignore"):  # past int64 any tick will do: the difference makes up for it
+        ticks = (exact * rate).round().astype(np.int64)
     difference = exact.view(np.int64) - (ticks / rate).view(np.int64)
     return rate, integers_to_bytes(ticks), integers_to_bytes(difference)
 

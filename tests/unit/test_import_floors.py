@@ -22,7 +22,7 @@ FLOORS: dict[str, tuple[int, str]] = {  # floor and purpose; the longest prefix 
     "megatron_rl.protocols": (2, "every seam on one page"),
     "megatron_rl.runtime": (3, "devices, ranks, files, processes: the only modules that know CPU from GPU"),
     "megatron_rl.algorithms": (4, "advantages, losses, KL: pure functions"),
-    "megatron_rl.rewards": (4, "rewards and grading: pure functions"),
+    "megatron_rl.rewards": (4, "rewards and grading"),
     "megatron_rl.observe": (4, "metrics, progress, reports, rows that were set aside"),
     "data": (5, "rows, frames, sound"),
     "model_providers": (5, "Megatron modules, weight tables and encoders of the model families"),
@@ -46,7 +46,7 @@ ONLY_IN = {
     "nvidia.dali": ("data/video/dali.py",),
     "wandb": ("megatron_rl/observe/metric_log.py",),
     "matplotlib": ("megatron_rl/observe/report.py",),
-    "math_verify": ("megatron_rl/rewards/grading.py",),
+    "math_verify": ("megatron_rl/rewards/value_worker.py",),
     "megatron.core.parallel_state": ("megatron_rl/runtime/parallel.py", "model_providers/"),
     "megatron.training": (),
 }

@@ -104,3 +104,12 @@ def test_groups_that_compare_nothing_are_refused(groups: list[Group], why: str, 
     store.check_learnable(0, GROUPS[:3])
     with pytest.raises(ValueError, match=rf"rollout\.replay_from=.*{why}"):
         store.check_learnable(2, groups)
+
+
+@pytest.mark.parametrize("text", ['{"prompt": {"prompt_id": 4, "row"', '{"prompt": 1}', "[]", '{"prompt": {}}', "3"])
+def test_a_damaged_line_is_named(text: str, tmp_path: Path) -> None:
+    RolloutStore(tmp_path, writes=True).save(0, GROUPS[:2])
+    with (tmp_path / "step_0.jsonl").open("a", encoding="utf-8") as file:
+        file.write(text)
+    with pytest.raises(ValueError, match=r"rollout\.replay_from=.*: step_0\.jsonl: line 3 is no saved group \("):
+        RolloutStore(tmp_path, writes=False).load(0)
