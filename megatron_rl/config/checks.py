@@ -44,7 +44,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
     (
         "at least 0",
         lambda value: value >= 0,
-        "data.total_pixels data.prefetch_mib "
+        "data.total_pixels data.prefetch_mib max_phase_minutes "
         "seed data.num_frames data.fps rollout.max_model_len rollout.kv_cache_gib algorithm.kl_coef eval.every "
         "eval.show train.optimizer.lr train.optimizer.weight_decay train.optimizer.warmup_steps checkpoint.every",
     ),

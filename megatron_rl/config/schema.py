@@ -260,6 +260,9 @@ class CacheConfig:
     run_dir: str
     """Folder of this run: resolved config, metrics, checkpoints, plots."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_phase_minutes: float = 0.0
+    """A phase of a step that lasts longer ends the job, with the stack of each rank: something is stuck. 0 = never;
+    what is unusually long is told once in any case."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     train: BatchConfig

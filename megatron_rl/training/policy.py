@@ -70,7 +70,9 @@ class Policy:
         if backend.optimizer == "adamw":
             install_group_step_adamw()
         ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=False  # see _check_gradient
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            check_for_nan_in_grad=False,  # see _check_gradient
         )
         with backend.mcore_scope():
             chunks = list(model) if isinstance(model, ChunkedStage) else [model]

@@ -127,7 +127,8 @@ def test_a_dump_loads_back_equal(recipe, name):
 
 
 @pytest.mark.parametrize(
-    "value", ["/data/a b #1", "two\nlines", "7", "yes", "null", "[", "a: b", "it's", '"a" or "b"', " x", "#", "{fps: 1}"]
+    "value",
+    ["/data/a b #1", "two\nlines", "7", "yes", "null", "[", "a: b", "it's", '"a" or "b"', " x", "#", "{fps: 1}"],
 )
 def test_a_text_on_the_command_line_is_taken_as_it_is(recipe, value):
     """YAML would cut it at ` #`: the run would go to another folder, and resume what is there."""
