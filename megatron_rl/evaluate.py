@@ -39,9 +39,9 @@ class EvaluationPlan:
 
 
 class Evaluation:
-    """Runs the held-out set when it is due, writes the answers to `answers`, keeps the last ones.
+    """Runs the held-out set when it is due, says the accuracy, writes the answers to `answers`, keeps the last ones.
 
-    Says the accuracy as soon as it is known. Without an engine or rows nothing is ever due. `name` is that of the data set, for messages. Every method is
+    Without an engine or rows nothing is ever due. `name` is that of the data set, for messages. Every method is
     collective.
     """
 

@@ -21,7 +21,6 @@ from megatron_rl.runtime.signals import StopFlag
 from megatron_rl.training import checkpoint
 from megatron_rl.training.policy import Policy
 
-
 STOP_ADVICE = "run the same command again to resume"
 
 

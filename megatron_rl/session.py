@@ -21,9 +21,9 @@ from data.rows.dataset import read_rows
 from data.rows.loader import RowLoader
 from data.rows.manifest import Manifest
 from data.rows.prompts import PromptBuilder
-from data.video.build_decoder import build_video_decoder
 from data.video.frames import FrameSettings
 from data.video.index_store import IndexStore
+from data.video.open_decoder import build_video_decoder
 from data.video.prefetch import FramePrefetcher
 from megatron_rl.algorithms.advantages import ADVANTAGES
 from megatron_rl.algorithms.correction import CORRECTIONS, CorrectedLoss

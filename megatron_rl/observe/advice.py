@@ -58,7 +58,7 @@ def _variance(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         yield (
             "variance",
             (
-                f"in no group do the rewards differ (mean {score:.3f}): nothing is learned from such a step; make the task "
-                "easier or harder, or raise rollout.num_samples or rollout.temperature"
+                f"in no group do the rewards differ (mean {score:.3f}): nothing is learned from such a step; make the "
+                "task easier or harder, or raise rollout.num_samples or rollout.temperature"
             ),
         )
