@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-
 EXIT_USAGE = 2  # status of a process that a user's mistake ended, and that has said which
 
 

@@ -3,8 +3,8 @@
 
     python -m megatron_rl.runtime.launcher [options of torchrun] --module MODULE [arguments]
 
-Started by scripts/launch.sh. Ends with 0, with EXIT_USAGE where a user's mistake ended the job, with 128 + the number of
-a signal to the launcher, with 1 otherwise.
+Started by scripts/launch.sh. Ends with 0, with EXIT_USAGE where a user's mistake ended the job, with 128 + the number
+of a signal to the launcher, with 1 otherwise.
 """
 
 from __future__ import annotations

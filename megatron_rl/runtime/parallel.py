@@ -92,6 +92,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+
+
 def initialize(backend: Backend, trainer: Grid, engine: Grid, context_comm: str = "all_gather") -> ParallelMesh:
     """Join the world, if that is not done yet, and build Megatron-core's groups on the trainer's ranks.
 
