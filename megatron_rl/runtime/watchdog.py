@@ -127,6 +127,7 @@ class Watchdog:
         if peers:
             self._join(peers, store)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._show_stacks_unless_called_again()
         self._thread.start()
 
     def _join(self, peers: list[int], store: dist.Store) -> None:
@@ -228,8 +229,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval_s):
-            # Speaks up when this thread cannot: the main thread may never let go of the interpreter's lock.
-            faulthandler.dump_traceback_later(0.75 * self._patience_s, file=2)
+            self._show_stacks_unless_called_again()
             self._clock.look()
             self._tell_if_overdue()
             try:
@@ -243,6 +243,10 @@ class Watchdog:
             if not self._main_thread_asks:
                 stop_process(f"rank {self._rank}: {message}")
             return
+
+    def _show_stacks_unless_called_again(self) -> None:
+        """For a main thread that never lets go of the interpreter's lock: then no other thread of Python can speak."""
+        faulthandler.dump_traceback_later(0.75 * self._patience_s, file=2)
 
     def _tell_if_overdue(self) -> None:
         how_long = self._clock.overdue()

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,10 +71,14 @@ def _config(job: str, checkpoint: Path, videos: Path, folder: Path) -> JobConfig
     return as_sft(replace(cfg, data=replace(cfg.data, eval=""))) if job == "sft" else cfg
 
 
+def _speak_into(path: Path) -> None:
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+
+
 def _signalled(rank: int, job: str, cfg: JobConfig, victim: int, number: int, step: int, phase: str) -> None:
     """The job, in which `victim` gets a signal as soon as it has said that it is in `phase` of `step`."""
-    words = Path(cfg.run_dir).parent / f"words{rank}"
-    os.dup2(os.open(words, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    _speak_into(Path(cfg.run_dir).parent / f"words{rank}")
     original = Watchdog.set_phase
 
     def set_phase(self: Watchdog, now: int, name: str) -> None:
@@ -183,7 +188,7 @@ def test_a_request_to_stop_is_seen_before_the_next_long_phase(
 def _stuck(rank: int, folder: Path, body: Callable[[int], None], limit_s: float) -> None:
     import torch.distributed as dist
 
-    os.dup2(os.open(folder / f"words{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    _speak_into(folder / f"words{rank}")
     dist.init_process_group("gloo")
     store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]))
     with Watchdog(rank, 2, store, interval_s=0.1, patience_s=3.0, limit_s=limit_s, floor_s=1.0) as watchdog:
