@@ -82,7 +82,7 @@ def fill_cache(cfg: CacheConfig) -> dict[str, float]:
 
 
 def _report(cfg: CacheConfig, num_rows: int, counts: dict[str, float], num_bad: int) -> str:
-    encoded, cached = int(counts["vision/encoded_patches"]), int(counts["vision/cached_patches"])
+    encoded, cached = (int(counts.get(f"vision/{name}_patches", 0)) for name in ("encoded", "cached"))
     text = f"{cfg.data.cache_dir}: videos of {num_rows} rows; {encoded} patches encoded, {cached} were there"
     return f"{text}; {num_bad} rows set aside, see {cfg.run_dir}/{FOLDER}/quarantine.jsonl" if num_bad else text
 
