@@ -88,7 +88,7 @@ class AudioSpec(Protocol):
 
     @property
     def frames_per_unit(self) -> int:
-        """Columns of the spectrogram that an encoder may be cut at."""
+        """Columns of the spectrogram in one unit, which an encoder may encode apart."""
 
     @property
     def tokens_per_unit(self) -> int: ...
@@ -106,7 +106,7 @@ class AudioSpec(Protocol):
         """What replaces the placeholder of a sound of its own."""
 
     def spectrogram(self, samples: NDArray[np.float32]) -> Tensor:
-        """float32 [samples] of a whole item -> [num_frames, num_mels]."""
+        """float32 [samples] of a whole item -> [F, num_mels]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +136,13 @@ class VideoDecoder(Protocol):
     def probe(self, path: str) -> VideoInfo: ...
 
     def decode(self, path: str, frame_indices: Sequence[int], size_hw: tuple[int, int]) -> Tensor:
-        """uint8 RGB [F, 3, H, W]: exactly these frames (any order, repeats allowed), resized bicubic antialiased."""
+        """uint8 RGB [F, 3, height, width]: exactly these frames (any order, repeats allowed), resized bicubic
+        antialiased."""
 
 
 class MediaEncoder(Protocol):
-    """The encoders of a family (vision tower, audio tower) with their projectors. No unit of an item may look at
-    another, so that an item can be cut between any two of them."""
+    """The encoders of a family, of vision and of sound, with their projectors. No unit of an item may attend to
+    another, so that the units of an item can be encoded apart."""
 
     dtype: torch.dtype
     device: torch.device
@@ -167,10 +168,10 @@ class MediaEncoder(Protocol):
         """sha256 of all that decides what `encode` makes of given frames: weights, dtype, preprocessing."""
 
     def encode(self, frames: Tensor, kind: MediaKind = "video") -> Tensor:
-        """Whole units of an item, uint8 [F, 3, height, width] or of sound float32 [F, mels] -> [num_tokens, width]."""
+        """Whole units of an item, uint8 [F, 3, height, width] or of sound float32 [F, mels] -> [n, width]."""
 
     def backward(self, frames: Tensor, grad: Tensor, kind: MediaKind = "video") -> None:
-        """Encode again and add what `grad` [num_tokens, width] of the embeddings means for the parameters."""
+        """Encode again and add to the gradients of the parameters what `grad` [n, width] of the embeddings gives."""
 
 
 class EmbeddingStore(Protocol):
@@ -185,11 +186,11 @@ class EmbeddingStore(Protocol):
         """Whether `read` will find something, unless it is damaged or removed meanwhile."""
 
     def read(self, item: MediaItem, start: int, stop: int) -> tuple[Tensor | None, int]:
-        """Embeddings of the units [start, stop), or None where they are not all there; and the number of entries that
-        turned out to be damaged."""
+        """Embeddings [n, width] of the units [start, stop), or None where they are not all there; and the number of
+        entries that turned out to be damaged."""
 
     def write(self, item: MediaItem, start: int, stop: int, embeds: Tensor) -> None:
-        """Keep the embeddings of units [start, stop)."""
+        """Keep the embeddings [n, width] of units [start, stop)."""
 
     def trim(self) -> None:
         """Called after the writes of a step. Collective."""
@@ -221,10 +222,10 @@ class StepEncoder(Protocol):
         """Take the gradients of `embeds` through the encoder."""
 
     def release(self) -> None:
-        """Nobody will fetch any more in this step."""
+        """No rank will fetch any more in this step."""
 
     def blanked(self) -> StepEncoder:
-        """Another one over the same encoder, which sees nothing: black frames, silence."""
+        """Another one over the same encoder, whose input is black frames and silence."""
 
     def take_counts(self) -> EncoderCounts | None:
         """What this rank did since the last call; None where the model has no encoder."""
@@ -265,7 +266,9 @@ class ModelProvider(Protocol):
 class RolloutEngine(Protocol):
     """Holds the language model only: media arrive as embeddings."""
 
-    def parameters(self) -> Mapping[str, Tensor]: ...
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The engine's own parameters on this rank, by its names, each of the shape of its shard. To be written in
+        place."""
 
     @property
     def version(self) -> int | None:
@@ -277,9 +280,11 @@ class RolloutEngine(Protocol):
     def weights_changed(self, version: int) -> None:
         """The parameters now hold the weights of `version`; what its caches computed with others is dropped."""
 
-    def generate(self, prompts: Sequence[Prompt], media: EncodedMedia, sampling: Sampling) -> list[Completion]: ...
+    def generate(self, prompts: Sequence[Prompt], media: EncodedMedia, sampling: Sampling) -> list[Completion]:
+        """`sampling.num_samples` completions of each prompt, in order of (prompt, sample)."""
 
-    def sleep(self) -> None: ...
+    def sleep(self) -> None:
+        """Give its device memory back until `wake`."""
 
     def close(self) -> None:
         """Free what it holds. Nothing may be asked of it afterwards."""
@@ -303,14 +308,20 @@ class PartsFunction(Protocol):
 
 
 class RewardFunction(Protocol):
-    """Scores one batch. An unparsable answer scores 0.0; an exception is a bug and propagates."""
+    """Scores one batch. An unparsable answer scores 0.0; an exception is a bug and propagates.
+
+    `completion.truncated` tells that a response was cut off at the length limit; `prompt.row.answer` is the text of the
+    file, of which rewards/grading.py takes the reference out.
+    """
 
     @property
     def name(self) -> str: ...
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
-        """One dict per completion: "overall" is the reward, every other key a part of it. Completions of one batch may
-        have different parts."""
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion]
+    ) -> Sequence[Mapping[str, float | str]]:
+        """One dict per completion: "overall" is the reward, every other number a part of it, every text a note for the
+        log. Completions of one batch may have different parts."""
 
 
 class AdvantageEstimator(Protocol):

@@ -37,7 +37,8 @@ class SavePlan:
 
 
 class RunState:
-    """Logging and checkpoints of one run. `hf_source` is the folder whose configuration and tokenizer go with them.
+    """Logging and checkpoints of one run. `hf_source` is the folder whose configuration and tokenizer go with them,
+    `origin` what the run began with (checkpoint_tools.origin; only that of rank 0 counts).
 
     `best` is (value, step) of the metric that marks the best checkpoint; `pending` holds metrics measured between
     steps, logged with the next one; `stopped`: someone asked the job to stop (SIGTERM, SIGUSR1), and it leaves as soon
@@ -50,6 +51,7 @@ class RunState:
         run_dir: Path,
         num_steps: int,
         hf_source: str,
+        origin: Mapping[str, str],
         policy: Policy,
         mesh: ParallelMesh,
         plan: SavePlan,
@@ -58,13 +60,16 @@ class RunState:
         stop: StopFlag,
     ):
         self.run_dir, self.progress = run_dir, progress
-        self._num_steps, self._hf_source, self._policy, self._mesh = num_steps, hf_source, policy, mesh
+        self._num_steps, self._hf_source, self._origin = num_steps, hf_source, origin
+        self._policy, self._mesh = policy, mesh
         self._plan, self._log, self._stop = plan, log, stop
         self._loader: RowLoader | None = None
+        self._place_in_rows: dict[str, Any] | None = None  # of a run that takes no rows: that of the checkpoint
         self._advice = StepAdvice()
         self.best: tuple[float, int] | None = None
         self.pending: dict[str, float] = {}
         self.stopped = self.owes_evaluation = False
+        self._resumed = 0
 
     def asked_to_stop(self, step: int) -> bool:
         """Whether to leave after step `step` (from 0; -1 before the first): not after the last one, which ends well."""
@@ -91,17 +96,36 @@ class RunState:
         """The step to go on from: that of the newest checkpoint of this run, or 0. The place of `loader` in its rows is
         restored now and saved later."""
         self._loader, steps = loader, checkpoint.list_steps(self.checkpoints)
+        if self._mesh.rank == 0:
+            checkpoint.remove_leftovers(self.checkpoints)
         if not (self._plan.resume and steps):
             self._log.resume_from(0)
             return 0
+        folder = checkpoint.step_folder(self.checkpoints, steps[-1])
         with self.progress.starting("load_checkpoint"):
-            state = checkpoint.load(checkpoint.step_folder(self.checkpoints, steps[-1]), self._policy, self._mesh)
-        if loader is not None:
-            loader.load_state_dict(state["loader"])
+            state = checkpoint.load(folder, self._policy, self._mesh)
+            checkpoint.check_origin(folder, Path(self._hf_source), self._origin)
+        self._tell_if_finished(state["step"])
+        self._place_in_rows = state["loader"]
+        if loader is not None and self._place_in_rows is None:
+            raise ValueError(
+                f"rollout.replay_from=: the checkpoints in {self.checkpoints} were made from saved rollouts and know "
+                "no place in data.train; go on with rollout.replay_from, or start a new run_dir with model.weights_from"
+            )
+        if loader is not None and self._place_in_rows is not None:
+            loader.load_state_dict(self._place_in_rows)
         self.best = tuple(state["best"]) if state["best"] else None
         self.owes_evaluation = state.get("owes_evaluation", False)
         self._log.resume_from(state["step"])
         return int(state["step"])
+
+    def _tell_if_finished(self, step: int) -> None:
+        """A run that has all its steps does nothing, and says so."""
+        self._resumed = step
+        if self._mesh.rank == 0 and step >= self._num_steps:
+            text = f"run_dir={self.run_dir}: has {step} steps, train.num_steps={self._num_steps} asks for no more"
+            console = Console(highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{text}; raise it to go on, or use a new run_dir")
 
     def end_step(self, step: int, metrics: Mapping[str, float], note: str) -> None:
         """Log step `step` (from 0) and save if it is time, or if the job was asked to stop."""
@@ -132,8 +156,13 @@ class RunState:
 
     def save(self, done: int) -> Path:
         """Write the checkpoint of `done` steps, then remove those that are no longer kept."""
-        loader = self._loader.state_dict() if self._loader else None
-        state: dict[str, Any] = {"best": self.best, "loader": loader, "owes_evaluation": self.owes_evaluation}
+        place = self._loader.state_dict() if self._loader is not None else self._place_in_rows
+        state: dict[str, Any] = {
+            "best": self.best,
+            "loader": place,
+            "origin": self._origin,
+            "owes_evaluation": self.owes_evaluation,
+        }
         folder = checkpoint.save(self.checkpoints, done, self._policy, self._mesh, state, self._hf_source)
         if self._mesh.rank == 0:
             checkpoint.prune(self.checkpoints, self._plan.keep, self.best[1] if self.best else None)
@@ -147,6 +176,10 @@ class RunState:
         with self.progress.phase(self._num_steps - 1, "export_hf"):
             if self._mesh.rank == 0:
                 steps = checkpoint.list_steps(self.checkpoints)
+                if not steps:
+                    raise ValueError(
+                        "checkpoint.export_hf=true: no update was made, so there is nothing to export; set it to false"
+                    )
                 mcore_to_hf(checkpoint.step_folder(self.checkpoints, steps[-1]), target, force=True)
             dist.barrier()
         return str(target)
@@ -158,7 +191,8 @@ class RunState:
             return
         with self.progress.phase(self._num_steps - 1, "summary"):
             rows = read_metrics(self.run_dir / METRICS_FILE)
-            write_summary(self.run_dir, {"num_steps": self._num_steps, **summary, "seconds": _seconds(rows)})
+            num_steps = max(self._num_steps, self._resumed)
+            write_summary(self.run_dir, {"num_steps": num_steps, **summary, "seconds": _seconds(rows)})
             plot_curves(self.run_dir)
         if rollouts:
             Console().print(rollout_table(rollouts))

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 from megatron_rl.config.command_line import run_job
 from megatron_rl.config.schema import SftConfig
+from megatron_rl.reading.command_line import check_data
 
 
 def main(argv: Sequence[str]) -> None:
-    run_job(argv, SftConfig, "python -m megatron_rl.sft", "Supervised fine-tuning on text and video.", run)
+    run_job(argv, SftConfig, "python -m megatron_rl.sft", "Supervised fine-tuning on text and video.", run, check_data)
 
 
 def run(cfg: SftConfig) -> None:
@@ -25,7 +26,9 @@ def run(cfg: SftConfig) -> None:
     from megatron_rl.session import build_answer_learner, build_answers, build_loader, open_session
 
     with open_session(cfg, temperature=1.0) as session:
-        run_state, loader = session.run_state, build_loader(cfg, session.quarantine)
+        run_state = session.run_state
+        with run_state.progress.starting("rows"):
+            loader = build_loader(cfg, session.quarantine)
         learner, answers = build_answer_learner(cfg, session), build_answers(cfg, session, loader)
         start = run_state.resume(loader)
         if run_state.leaves_before(start):

@@ -1,46 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arrows of the data flow: one frozen dataclass per stage, in the order in which a step makes them.
 
-Shape suffixes used in the whole project:
-T packed tokens of one micro-batch, R response tokens in it, F frames, P prompts, N samples a prompt, V vocabulary,
-H hidden, width = H * (1 + DeepStack levels): columns of a medium's embeddings.
+Shapes, in the whole project:
+    T   rows (tokens) of a micro-batch on one rank, padding included; T/tp of them under sequence parallelism
+    R   response tokens predicted there
+    K   rows that predict them, K' with padding
+    n   tokens of media
+    S   key rows of one block of attention
+    A   attention heads; G key/value heads (Megatron's query groups); D columns of a head
+    H   hidden size
+    V   vocabulary
+    F   frames: pictures of a video, columns of the spectrogram of a sound
+    P   tokens of a prompt; N responses to it
+    width = H * (1 + DeepStack levels): columns of the embeddings of media
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+from megatron_rl.runtime.compress import integers_from_bytes, integers_to_bytes, times_from_bytes, times_to_bytes
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import Tensor
 
 
 FORBIDDEN_BIAS = -100.0
 """Added to the logits of tokens that must not be sampled, by trainer and engine; vLLM clamps biases to it."""
 
-
 DECODED_BYTES = 64 << 20
-"""Of resized frames that are decoded together and go into the encoder one chunk after the other."""
-
-MOST_TICKS, NUM_FOR_TICKS = 1_000_000, 16  # the finest clock looked for behind timestamps, and in how many of them
+"""Bytes of resized frames that are decoded together; they go into the encoder chunk by chunk."""
 
 VisionPart = Literal["tower", "projector"]
 MediaKind = Literal["video", "image", "audio"]
 Run = tuple[int, int]  # [start, stop) of tokens
+Turn = tuple[Literal["user", "assistant"], str]  # who speaks, and the text
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One checked line of a data file. `source` is "file.jsonl:12"; paths are absolute.
+    Example: Row("train.jsonl:12", "<video>Which colour?", "B", videos=("/data/a.mp4",))
 
-    `span` (start, end) is the range of seconds of its videos and sounds that is looked at.
+    `span` (start, end) is the range of seconds of its videos and sounds that is looked at; `video_spans`, empty or one
+    for each video, takes its place where videos have spans of their own. `problem` is the last turn of the user;
+    `system` and `history` stand before it.
     """
 
     source: str
@@ -51,12 +58,20 @@ class Row:
     images: tuple[str, ...] = ()
     span: tuple[float, float] = (0.0, math.inf)
     audios: tuple[str, ...] = ()
+    system: str = ""
+    history: tuple[Turn, ...] = ()
+    video_spans: tuple[tuple[float, float], ...] = ()
+
+    def span_of(self, video: int) -> tuple[float, float]:
+        """The seconds of video number `video` that are looked at."""
+        return self.video_spans[video] if self.video_spans else self.span
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
     """A row that was set aside, and why: its own fault, its media's, or its length. Counted, listed in
-    `<run>/quarantine.jsonl`, never replaced."""
+    `<run>/quarantine.jsonl`, never replaced.
+    Example: BadRow("train.jsonl:7", "/data/b.mp4: no video stream", "media")"""
 
     source: str
     reason: str
@@ -67,7 +82,8 @@ class BadRow:
 class VideoInfo:
     """What one demux pass tells about a file. `timestamps[i]` is the presentation time of frame i in seconds, first
     frame 0. `width` and `height` are those of the picture as shown, rotation applied. `average_fps` is what the header
-    says; 0 where it says nothing."""
+    says; 0 where it says nothing.
+    Example: VideoInfo("a.mp4", "h264", 640, 360, (0.0, 0.04, 0.08), 25.0)"""
 
     path: str
     codec: str
@@ -100,7 +116,7 @@ class MediaItem:
     seconds_per_grid: between two steps of grid_thw[0]
     span: (start, end) seconds of the file that sound is taken from
     num_frames: pictures, or columns of the spectrogram
-    An encoder may cut the item between any two units: unit i is frames [i * frames_per_unit, ...) and makes tokens
+    An encoder may encode units apart: unit i is frames [i * frames_per_unit, ...) and makes tokens
     [i * tokens_per_unit, ...); the last unit may be shorter.
     Example: MediaItem("3fa4", "a.mp4", (0, 10, 20, 30), (0.0, 0.4, 0.8, 1.2), (56, 84), (2, 4, 6), 0.8, 12, 4, 2, 6)
     """
@@ -121,7 +137,7 @@ class MediaItem:
 
     @property
     def num_units(self) -> int:
-        """How many parts an encoder may cut it into; each makes at least one token."""
+        """Parts that an encoder may encode apart; each makes at least one token."""
         return -(-self.num_tokens // self.tokens_per_unit)
 
     def tokens_of(self, start: int, stop: int) -> Run:
@@ -136,14 +152,15 @@ class MediaItem:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without the length of its tuples."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        times = _times_to_bytes(values.pop("timestamps"))
-        return _item_from_bytes, (values | {"frame_indices": _integers_to_bytes(self.frame_indices)}, times)
+        times = times_to_bytes(values.pop("timestamps"))
+        return _item_from_bytes, (values | {"frame_indices": integers_to_bytes(self.frame_indices)}, times)
 
 
 @dataclass(frozen=True, slots=True)
 class Placeholder:
     """The tokens of one medium, or of a video and its sound: `spans[i]` are the runs that the tokens of item i fill,
-    ascending; ordinary tokens stand between them."""
+    ascending; ordinary tokens stand between them.
+    Example: Placeholder((9, 9, 198, 9, 9), (((0, 2), (3, 5)),)), four tokens of one item around a newline"""
 
     token_ids: tuple[int, ...]
     spans: tuple[tuple[Run, ...], ...]
@@ -151,8 +168,9 @@ class Placeholder:
 
 @dataclass(frozen=True, slots=True)
 class EncodedMedia:
-    """Whole items as the engine takes them: `tables[key]` [num_tokens, width] in host memory. `made_by` tells encoders,
-    their versions and what they were shown apart: equal names, equal rows of an item."""
+    """Whole items as the engine takes them: `tables[key]` [n, width] in host memory, n the tokens of the item.
+    `made_by` tells encoders, their versions and what they were shown apart: equal names, equal rows of an item.
+    Example: EncodedMedia({"3fa4": torch.zeros(12, 128)}, "0")"""
 
     tables: Mapping[str, Tensor]
     made_by: str = ""
@@ -161,7 +179,8 @@ class EncodedMedia:
 @dataclass(frozen=True, slots=True)
 class MediaEmbeds:
     """Embeddings of the media tokens that a rank asked for: `tables[key]` [n, width] holds the tokens of `wanted[key]`,
-    its runs [start, stop) one behind the other. `version` is that of the encoder that made them."""
+    its runs [start, stop) one behind the other. `version` is that of the encoder that made them.
+    Example: MediaEmbeds({"3fa4": torch.zeros(8, 128)}, {"3fa4": ((0, 6), (10, 12))}, 0)"""
 
     tables: Mapping[str, Tensor]
     wanted: Mapping[str, tuple[Run, ...]]
@@ -174,6 +193,7 @@ class Prompt:
 
     `spans[i]`: the runs [start, stop) of `token_ids` that the tokens of `media[i]` fill, ascending. Ordinary tokens
     (timestamps, newlines) and runs of another item may stand between them. `media` is in the order of first tokens.
+    Example: Prompt(0, row, (1, 9, 9, 9, 2), (item,), (((1, 4),),)), `item` of three tokens
     """
 
     prompt_id: int
@@ -188,49 +208,21 @@ class Prompt:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled in a few KB, however long."""
-        ids, spans = _integers_to_bytes(self.token_ids), [_integers_to_bytes(sum(runs, ())) for runs in self.spans]
+        ids, spans = integers_to_bytes(self.token_ids), [integers_to_bytes(sum(runs, ())) for runs in self.spans]
         return _prompt_from_bytes, (self.prompt_id, self.row, ids, self.media, spans)
 
 
-def _integers_to_bytes(values: Sequence[int] | NDArray[np.int64]) -> bytes:
-    """Differences of neighbours, their lowest bytes first, compressed."""
-    steps = np.diff(np.asarray(values, np.int64), prepend=0)
-    return zlib.compress(steps.view(np.uint8).reshape(-1, 8).T.tobytes())
-
-
-def _integers_from_bytes(data: bytes) -> tuple[int, ...]:
-    steps = np.frombuffer(zlib.decompress(data), np.uint8).reshape(8, -1).T.copy().view(np.int64)
-    return tuple(steps.ravel().cumsum().tolist())
-
-
-def _times_to_bytes(times: Sequence[float]) -> tuple[int, bytes, bytes]:
-    """(ticks a second, the nearest tick of each time, by how much its bits differ from those of the time)."""
-    found = {Fraction(time).limit_denominator(MOST_TICKS).denominator for time in times[-NUM_FOR_TICKS:]}
-    rate = math.lcm(*found)
-    rate = rate if rate <= MOST_TICKS else MOST_TICKS
-    exact = np.array(times, np.float64)
-    ticks = (exact * rate).round().astype(np.int64)
-    difference = exact.view(np.int64) - (ticks / rate).view(np.int64)
-    return rate, _integers_to_bytes(ticks), _integers_to_bytes(difference)
-
-
-def _times_from_bytes(rate: int, ticks: bytes, difference: bytes) -> tuple[float, ...]:
-    nearest = np.array(_integers_from_bytes(ticks), np.int64) / rate
-    bits = nearest.view(np.int64) + np.array(_integers_from_bytes(difference), np.int64)
-    return tuple(bits.view(np.float64).tolist())
-
-
 def _item_from_bytes(values: dict[str, Any], times: tuple[int, bytes, bytes]) -> MediaItem:
-    indices = _integers_from_bytes(values["frame_indices"])
-    return MediaItem(**values | {"frame_indices": indices, "timestamps": _times_from_bytes(*times)})
+    indices = integers_from_bytes(values["frame_indices"])
+    return MediaItem(**values | {"frame_indices": indices, "timestamps": times_from_bytes(*times)})
 
 
 def _prompt_from_bytes(
     prompt_id: int, row: Row, token_ids: bytes, media: tuple[MediaItem, ...], spans: Sequence[bytes]
 ) -> Prompt:
-    edges = [_integers_from_bytes(data) for data in spans]
+    edges = [integers_from_bytes(data) for data in spans]
     runs = tuple(tuple(zip(e[::2], e[1::2], strict=True)) for e in edges)
-    return Prompt(prompt_id, row, _integers_from_bytes(token_ids), media, runs)
+    return Prompt(prompt_id, row, integers_from_bytes(token_ids), media, runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +232,7 @@ class EngineModel:
     architecture: vLLM's class, None where config.json names it; overrides: entries of config.json to replace
     positions: "mrope" where a token has three positions, "plain" where they count up
     deepstack_levels: how many layers take features of the encoder beside the input embeddings
+    Example: EngineModel("models/Qwen2.5-VL-7B-Instruct", positions="mrope")
     """
 
     folder: str = ""
@@ -251,7 +244,8 @@ class EngineModel:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a rollout phase samples. `seed` is the base from which one seed per (step, prompt, sample) is derived."""
+    """How a rollout phase samples. `seed` is the base from which one seed per (step, prompt, sample) is derived.
+    Example: Sampling(num_samples=8, temperature=1.0, max_response_tokens=512, seed=1, step=3, weights_version=3)"""
 
     num_samples: int
     temperature: float
@@ -266,7 +260,8 @@ class Sampling:
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled response. `logprobs[i]` is the engine's log-probability of `token_ids[i]` at the sampling
-    temperature."""
+    temperature. `truncated`: it ended at the length limit.
+    Example: Completion(0, 2, (33, 151645), (-0.7, -0.1), "B", truncated=False)"""
 
     prompt_id: int
     sample_index: int
@@ -279,16 +274,19 @@ class Completion:
 @dataclass(frozen=True, slots=True)
 class Scored:
     """A completion with its reward. `parts` are the named components (accuracy, format ...); `reward` their
-    weighted sum."""
+    weighted sum; `notes` what the reward has to say in words, for the log.
+    Example: Scored(completion, 0.9, {"overall": 0.9, "accuracy": 1.0, "format": 0.0}, {"reason": "no reasoning"})"""
 
     completion: Completion
     reward: float
     parts: dict[str, float]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A prompt and its scored responses: what an advantage is measured within."""
+    """A prompt and its scored responses: what an advantage is measured within.
+    Example: Group(prompt, (scored, scored)), two responses to one prompt"""
 
     prompt: Prompt
     scored: tuple[Scored, ...]
@@ -297,7 +295,8 @@ class Group:
 @dataclass(frozen=True, slots=True)
 class RolloutBatch:
     """The groups of one step: all that were sampled, and those to learn from. `sync` tells of the weight sync before
-    them, None where the engine held the newest weights or there was no engine."""
+    them, None where the engine held the newest weights or there was no engine.
+    Example: RolloutBatch(sampled=(solved_by_all, solved_by_some), kept=(solved_by_some,))"""
 
     sampled: tuple[Group, ...]
     kept: tuple[Group, ...]
@@ -307,7 +306,8 @@ class RolloutBatch:
 @dataclass(frozen=True, slots=True)
 class TrainSample:
     """One sequence to learn from. `place` = (group, response) in the global batch, by which its advantages are found;
-    `weight` scales its loss."""
+    `weight` scales its loss.
+    Example: TrainSample(prompt, (33, 151645), (-0.7, -0.1), place=(0, 2))"""
 
     prompt: Prompt
     response_ids: tuple[int, ...]
@@ -323,7 +323,8 @@ class TrainSample:
 @dataclass(frozen=True, slots=True)
 class AdvantageInputs:
     """All responses of the global batch, on every rank: `rewards[p][i]` is that of response i to prompt p,
-    `num_tokens[p][i]` its length. Responses that are left out of the loss are in it: they belong to the baseline."""
+    `num_tokens[p][i]` its length. Responses that are left out of the loss are in it: they belong to the baseline.
+    Example: AdvantageInputs(rewards=((1.0, 0.0), (1.0, 1.0)), num_tokens=((2, 5), (3, 3)))"""
 
     rewards: tuple[tuple[float, ...], ...]
     num_tokens: tuple[tuple[int, ...], ...]
@@ -331,14 +332,16 @@ class AdvantageInputs:
 
 @dataclass(frozen=True, slots=True)
 class Advantages:
-    """`tokens[p][i]`: fp32 [num_tokens of response i to prompt p]."""
+    """`tokens[p][i]`: fp32 [num_tokens of response i to prompt p].
+    Example: Advantages(((torch.full((2,), 0.7), torch.full((5,), -0.7)),))"""
 
     tokens: tuple[tuple[Tensor, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """Everything a policy loss sees, per response token of one micro-batch, all fp32 [R]."""
+    """Everything a policy loss sees, per response token of one micro-batch, all fp32 [R].
+    Example: LossInputs(logp, logp.detach(), None, rollout_logp, advantages, weights=torch.ones(7)), R = 7"""
 
     logprobs: Tensor
     old_logprobs: Tensor
@@ -350,8 +353,9 @@ class LossInputs:
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """`loss_sum` is a sum over tokens (the global token count divides it later); metrics are (numerator,
-    denominator)."""
+    """`loss_sum` [] is a sum over tokens (the global token count divides it later); metrics are (numerator [],
+    denominator []).
+    Example: LossOutput(loss.sum(), {"actor/ppo_kl": (kl.sum(), torch.tensor(7.0))})"""
 
     loss_sum: Tensor
     metrics: dict[str, tuple[Tensor, Tensor]]
@@ -360,7 +364,8 @@ class LossOutput:
 @dataclass(frozen=True, slots=True)
 class Corrected:
     """What a correction for the mismatch of trainer and engine says of each response token, fp32 [R] and bool [R]:
-    the factor of its loss, and whether it stays in the loss at all."""
+    the factor of its loss, and whether it stays in the loss at all.
+    Example: Corrected(torch.tensor([1.0, 2.0]), torch.tensor([True, True]))"""
 
     weight: Tensor
     keep: Tensor
@@ -368,7 +373,8 @@ class Corrected:
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """Bytes of one weight sync on this rank; `minimum` = bytes it needed and did not already hold."""
+    """Bytes of one weight sync on this rank; `minimum` = bytes it needed and did not already hold.
+    Example: SyncReport(version=3, received=4096, sent=4096, minimum=4096, copied_locally=8192, seconds=0.02)"""
 
     version: int
     received: int

@@ -28,7 +28,7 @@ MCORE, HF = "decoder.layers.*.", "model.layers.*."
 def decoder_weight_map(shape: TransformerShape, engine_prefix: str = "", expert_tensor: int = 1) -> WeightMap:
     """`engine_prefix` is what the engine puts before "model.layers": "language_model." in multimodal families.
 
-    The trainer cuts an expert over `expert_tensor` ranks; our own never does.
+    The trainer splits an expert over `expert_tensor` ranks; our own never does.
     """
     engine = f"{engine_prefix}model.layers.*."
     mlp = _experts(shape, engine, expert_tensor) if shape.num_experts else _mlp(shape, engine)

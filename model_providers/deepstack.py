@@ -4,7 +4,7 @@
 A row of media embeddings is [main | level 0 | level 1 ...], each H wide: `main` is the embedding of the token, level i
 is added to the residual stream after decoder layer i + 1.
 
-Shapes: T/tp rows here (under sequence parallelism this rank's share of T), H hidden size, n rows of media.
+Shapes: types.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several encoders of one model behind the seam of one: a vision tower and an audio tower, by kind of media."""
+"""Several encoders of one model as one MediaEncoder: a vision encoder and an audio encoder, by kind of media."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class EncodersByKind:
         return hashlib.sha256(repr([encoder.fingerprint() for encoder in self._distinct]).encode()).hexdigest()
 
     def encode(self, frames: Tensor, kind: MediaKind = "video") -> Tensor:
-        """As the encoder of the kind: -> [num_tokens, width]."""
+        """As the encoder of the kind: [F, ...] -> [n, width]."""
         return self._by_kind[kind].encode(frames, kind)
 
     def backward(self, frames: Tensor, grad: Tensor, kind: MediaKind = "video") -> None:
-        """As the encoder of the kind."""
+        """As the encoder of the kind: `frames` [F, ...], `grad` [n, width]."""
         self._by_kind[kind].backward(frames, grad, kind)

@@ -76,7 +76,7 @@ _QWEN2_5_VL = Family(
     qwen2_5_vl.shape_of,
     qwen2_5_vl.weight_map,
     specs="model_providers.qwen2_5_vl.vision:specs_of",
-    encoders=dict.fromkeys(("video", "image"), "model_providers.qwen2_5_vl.vision:build_tower"),
+    encoders=dict.fromkeys(("video", "image"), "model_providers.qwen2_5_vl.vision:build_encoder"),
     positions="model_providers.qwen2_5_vl.positions:positions_of",
     engine=EngineModel(positions="mrope"),
 )

@@ -31,7 +31,7 @@ def _sizes(layers: int, hidden: int, ffn: int, heads: int, kv_heads: int) -> dic
     }
 
 
-def _qwen_tower(ffn: int, out: int) -> dict[str, Any]:
+def _qwen_vision(ffn: int, out: int) -> dict[str, Any]:
     return {
         "depth": 32,
         "hidden_size": 1280,
@@ -70,10 +70,10 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
         **_sizes(layers=36, hidden=2048, ffn=11008, heads=16, kv_heads=2),
         "vocab_size": 151936,
         "tie_word_embeddings": True,
-        "vision_config": _qwen_tower(3420, 2048),
+        "vision_config": _qwen_vision(3420, 2048),
     },
-    "Qwen2.5-VL-7B": {**_VL, **_7B, "vision_config": _qwen_tower(3420, 3584)},
-    "Qwen2.5-VL-32B": {**_VL, **_32B, "vision_config": _qwen_tower(3456, 5120)},
-    "Qwen2.5-VL-72B": {**_VL, **_72B, "vision_config": _qwen_tower(3456, 8192)},
+    "Qwen2.5-VL-7B": {**_VL, **_7B, "vision_config": _qwen_vision(3420, 3584)},
+    "Qwen2.5-VL-32B": {**_VL, **_32B, "vision_config": _qwen_vision(3456, 5120)},
+    "Qwen2.5-VL-72B": {**_VL, **_72B, "vision_config": _qwen_vision(3456, 8192)},
     "LongVILA-7B": {**_TEXT, **_7B, "vision_config": _SIGLIP_448},
 }

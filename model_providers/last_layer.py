@@ -5,7 +5,7 @@ Keys and values still come from all rows; queries, output projection, feed-forwa
 K predicting rows alone. Nothing else reads what the layer would make of a prompt, so results and gradients stay the
 same, and with few layers or a long prompt much of the work is saved.
 
-Shapes: T rows of this rank, T/tp of them here under sequence parallelism, H hidden size.
+Shapes: types.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class LastLayer(Layer):
     def _forward_attention(
         self, hidden_states: Tensor, *, packed_seq_params: BatchLayout, **inputs: Any
     ) -> tuple[Tensor, None]:
-        """Megatron-core's, less what we do not use (cross attention, offloading), with the residual cut to size."""
+        """Megatron-core's, less what we do not use (cross attention, offloading); the residual is that of the
+        predicting rows."""
         tp = self.pg_collection.tp if self.config.sequence_parallel else None
         attention = {name: inputs[name] for name in ("attention_mask", "rotary_pos_emb")}
         out_with_bias = self.self_attention(
@@ -41,8 +42,8 @@ class LastLayer(Layer):
 
 
 def pick_rows(hidden: Tensor, rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`rows` int64 [K] of the T rows of which each rank of `group` holds `hidden` [T/tp, 1, H]: [K'/tp, 1, H], divided
-    again. None: one rank holds all."""
+    """The rows `rows` int64 [K] of T, of which each rank of `group` holds `hidden` [T/tp, 1, H] -> [K'/tp, 1, H].
+    `group` None: one rank holds all."""
     size = group.size() if group is not None else 1
     padding = padded_count(len(rows), size) - len(rows)
     if group is None:

@@ -7,7 +7,7 @@ rows at a time: without gradients, and with them where the recipe recomputes. Th
 norm, and the backward computes each part again, followed at once by its gradients. Experts are left to Megatron-core,
 for ranks that exchange tokens need not have equally many.
 
-Shapes: T rows here (under sequence parallelism this rank's share), H hidden size.
+Shapes: types.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def first_row(hidden: Tensor, group: dist.ProcessGroup, config: TransformerConfi
 
 class Layer(TransformerLayer):
     def forward(self, *args: Any, **inputs: Any) -> tuple[Tensor, Tensor | None]:
-        """Megatron-core's, and the media features of this layer."""
+        """Megatron-core's output [T/tp, 1, H] and context, and the media features of this layer added."""
         hidden, context = super().forward(*args, **inputs)
         first = first_row(hidden, self.pg_collection.tp, self.config)
         return add_features(hidden, inputs["packed_seq_params"], first, self.layer_number), context
@@ -54,12 +54,12 @@ class Layer(TransformerLayer):
         return FEED_FORWARD_ROWS // (self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1)
 
     def _feed_forward(self, hidden_states: Tensor) -> Tensor:
-        """Some rows of [T, 1, H] to as many. No biases and no dropout here: the residual is simply added."""
+        """[rows, 1, H] -> [rows, 1, H]. No biases and no dropout here: the residual is simply added."""
         return hidden_states + self.mlp(self.pre_mlp_layernorm(hidden_states))[0]
 
 
 def by_rows(function: Callable[[Tensor], Tensor], x: Tensor, num_rows: int) -> Tensor:
-    """`function(x)`, for a function of single rows, `num_rows` at a time. Without gradients."""
+    """`function(x)` [T, ...] of x [T, ...], for a function of single rows, `num_rows` at a time. Without gradients."""
     out = torch.empty_like(x)
     for rows, out_rows in zip(x.split(num_rows), out.split(num_rows), strict=True):
         out_rows.copy_(function(rows))

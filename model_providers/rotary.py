@@ -2,9 +2,9 @@
 """Rotary angles from this rank's own position ids, for every family.
 
 Megatron-core's own modules read whole sequences that start at 0, or know only sections one behind the other and no
-scaling; and they cut their result for context parallelism in an order that is not ours.
+scaling; and they divide their result for context parallelism in an order that is not ours.
 
-Shapes: T rows of this rank, D rotated columns of a head; D / 2 frequencies.
+Shapes (types.py): D the rotated columns of a head, D / 2 frequencies.
 """
 
 from __future__ import annotations

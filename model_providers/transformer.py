@@ -5,7 +5,7 @@
 sequence, and log-probabilities of response tokens only, computed in chunks that are recomputed in the backward, so that
 peak memory does not grow with prompt length times vocabulary.
 
-Shapes: T rows of this rank, H hidden size, n rows of media, R response tokens.
+Shapes: types.py.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class TokenPolicy:
 
 
 class RMSNorm(torch.nn.Module):
-    """RMS norm that Megatron-core's local spec can use under sequence parallelism (its own torch norm refuses)."""
+    """[..., hidden_size] -> [..., hidden_size]: RMS norm that Megatron-core's local spec can use under sequence
+    parallelism (its own torch norm refuses)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused_by_us: Any):
         super().__init__()
@@ -231,14 +232,15 @@ class LanguageModel(GPTModel):
         logprobs = [checkpoint(self._logprobs, h, t, use_reentrant=False) for h, t in chunks]
         return torch.cat(logprobs)
 
-    def _logprobs(self, hidden_RH: Tensor, targets_R: Tensor) -> Tensor:
+    def _logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """fp32 [R] of `targets` int64 [R], predicted from `hidden` [R, H]; R of one chunk."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden_RH.unsqueeze(1), weight=weight, runtime_gather_output=False)
+        logits, _ = self.output_layer(hidden.unsqueeze(1), weight=weight, runtime_gather_output=False)
         logits = (logits.float() + self._logit_bias(logits.shape[-1], logits.device)) / self.tokens.temperature
-        return -vocab_parallel_cross_entropy(logits, targets_R.unsqueeze(1)).squeeze(1)
+        return -vocab_parallel_cross_entropy(logits, targets.unsqueeze(1)).squeeze(1)
 
     def _logit_bias(self, num_columns: int, device: torch.device) -> Tensor:
-        """Bias of this rank's vocabulary columns: -inf on padding, FORBIDDEN_BIAS on placeholder tokens."""
+        """[V/tp]: bias of this rank's vocabulary columns, -inf on padding, FORBIDDEN_BIAS on placeholder tokens."""
         ids = torch.arange(num_columns, device=device) + self.pg_collection.tp.rank() * num_columns
         bias = torch.zeros(num_columns, device=device)
         bias[torch.isin(ids, torch.tensor(self.tokens.forbidden, dtype=ids.dtype, device=device))] = FORBIDDEN_BIAS

@@ -84,9 +84,9 @@ class Shard:
 
 
 class Layout(Protocol):
-    """How one fused or plain parameter is cut by the trainer (`trainer`) and by vLLM (`engine`). Hashable.
+    """How one fused or plain parameter is split by the trainer (`trainer`) and by vLLM (`engine`). Hashable.
 
-    `is_expert` parameters are cut over the trainer's expert grid instead of its tensor parallel ranks.
+    `is_expert` parameters are split over the trainer's expert grid instead of its tensor parallel ranks.
     """
 
     is_expert: ClassVar[bool]
@@ -102,17 +102,17 @@ def even_split(size: int, rank: int, world: int, what: str) -> Interval:
     return size // world * rank, size // world * (rank + 1)
 
 
-def _stack(pieces: Iterable[tuple[HfTensor, Interval]]) -> tuple[int, tuple[Block, ...]]:
-    """Pile row intervals of HF tensors on top of each other."""
+def _stack(intervals: Iterable[tuple[HfTensor, Interval]]) -> tuple[int, tuple[Block, ...]]:
+    """(number of rows, blocks) of row intervals of HF tensors, one below the other."""
     blocks, height = [], 0
-    for hf, (start, stop) in pieces:
+    for hf, (start, stop) in intervals:
         blocks.append(Block(hf.name, (start, stop), (0, hf.cols), (height, 0)))
         height += stop - start
     return height, tuple(blocks)
 
 
-def _stacked_shard(pieces: Iterable[tuple[HfTensor, Interval]], like: HfTensor) -> Shard:
-    height, blocks = _stack(pieces)
+def _stacked_shard(intervals: Iterable[tuple[HfTensor, Interval]], like: HfTensor) -> Shard:
+    height, blocks = _stack(intervals)
     return Shard((height,) if like.is_vector else (height, like.cols), blocks)
 
 
@@ -130,7 +130,7 @@ class Replicated:
 
 @dataclass(frozen=True, slots=True)
 class SplitCols:
-    """Row parallel linear: the input dimension is cut."""
+    """Row parallel linear: the input dimension is split."""
 
     is_expert: ClassVar[bool] = False
 
@@ -149,12 +149,12 @@ class Vocab:
     is_expert: ClassVar[bool] = False
 
     def trainer(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
-        return self._cut(hf[0], padded_vocab(hf[0].rows, world), rank, world)
+        return self._padded_split(hf[0], padded_vocab(hf[0].rows, world), rank, world)
 
     def engine(self, hf: Sequence[HfTensor], rank: int, world: int) -> Shard:
-        return self._cut(hf[0], _round_up(hf[0].rows, ENGINE_VOCAB_MULTIPLE), rank, world)
+        return self._padded_split(hf[0], _round_up(hf[0].rows, ENGINE_VOCAB_MULTIPLE), rank, world)
 
-    def _cut(self, hf: HfTensor, padded: int, rank: int, world: int) -> Shard:
+    def _padded_split(self, hf: HfTensor, padded: int, rank: int, world: int) -> Shard:
         start, stop = even_split(padded, rank, world, f"padded vocabulary of {hf.name}")
         real = (min(start, hf.rows), min(stop, hf.rows))
         blocks = (Block(hf.name, real, (0, hf.cols), (0, 0)),) if real[0] < real[1] else ()
@@ -175,7 +175,7 @@ class GatedUp:
 
 @dataclass(frozen=True, slots=True)
 class QKV:
-    """Attention input. Trainer: [q..q k v] per KV group, then cut evenly. Engine: [Q_r | K_r | V_r], KV heads
+    """Attention input. Trainer: [q..q k v] per KV group, then split evenly. Engine: [Q_r | K_r | V_r], KV heads
     repeated if few."""
 
     is_expert: ClassVar[bool] = False
@@ -207,8 +207,8 @@ class QKV:
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """Expert `index` of `num_experts`, cut as `inner` cuts. Trainer: on the slots of one expert parallel rank, over
-    `expert_tensor` ranks. Engine: part of one tensor [expert, row, column] that holds all experts, each cut over the
+    """Expert `index` of `num_experts`, split as `inner` splits. Trainer: on the slots of one expert parallel rank, over
+    `expert_tensor` ranks. Engine: part of one tensor [expert, row, column] that holds all experts, each split over the
     tensor ranks."""
 
     is_expert: ClassVar[bool] = True
@@ -230,10 +230,10 @@ class Expert:
         return Shard((self.num_experts, *shard.shape), tuple(moved))
 
 
-def _clip(pieces: Iterable[tuple[HfTensor, Interval]], window: Interval) -> Iterable[tuple[HfTensor, Interval]]:
-    """The part of a pile of row intervals that lies between two heights; may cut inside a piece."""
+def _clip(intervals: Iterable[tuple[HfTensor, Interval]], window: Interval) -> Iterable[tuple[HfTensor, Interval]]:
+    """The rows `window` of row intervals that stand one below the other; it may begin and end inside one."""
     height = 0
-    for hf, (start, stop) in pieces:
+    for hf, (start, stop) in intervals:
         low = max(start, start + window[0] - height)
         high = min(stop, start + window[1] - height)
         if low < high:

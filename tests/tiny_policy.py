@@ -34,7 +34,7 @@ MEASURE = Hyperparameters(
 )
 MERGE, HIDDEN = 2, 128
 
-Piece = tuple[str, slice, slice, Tensor]  # Hugging Face name, rows, columns, values
+WeightPart = tuple[str, slice, slice, Tensor]  # Hugging Face name, rows, columns, values
 
 
 def video(key: str, grid_thw: tuple[int, int, int], seconds_per_grid: float = 1.0) -> MediaItem:
@@ -161,13 +161,13 @@ def snapshot(policy: Policy) -> dict[str, Tensor]:
     return tensors
 
 
-def weights(trainer: Trainer) -> list[Piece]:
+def weights(trainer: Trainer) -> list[WeightPart]:
     """This rank's parameters, as pieces of Hugging Face tensors."""
     named = trainer.policy.language_model.named_weights()
-    return _pieces(trainer, {name: param.detach() for name, param in named.items()})
+    return _parts(trainer, {name: param.detach() for name, param in named.items()})
 
 
-def gradients(trainer: Trainer) -> list[Piece]:
+def gradients(trainer: Trainer) -> list[WeightPart]:
     """This rank's gradients after Policy.train, as pieces of Hugging Face tensors. Collective.
 
     The distributed optimizer leaves each data parallel rank only its own part summed; the parts are gathered first.
@@ -178,10 +178,10 @@ def gradients(trainer: Trainer) -> list[Piece]:
             own = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
             dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
     named = trainer.policy.language_model.named_weights()
-    return _pieces(trainer, {name: p.main_grad for name, p in named.items() if p.requires_grad})
+    return _parts(trainer, {name: p.main_grad for name, p in named.items() if p.requires_grad})
 
 
-def _pieces(trainer: Trainer, tensors: Mapping[str, Tensor]) -> list[Piece]:
+def _parts(trainer: Trainer, tensors: Mapping[str, Tensor]) -> list[WeightPart]:
     pieces, mesh = [], trainer.mesh
     for name, tensor in tensors.items():
         entry = trainer.provider.weight_map[name]
@@ -191,10 +191,10 @@ def _pieces(trainer: Trainer, tensors: Mapping[str, Tensor]) -> list[Piece]:
     return pieces
 
 
-def assemble(provider: ModelProvider, ranks: Iterable[Iterable[Piece]], atol: float = 1e-6) -> dict[str, Tensor]:
+def assemble(provider: ModelProvider, ranks: Iterable[Iterable[WeightPart]], atol: float = 1e-6) -> dict[str, Tensor]:
     """Full tensors by Hugging Face name. Every element must be there; where ranks hold copies, they must agree."""
     full: dict[str, Tensor] = {}
-    for name, rows, cols, values in (piece for rank in ranks for piece in rank):
+    for name, rows, cols, values in (part for rank in ranks for part in rank):
         hf = provider.weight_map.hf_tensors()[name]
         tensor = full.setdefault(name, torch.full((hf.rows, hf.cols), float("nan")))
         present = tensor[rows, cols]

@@ -34,17 +34,51 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ColumnsConfig:
+    """Where the usual names (docs/data.md) do not fit: the column of each field."""
+
+    problem: str = ""
+    """Column of the question; empty = the first of problem, question, prompt."""
+    answer: str = ""
+    """Column of the answer; empty = answer or solution, or the last turn of a conversation."""
+    messages: str = ""
+    """Column of conversations; empty = the first of messages, conversations, prompt that holds turns."""
+    options: str = ""
+    """Column of the options of a question; empty = options."""
+    system: str = ""
+    """Column of the system prompt; empty = system, or the system turn of a conversation."""
+    problem_type: str = ""
+    """Column of a label; empty = problem_type."""
+    videos: str = ""
+    """Column of the videos, or a path made of columns: "clips/{id}.mp4"; empty = videos or video."""
+    images: str = ""
+    """Column of the images, or a path made of columns; empty = images or image."""
+    audios: str = ""
+    """Column of the sounds, or a path made of columns; empty = audios or audio."""
+    video_start: str = ""
+    """Column of the second at which the part of the videos begins; empty = video_start."""
+    video_end: str = ""
+    """Column of the second at which it ends; empty = video_end."""
+    fps: str = ""
+    """Column of the rate of videos that are lists of frames; empty = fps."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str = ""
     """Data sets with commas between: a JSONL, JSON or Parquet file, a folder of them, or owner/name on the Hugging Face
-    hub; `@split` behind the last two. Fields: `problem`, `answer`; optionally `videos`, `images`, `video_start` and
-    `video_end` (seconds), `problem_type`."""
+    hub; `@split` behind the last two. Fields: `problem`, `answer`; optionally `videos`, `images`, `options`, `system`,
+    `video_start` and `video_end` (seconds), `problem_type`; or conversations (docs/data.md)."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    turns: Literal["last", "all"] = "last"
+    """Which answers of a conversation are learned: the last one, or all, each as a row of its own with the turns before
+    it as its prompt."""
     weights: tuple[float, ...] = ()
     """How often rows of each data set in `train` are drawn, relative; empty = each row once an epoch."""
     eval: str = ""
     """Data sets to evaluate on, as in `train`; empty = no evaluation."""
     media_root: str = ""
-    """Folder against which relative video paths are resolved; empty = the folder of the data set."""
+    """Folder against which relative media paths are resolved; empty = the folder of the data set."""
     format_prompt: str = ""
     """Jinja file rendered with `content` = the problem; empty = the problem as it is."""
     num_frames: int = 32
@@ -107,7 +141,7 @@ class RolloutConfig:
     num_samples: int = 8
     """Responses per prompt."""
     temperature: float = 1.0
-    """Sampling temperature; the trainer scores at the same temperature."""
+    """Sampling temperature, at least 0.01; the trainer scores at the same temperature."""
     max_response_tokens: int = 1024
     """A response that reaches this length is truncated (counted in response_length/clip_ratio)."""
     truncated: Literal["keep", "mask"] = "keep"
@@ -129,7 +163,7 @@ class RolloutConfig:
     verify_sync: bool = False
     """Compare checksums of every piece of every weight after each sync."""
     save_to: str = ""
-    """Write every rollout batch to this folder."""
+    """Write the groups of every step to this folder."""
     replay_from: str = ""
     """Train on rollouts saved before; no engine is built."""
     only: bool = False
@@ -139,9 +173,10 @@ class RolloutConfig:
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """Advantage estimator over the group of one prompt."""
+    """Advantage of a response with reward r in the group of its prompt. grpo: (r - mean) / std; dr_grpo: r - mean;
+    rloo: r - mean of the others."""
     loss: Literal["ppo_clip"] = "ppo_clip"
-    """Policy loss."""
+    """Policy loss; ppo_clip: PPO's clipped objective with the bounds below."""
     loss_average: Literal["token", "sequence"] = "token"
     """token: every response token of the global batch weighs the same; sequence: every response does."""
     clip_low: float = 0.2
@@ -149,11 +184,12 @@ class AlgorithmConfig:
     clip_high: float = 0.3
     """Upper clip: 1 + clip_high (DAPO's clip-higher)."""
     clip_dual: float = 3.0
-    """Dual clip for negative advantages."""
+    """Dual clip: where the advantage is negative, the loss of a token is at most -advantage * clip_dual."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference in the loss; 0 = no reference is kept."""
     kl_kind: Literal["k1", "abs", "k2", "k3"] = "k3"
-    """Estimator of the KL (Schulman 2020)."""
+    """Estimator of the KL, with d = log p_ref - log p (Schulman 2020): k1 = -d, abs = |d|, k2 = d^2 / 2, k3 = exp(d) -
+    d - 1."""
     correction: Literal["none", "tis"] = "none"
     """For the mismatch of trainer and engine: tis = truncated importance sampling of each token."""
     correction_cap: float = 2.0
@@ -161,7 +197,9 @@ class AlgorithmConfig:
     filter_groups: bool = False
     """DAPO's dynamic sampling: drop groups whose mean reward is outside (filter_low, filter_high)."""
     filter_low: float = 0.01
+    """Groups whose mean reward is not above this are dropped by filter_groups."""
     filter_high: float = 0.99
+    """Groups whose mean reward is not below this are dropped by filter_groups."""
     max_filter_rounds: int = 20
     """Rollout rounds spent on filling a batch with informative groups before giving up."""
 
@@ -174,18 +212,25 @@ class RewardConfig:
     """Weights of the reward's named parts in the overall reward; a part without one is only logged. Empty = the
     reward's own weights, {accuracy: 0.9, format: 0.1} for math and r1v, {accuracy: 1.0} for exact; a function of your
     own then returns `overall` itself."""
+    missing_answer: Literal["default", "wrong", "whole_response"] = "default"
+    """What a response without an <answer> span is for r1v and exact: wrong, or its whole text is the answer. default:
+    wrong for r1v, whole_response for exact."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     lr: float = 1e-6
-    """Peak learning rate."""
+    """Learning rate, constant after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
     weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
     eps: float = 1e-8
+    """AdamW's epsilon."""
     warmup_steps: int = 0
     """Steps of linear warm-up: step k (from 0) uses lr * min(1, (k + 1) / warmup_steps)."""
     max_grad_norm: float = 1.0
+    """Gradients with a larger norm, over all parameters, are scaled down to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +242,7 @@ class BatchConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(BatchConfig):
     num_steps: int
-    """Optimizer rounds: rollout batches in RL, batches in SFT."""
+    """Steps of the run: rollout batches in RL, batches in SFT."""
     updates_per_step: int = 1
     """Optimizer updates made from one rollout batch."""
     max_tokens_per_microbatch: int = 16_384
@@ -221,13 +266,15 @@ class SftTrainConfig(TrainConfig):
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     every: int = 0
-    """Evaluate after every so many steps; 0 = only before the first and after the last."""
+    """Evaluate after every so many steps, too; 0 = only as at_start and at_end say."""
     at_start: bool = True
+    """Evaluate before the first step."""
     at_end: bool = True
+    """Evaluate after the last step."""
     batch_size: int = 64
     """Prompts generated together."""
     blind: bool = False
-    """Also evaluate with every frame blanked: what can be guessed without looking."""
+    """At the end also evaluate with every frame blanked: what can be guessed without looking."""
     show: int = 5
     """Sample rollouts printed at the end."""
 
@@ -241,6 +288,7 @@ class CheckpointConfig:
     best_metric: str = "eval/accuracy"
     """Metric whose highest value marks the best checkpoint."""
     save_at_end: bool = True
+    """Save after the last step."""
     export_hf: bool = False
     """Write the final weights as a Hugging Face folder into the run directory."""
     resume: bool = True
@@ -250,9 +298,11 @@ class CheckpointConfig:
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     wandb: Literal["off", "offline", "online"] = "offline"
-    """Weights & Biases; online falls back to nothing: it needs a login and says so."""
+    """Weights & Biases: offline writes files that `wandb sync` uploads later; online needs a login."""
     project: str = "megatron_rl"
+    """Project of Weights & Biases."""
     tensorboard: bool = True
+    """Write files for TensorBoard."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +312,7 @@ class CacheConfig:
     run_dir: str
     """Folder of this run: resolved config, metrics, checkpoints, plots."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = the GPUs if there are any."""
     max_phase_minutes: float = 0.0
     """A phase of a step that lasts longer ends the job, with the stack of each rank: something is stuck. 0 = never;
     what is unusually long is told once in any case."""
@@ -275,6 +326,7 @@ class JobConfig(CacheConfig, ABC):
     """What every job that trains has."""
 
     seed: int = 1
+    """Of the order of rows and of sampling."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -82,7 +82,7 @@ class DiskStore:
         )
 
     def read(self, item: MediaItem, start: int, stop: int) -> tuple[Tensor | None, int]:
-        """Embeddings of the units [start, stop), and how many entries were there but damaged."""
+        """Embeddings [n, width] of the units [start, stop), and how many entries were there but damaged."""
         parts, num_damaged = [], 0
         for first, last in _entries(start, stop):
             found, is_damaged = self._read_entry(item, first, last)
@@ -126,8 +126,8 @@ class DiskStore:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def _read_entry(self, item: MediaItem, first: int, last: int) -> tuple[Tensor | None, bool]:
-        """(embeddings, False), (None, False) where there is no entry, (None, True) where it is not what it should
-        be."""
+        """(embeddings [n, width], False), (None, False) where there is no entry, (None, True) where it is not what it
+        should be."""
         content = self._content.get(item.key)
         if content is None:
             return None, False

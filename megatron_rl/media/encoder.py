@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every medium is decoded and encoded once a step: its units split over all ranks, the tokens fetched by who needs
-them.
+"""Every medium is decoded and encoded once a step: its units split over all ranks, the embeddings fetched by the ranks
+that need them. Shapes: types.py.
 
-`encode` leaves each chunk on the rank that made it; `fetch` moves tokens to the ranks that ask: whole items to the
+`encode` leaves each chunk on the rank that made it; `fetch` sends embeddings to the ranks that ask: whole items to the
 rollout replica, to a rank of the trainer's first stage the tokens of its own rows. Where the encoder is trained,
-`backward` takes the same way back. A faulty file fails for all ranks alike and is reported.
+`backward` sends their gradients the other way. A faulty file fails for all ranks alike and is reported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_rl.media.reading import Work, media_requests, num_patches
 from megatron_rl.media.routes import (
     EmbedMessage,
     EncodeChunk,
-    Wanted,
+    WantedTokens,
     exchange,
     num_tokens,
     plan_messages,
@@ -34,8 +34,8 @@ from megatron_rl.types import EncodedMedia, MediaEmbeds, MediaItem
 
 @dataclass(slots=True)
 class EncoderCounts:
-    """What this rank did since the counts were taken last; patches are the vision tower's, before they are merged, and
-    columns of the spectrogram of sound."""
+    """What this rank did since the counts were taken last; patches are those of pictures before they are merged,
+    and columns of the spectrogram of sound."""
 
     encoded_patches: int = 0
     backward_patches: int = 0
@@ -52,8 +52,9 @@ class _Step:
     media: dict[str, MediaItem] = field(default_factory=dict)
     chunks: dict[str, list[EncodeChunk]] = field(default_factory=dict)
     made: dict[EncodeChunk, Tensor] = field(default_factory=dict)
+    """Embeddings [n, width] of the chunks of this rank."""
     frames: dict[EncodeChunk, Tensor] = field(default_factory=dict)
-    """Kept in host memory where the encoder is trained: it encodes them again."""
+    """[F, ...] of the chunks of this rank, in host memory where the encoder is trained: it encodes them again."""
     failed: dict[str, str] = field(default_factory=dict)
     version: int = 0
     """Of the encoder that made `made`."""
@@ -90,7 +91,7 @@ class ParallelEncoder:
         self.counts = EncoderCounts()
 
     def blanked(self) -> ParallelEncoder:
-        """Another one over the same encoder, which sees black frames and hears silence."""
+        """Another one over the same encoder, whose input is black frames and silence."""
         return ParallelEncoder(self._encoder, self._frames, blank=True, frames_per_chunk=self._frames_per_chunk)
 
     def take_counts(self) -> EncoderCounts:
@@ -144,7 +145,7 @@ class ParallelEncoder:
             failed = {}
             for key, work in missing.items():
                 try:
-                    self._make(step.media[key], work)
+                    self._encode_item(step.media[key], work)
                 except VideoDecodeError as error:
                     failed[key] = error.reason
             step.failed |= self._agree_on_failures(failed)
@@ -183,7 +184,7 @@ class ParallelEncoder:
                 self.counts.cached_patches += num_patches(item, chunk)
         return found
 
-    def _make(self, item: MediaItem, work: Sequence[Work]) -> None:
+    def _encode_item(self, item: MediaItem, work: Sequence[Work]) -> None:
         """Embeddings of this rank's chunks of an item. All frames are taken, whatever comes of the first, so that none
         stay behind."""
         error: VideoDecodeError | None = None
@@ -220,12 +221,12 @@ class ParallelEncoder:
     # ----------------------------------------------------------------------------------------------------------- fetch
 
     def fetch(self, media: Sequence[MediaItem]) -> EncodedMedia:
-        """The whole items that this rank asks for, in host memory: the engine takes one to the device when it is its
-        turn. Collective; every rank may ask for others."""
+        """The whole items that this rank asks for, in host memory: the engine copies one to the device when it computes
+        with it. Collective; every rank may ask for others."""
         tables = self._fetch({item.key: ((0, item.num_tokens),) for item in media}, to_host=True)
         return EncodedMedia(tables, f"{self._step.version}{' blank' if self._blank else ''}")
 
-    def fetch_tokens(self, wanted: Wanted) -> MediaEmbeds:
+    def fetch_tokens(self, wanted: WantedTokens) -> MediaEmbeds:
         """The tokens this rank asks for; leaves of the autograd graph, in fp32, where the encoder is trained.
 
         Collective; every rank may ask for others.
@@ -235,8 +236,8 @@ class ParallelEncoder:
             tables = {key: table.float().requires_grad_() for key, table in tables.items()}
         return MediaEmbeds(tables, {key: tuple(runs) for key, runs in wanted.items()}, self._step.version)
 
-    def _fetch(self, wanted: Wanted, to_host: bool) -> dict[str, Tensor]:
-        requests = self._everyones(wanted)
+    def _fetch(self, wanted: WantedTokens, to_host: bool) -> dict[str, Tensor]:
+        requests = self._all_requests(wanted)
         if not any(requests):
             return {}
         assert self._step.version == self._encoder.version, "made by another version; use `refreshed`"
@@ -258,7 +259,7 @@ class ParallelEncoder:
         """`embeds` itself or, if the encoder has changed since, the same tokens of the encoder as it is. Collective."""
         if embeds.version == self._encoder.version:
             return embeds
-        keys = {key for request in self._everyones(embeds.wanted) for key in request}
+        keys = {key for request in self._all_requests(embeds.wanted) for key in request}
         self._encode_again(keys)
         again = self.fetch_tokens(embeds.wanted)
         self.release()
@@ -285,9 +286,9 @@ class ParallelEncoder:
         """
         step = self._step
         assert embeds.version == self._encoder.version, "the encoder has changed since these embeddings were made"
-        rounds = self._plan(self._everyones(embeds.wanted))
+        rounds = self._plan(self._all_requests(embeds.wanted))
         asked = {m.chunk for messages in rounds for m in messages if m.source == self._rank}
-        grads = {chunk: self._no_gradient(chunk) for chunk in asked}
+        grads = {chunk: self._zero_gradient(chunk) for chunk in asked}
         for messages in rounds:
             self._collect_gradients(messages, embeds.tables, grads)
         for chunk in sorted(asked, key=lambda c: (c.key, c.start)):
@@ -331,15 +332,15 @@ class ParallelEncoder:
                 arriving[message] = outgoing(message)
         return arriving
 
-    def _everyones(self, wanted: Wanted) -> list[Wanted]:
-        requests: list[Wanted] = [{} for _ in range(self._world)]
+    def _all_requests(self, wanted: WantedTokens) -> list[WantedTokens]:
+        requests: list[WantedTokens] = [{} for _ in range(self._world)]
         dist.all_gather_object(requests, dict(wanted))
         return requests
 
-    def _plan(self, requests: Sequence[Wanted]) -> list[list[EmbedMessage]]:
+    def _plan(self, requests: Sequence[WantedTokens]) -> list[list[EmbedMessage]]:
         return plan_messages(self._step.chunks, self._step.media, requests)
 
-    def _no_gradient(self, chunk: EncodeChunk) -> Tensor:
+    def _zero_gradient(self, chunk: EncodeChunk) -> Tensor:
         first, last = self._step.media[chunk.key].tokens_of(chunk.start, chunk.stop)
         return torch.zeros(last - first, self._encoder.width, device=self._encoder.device)
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in the place of an encoder where the model takes text only."""
+"""The StepEncoder of a model that takes text only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rl.media.routes import Wanted
+from megatron_rl.media.routes import WantedTokens
 from megatron_rl.types import EncodedMedia, MediaEmbeds, MediaItem
 
 
@@ -16,7 +16,7 @@ class NoMedia:
         """Nothing is kept."""
 
     def prefetch(self, media: Sequence[MediaItem]) -> None:
-        """Nothing is read ahead. Raises ValueError for any medium."""
+        """Nothing is prefetched. Raises ValueError for any medium."""
         self.encode(media)
 
     def encode(self, media: Sequence[MediaItem]) -> dict[str, str]:
@@ -30,7 +30,7 @@ class NoMedia:
         self.encode(media)
         return EncodedMedia({})
 
-    def fetch_tokens(self, wanted: Wanted) -> MediaEmbeds:
+    def fetch_tokens(self, wanted: WantedTokens) -> MediaEmbeds:
         """Nothing."""
         assert not wanted, "no prompt of a model of text only has media"
         return MediaEmbeds({}, {}, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The next batch, made ready while the engine generates with this one: prompts built, their frames being decoded."""
+"""The next batch, prepared while the engine generates with this one: prompts built, their frames being decoded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Built = tuple[list[Prompt], list[BadRow]]
 
 
 class PromptPrefetcher:
-    """Rows -> prompts whose media are encoded; holds at most one batch made ready. Every method is collective."""
+    """Rows -> prompts whose media are encoded; holds at most one prepared batch. Every method is collective."""
 
     def __init__(self, builder: PromptBuilder, mesh: ParallelMesh, encoder: StepEncoder, quarantine: Quarantine):
         self._builder, self._mesh, self._encoder, self._quarantine = builder, mesh, encoder, quarantine

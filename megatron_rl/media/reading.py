@@ -18,9 +18,9 @@ def media_requests(item: MediaItem, chunks: Sequence[EncodeChunk]) -> list[Work]
     chunk to the last that follows it without a gap."""
     if item.kind == "audio":
         return [_sound(item, together) for together in _stretches(chunks)]
-    most = max(1, DECODED_BYTES // (item.frames_per_unit * 3 * item.size_hw[0] * item.size_hw[1]))
+    max_units = max(1, DECODED_BYTES // (item.frames_per_unit * 3 * item.size_hw[0] * item.size_hw[1]))
     work: list[Work] = []
-    for _, group in groupby(chunks, key=lambda c: (c.start - chunks[0].start) // most):
+    for _, group in groupby(chunks, key=lambda c: (c.start - chunks[0].start) // max_units):
         together = tuple(group)
         ranges = [item.frames_of(c.start, c.stop) for c in together]
         frames = tuple(index for first, last in ranges for index in item.frame_indices[first:last])

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rank encodes which part of which video, and who sends which embeddings to whom: arithmetic, then messages.
+"""Which rank encodes which units of which item, and which rank sends which embeddings to which: arithmetic, then
+messages.
 
 A rank asks for the tokens it computes with and for no others. Every message is a run of tokens that lie behind each
 other on both sides, so it is sent from and received into views: nothing is copied on the way.
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megatron_rl.types import MediaItem, Run
 
-Wanted = Mapping[str, Sequence[Run]]  # tokens by key; the runs of an item ascend and do not touch
+WantedTokens = Mapping[str, Sequence[Run]]  # tokens by key; the runs of an item ascend and do not touch
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +51,18 @@ class EmbedMessage:
 
 
 def num_tokens(runs: Sequence[Run]) -> int:
+    """Tokens in all the runs."""
     return sum(stop - start for start, stop in runs)
 
 
 def split_over_ranks(
-    media: Sequence[MediaItem], world: int, most_frames: int | None = None, multiple: int = 1
+    media: Sequence[MediaItem], world: int, max_frames: int | None = None, multiple: int = 1
 ) -> dict[str, list[EncodeChunk]]:
-    """Cut all units of a batch into `world` contiguous, equally expensive shares, and these into chunks of at most
-    `most_frames` frames, at least a unit.
+    """Divide all units of a batch into `world` contiguous shares of equally many tokens, and these into chunks of at
+    most `max_frames` frames, at least a unit.
 
-    Contiguous, so that a rank decodes a stretch of few items and does not seek all over every file. An item is cut at
-    multiples of `multiple` units only.
+    Contiguous, so that a rank decodes a stretch of few items and does not seek all over every file. An item is
+    divided at multiples of `multiple` units only.
     """
     total = sum(item.num_tokens for item in media)
     chunks: dict[str, list[EncodeChunk]] = {item.key: [] for item in media}
@@ -73,8 +75,8 @@ def split_over_ranks(
             if owner < world - 1:
                 room = -(-((owner + 1) * total - done * world) // (world * item.tokens_per_unit))
                 stop = min(stop, start + max(1, -(-room // multiple)) * multiple)
-            most = max(1, most_frames // item.frames_per_unit) if most_frames else 0
-            step = max(multiple, most // multiple * multiple) if most else stop - start
+            max_units = max(1, max_frames // item.frames_per_unit) if max_frames else 0
+            step = max(multiple, max_units // multiple * multiple) if max_units else stop - start
             chunks[item.key] += [EncodeChunk(item.key, i, min(stop, i + step), owner) for i in range(start, stop, step)]
             first, last = item.tokens_of(start, stop)
             done += last - first
@@ -83,11 +85,11 @@ def split_over_ranks(
 
 
 def plan_messages(
-    chunks: Mapping[str, Sequence[EncodeChunk]], media: Mapping[str, MediaItem], requests: Sequence[Wanted]
+    chunks: Mapping[str, Sequence[EncodeChunk]], media: Mapping[str, MediaItem], requests: Sequence[WantedTokens]
 ) -> list[list[EmbedMessage]]:
     """What must be moved so that rank r gets `requests[r]`, in rounds: in a round, a rank receives from one chunk.
 
-    Rank r begins with the chunks of the rank behind it, so that not all turn to the same one. What a rank keeps for
+    Rank r begins with the chunks of rank r + 1, so that not all ranks receive from the same one. What a rank keeps for
     itself is a message too, and comes in the first round.
     """
     rounds: list[list[EmbedMessage]] = [[]]
@@ -126,7 +128,8 @@ def exchange(
     incoming: Callable[[EmbedMessage], Tensor],
     backwards: bool = False,
 ) -> int:
-    """One round: send `outgoing(m)` of what this rank has and receive into `incoming(m)`; returns the bytes received.
+    """One round: send `outgoing(m)` of what this rank has and receive into `incoming(m)`, both [m.stop - m.start,
+    width]; returns the bytes received.
 
     `backwards` goes from the targets to the sources. Every rank passes the same messages; those between a rank and
     itself are left to the caller.

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,17 +30,24 @@ class Quarantine:
         kinds = {"row": "data/bad_rows", "media": "data/bad_media", "overlong": "data/overlong"}
         return {"data/quarantined": float(self.total)} | {kinds[kind]: float(n) for kind, n in self.counts.items()}
 
-    def add(self, bad: Sequence[BadRow], num_rows: int, where: str) -> None:
-        """Set `bad` aside, out of `num_rows`. Called with the same arguments on every rank.
+    def note(self, text: str) -> None:
+        """Say something about the data that is no row's fault: once, on one rank, and in the list."""
+        if self._writes:
+            sys.stderr.write(f"note: {text}\n")
+            self._append([{"source": "", "reason": text, "kind": "note"}])
+
+    def add(
+        self, bad: Sequence[BadRow], num_rows: int, where: str, length_setting: str = "data.max_prompt_tokens"
+    ) -> None:
+        """Set `bad` aside, out of `num_rows`; `length_setting` is what the long ones are over. Called with the same
+        arguments on every rank.
 
         Prompts that are too long are a matter of taste, not of faulty data: they stop a run only where nothing is left.
         """
         for row in bad:
             self.counts[row.kind] += 1
         if self._writes and bad:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad)
+            self._append([asdict(row) for row in bad])
         faulty = [row for row in bad if row.kind != "overlong"]
         listed = "\n".join(f"  {row.source}: {row.reason}" for row in (faulty or bad)[:20])
         if num_rows and len(faulty) > self._max_fraction * num_rows:
@@ -48,7 +56,16 @@ class Quarantine:
                 f"used; mend them, or raise the limit to go on without them. All are listed in {self.path}\n{listed}"
             )
         if bad and len(bad) == num_rows:
+            num_long = len(bad) - len(faulty)
+            setting, why = "data.max_bad_fraction", "none can be used; mend them"
+            if num_long:
+                setting, why = length_setting, f"{num_long} are too long; raise it, or shorten them"
             raise ValueError(
-                f"data.max_prompt_tokens: none of the {num_rows} rows of {where} is left, {len(bad) - len(faulty)} are "
-                f"too long; raise it, or take fewer or smaller frames. All are listed in {self.path}\n{listed}"
+                f"{setting}: none of the {num_rows} rows of {where} is left, {why}. All are listed in {self.path}\n"
+                f"{listed}"
             )
+
+    def _append(self, lines: Sequence[Mapping[str, str]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

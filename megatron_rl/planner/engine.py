@@ -2,7 +2,7 @@
 """What vLLM takes on one rank while it is awake, in bytes, and whether its KV cache can hold what it must.
 
 With `rollout.gpu_memory_utilization` vLLM takes that part of the GPU for weights, working memory and KV cache together.
-The encoder's cache comes on top: the engine has no tower, so vLLM does not count the embeddings it is given.
+The encoder's cache comes on top: the engine has no encoder, so vLLM does not count the embeddings it is given.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ CUDA_GRAPHS = GIB  # assumed, unless rollout.enforce_eager
 
 @dataclass(frozen=True, slots=True)
 class EngineNeed:
-    """`kv_tokens` fit into the KV cache of one replica; `sequences` are then decoded together."""
+    """`kv_tokens` fit into the KV cache of one replica; `num_sequences` are then decoded together."""
 
     weights: float
     working: float
     kv_cache: float
     encoder_cache: float
     kv_tokens: int
-    sequences: int
+    num_sequences: int
     problems: tuple[str, ...]
 
     @property
@@ -61,7 +61,7 @@ def engine_need(cfg: RlConfig, model: PlannedModel, gpu: Gpu, work: Workload) ->
         kv_cache=kv_cache,
         encoder_cache=float(encoder_cache),
         kv_tokens=kv_tokens,
-        sequences=_together(cfg, work, kv_tokens),
+        num_sequences=_together(cfg, work, kv_tokens),
         problems=tuple(_problems(cfg, kv_tokens, per_token)),
     )
 

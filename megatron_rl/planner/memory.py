@@ -3,8 +3,8 @@
 
 Who holds what when is that of `loop.rl_step`: during `encode` and `generate` the engine is awake, gradients are freed
 and optimizer state is in host memory; during `log-probs` and `update` the engine sleeps. The state stays away until the
-first `optimizer step`, and with `train.offload_optimizer` between steps too. The tower stays throughout; the embeddings
-that a rank made go once all are fetched for learning. Reference weights live in host memory.
+first `optimizer step`, and with `train.offload_optimizer` between steps too. The vision encoder stays throughout; the
+embeddings that a rank made are dropped once all are fetched for learning. Reference weights stay in host memory.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PhaseMemory:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """All phases on one GPU; `host` is the main memory that one rank needs for what is parked there."""
+    """All phases on one GPU; `host` is the main memory that one rank needs for what is offloaded to it."""
 
     phases: tuple[PhaseMemory, ...]
     engine: EngineNeed
@@ -186,14 +186,14 @@ def _encode_items(case: Case) -> Iterator[tuple[str, float]]:
     tower, work = case.model.tower, case.work
     if tower is not None:
         frames = min(case.cfg.data.frames_per_chunk, work.num_frames)
-        yield "decoded frames", min(DECODED_BYTES, _frame_bytes(case)) + _decoded_ahead(case)
+        yield "decoded frames", min(DECODED_BYTES, _frame_bytes(case)) + _prefetched_frames(case)
         yield "tower's activations", tower.working_bytes(frames, work.size_hw, case.split.element)
 
 
 def _generate_items(case: Case) -> Iterator[tuple[str, float]]:
     """The videos of a replica's prompts wait in host memory; those that the engine reads are in its encoder cache."""
     if case.model.tower is not None:
-        yield "frames decoded ahead", _decoded_ahead(case)
+        yield "frames decoded ahead", _prefetched_frames(case)
 
 
 def _frame_bytes(case: Case) -> float:
@@ -201,14 +201,14 @@ def _frame_bytes(case: Case) -> float:
     return 3.0 * case.work.num_frames * case.work.size_hw[0] * case.work.size_hw[1]
 
 
-def _decoded_ahead(case: Case) -> float:
+def _prefetched_frames(case: Case) -> float:
     """This rank's share of the frames of the next batch; on a GPU they stay there."""
     return min(case.cfg.data.prefetch_mib << 20, case.work.num_prompts * _frame_bytes(case) / case.trainer.world)
 
 
 def _trained_tower(case: Case, backward: bool, has_state: bool) -> Iterator[tuple[str, float]]:
-    """All of the tower counts as trained; for it every rank is data parallel. It goes backwards once the language model
-    is done, a chunk of frames at a time."""
+    """All of the vision encoder counts as trained; for it every rank is data parallel. Its backward follows the
+    language model's, a chunk of frames at a time."""
     tower = case.model.tower
     if tower is None or case.cfg.model.freeze_vision:
         return
@@ -285,10 +285,10 @@ def saved_by_stage(
 
 
 def host_bytes(case: Case, need: EngineNeed) -> dict[str, float]:
-    """Main memory of one rank: parked optimizer state, the sleeping engine's weights, the embeddings of all videos of
-    its replica's prompts, the reference and, while it is swapped in, the policy."""
+    """Main memory of one rank: offloaded optimizer state, the sleeping engine's weights, the embeddings of all media
+    of its replica's prompts, the reference and, while it is swapped in, the policy."""
     params = max((case.params(stage) for stage in (0, case.trainer.pipeline - 1)), key=lambda p: p.total)
-    host = {"optimizer, parked": optimizer_bytes(case, params), "engine's weights, asleep": need.weights}
+    host = {"offloaded optimizer": optimizer_bytes(case, params), "sleeping engine's weights": need.weights}
     if case.model.tower is not None:
         most = max(case.work.num_prompts, case.cfg.eval.batch_size if case.cfg.data.eval else 0)
         host["videos for the engine"] = -(-most // case.engine.data) * _video_bytes(case)

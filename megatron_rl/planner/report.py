@@ -24,7 +24,7 @@ def option_json(option: Option) -> dict[str, Any]:
         "capacity": option.memory.capacity,
         "host_per_rank": option.memory.host,
         "kv_tokens": option.memory.engine.kv_tokens,
-        "sequences_together": option.memory.engine.sequences,
+        "sequences_together": option.memory.engine.num_sequences,
         "problems": list(option.memory.engine.problems),
         "predicted_seconds": {**option.times.phases, "step": option.times.step},
     }

@@ -99,14 +99,14 @@ def _decode(case: Case, assumed: Efficiency) -> float:
     """Bound by memory: a step reads the weights once and the keys and values of every sequence."""
     shape, work, engine = case.model.shape, case.work, case.engine
     need = engine_need(case.cfg, case.model, case.gpu, work)
-    sequences = -(-work.num_prompts // engine.data) * work.num_samples
-    together = max(1, min(need.sequences, sequences))
+    num_sequences = -(-work.num_prompts // engine.data) * work.num_samples
+    together = max(1, min(need.num_sequences, num_sequences))
     context = work.prompt_tokens + work.response_tokens / 2
     read = need.weights + together * context * kv_bytes(shape, engine.tensor, BYTES[case.cfg.model.dtype])
     compute = together * (linear_flops(shape) + head_flops(shape, 1)) / (engine.tensor * case.gpu.peak)
     a_step = max(read / (case.gpu.hbm * assumed.hbm), compute / assumed.prefill)
     a_step += _all_reduces(case, shape, together, engine.tensor, assumed)
-    return math.ceil(sequences / together) * work.response_tokens * a_step
+    return math.ceil(num_sequences / together) * work.response_tokens * a_step
 
 
 def _all_reduces(case: Case, shape: TransformerShape, tokens: float, tensor: int, assumed: Efficiency) -> float:

@@ -107,7 +107,7 @@ def _num_frames(cfg: RlConfig, multiple: int, assumed: Assumptions) -> int:
 
 
 def _size_hw(cfg: RlConfig, tower: Tower, assumed: Assumptions, num_frames: int) -> tuple[int, int]:
-    """As a model family's video spec does; data.total_pixels is shared evenly by the frames."""
+    """As a family's MediaSpec does; data.total_pixels is shared evenly by the frames."""
     data, largest = cfg.data, cfg.data.max_pixels
     if data.total_pixels:
         share = data.total_pixels * tower.temporal_patch // num_frames
@@ -163,7 +163,7 @@ def pack_step(
 
 
 def _samples(work: Workload, num_prompts: int) -> list[TrainSample]:
-    # Packing asks for lengths only; a range has one without holding a million numbers.
+    # Packing reads lengths only; a range has one without holding a million numbers.
     ids, response = (cast("tuple[int, ...]", range(n)) for n in (work.prompt_tokens, work.response_tokens))
     row = Row("", "", "")
     return [
@@ -179,5 +179,5 @@ def fullest_share(prompt: int, response: int, num_responses: int, num_ranks: int
     if num_ranks == 1:
         return 1.0
     segments = segments_of([(prompt, [response] * num_responses)])
-    hands = shard(segments, num_ranks, attention_weight(hidden_size))
-    return max(sum(run.length for run in hand) for hand in hands) / (prompt + num_responses * response)
+    shards = shard(segments, num_ranks, attention_weight(hidden_size))
+    return max(sum(run.length for run in held) for held in shards) / (prompt + num_responses * response)

@@ -19,6 +19,7 @@ class ReplayedRollouts:
     def next_batch(self, step: int) -> RolloutBatch:
         self._encoder.forget()
         groups = self._store.load(step)
+        self._store.check_learnable(step, groups)
         with self._progress.phase(step, "encode"):
             pairs = [(group.prompt.prompt_id, group.prompt.row) for group in groups]
             prompts = self._prompts.encoded(pairs, f"replayed step {step}")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt as vLLM's own already processed input: our token ids, our rows, our positions, for every family alike.
+"""A prompt as vLLM's own already processed input: our token ids, our embeddings, our positions, for every family
+alike.
 
 No processor of vLLM's runs, so nothing is expanded twice and nothing is decided a second time.
 """
@@ -58,7 +59,7 @@ def _stretches(prompt: Prompt) -> list[list[Placed]]:
 
 
 def _in_token_order(stretch: Sequence[Placed], media: EncodedMedia) -> Tensor:
-    """[tokens, width]; of a single item the very table, so that no copy stands beside it."""
+    """[n, width], n the tokens of all its items; of a single item its own table, so that no copy is made."""
     tables = [media.tables[item.key] for item, _ in stretch]
     if len(stretch) == 1:
         return tables[0]
@@ -77,7 +78,7 @@ def identity(item: MediaItem, made_by: str) -> str:
 
 
 def _rows(embeds: Tensor, positions: Tensor) -> MultiModalKwargsItem:
-    """`embeds` [num_tokens, width] and the positions of the whole prompt, [3, tokens]."""
+    """`embeds` [n, width] and the positions of the whole prompt, int64 [3, P]."""
     from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, MultiModalKwargsItem
 
     return MultiModalKwargsItem(

@@ -35,13 +35,33 @@ class RolloutStore:
         if not path.is_file():
             raise ValueError(f"rollout.replay_from={self.folder}: has no {path.name}; lower train.num_steps")
         with path.open(encoding="utf-8") as file:  # not splitlines(): a text may hold U+2028
-            lines = [json.loads(line) for line in file]
-        if any(line["prompt"].get("videos") for line in lines):
+            return [self._read(line, path.name, number) for number, line in enumerate(file, 1)]
+
+    def _read(self, line: str, name: str, number: int) -> Group:
+        try:
+            data = json.loads(line)
+            if not data["prompt"].get("videos"):
+                return _group(data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"rollout.replay_from={self.folder}: {path.name} is of an older version, which did not write where the "
-                "tokens of media stand; sample again"
-            )
-        return [_group(line) for line in lines]
+                f"rollout.replay_from={self.folder}: {name}: line {number} is no saved group "
+                f"({type(error).__name__}: {error}); restore the file or sample again"
+            ) from error
+        raise ValueError(
+            f"rollout.replay_from={self.folder}: {name} is of an older version, which did not write where the tokens "
+            "of media stand; sample again"
+        )
+
+    def check_learnable(self, step: int, groups: Sequence[Group]) -> None:
+        """Raise where there is nothing to compare: no group, or a group of one response."""
+        alone = sum(len(group.scored) < 2 for group in groups)
+        if groups and not alone:
+            return
+        what = f"holds {alone} of {len(groups)} prompts with a single response" if groups else "holds no prompts"
+        raise ValueError(
+            f"rollout.replay_from={self.folder}: {self._path(step).name} {what}, and an advantage compares the "
+            "responses of a prompt; sample again with rollout.num_samples of 2 or more"
+        )
 
     def check_unchanged(self, groups: Sequence[Group], prompts: Sequence[Prompt]) -> None:
         """Raise when today's data makes other prompts than those the responses were sampled from."""
@@ -95,8 +115,8 @@ def _prompt(data: dict[str, Any]) -> Prompt:
 
 def _scored(data: dict[str, Any]) -> Scored:
     completion = Completion(**{k: _tuples(v) for k, v in data["completion"].items()})
-    return Scored(completion, data["reward"], data["parts"])
+    return Scored(completion, data["reward"], data["parts"], data.get("notes", {}))
 
 
 def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -42,8 +42,7 @@ def inspect_models_in_process() -> None:
 
 
 def keep_cpu_linear_weights() -> None:
-    """vLLM 0.32 on a CPU packs every linear weight away after loading and leaves an empty parameter: keep the live
-    ones.
+    """vLLM 0.32 on a CPU repacks every linear weight after loading and leaves an empty parameter: keep the live ones.
 
     Its own fallback, torch's linear on the live weight, sees in-place updates. Must run before the model is built.
     """
@@ -80,7 +79,8 @@ def keep_cpu_expert_weights() -> None:
 
 @contextmanager
 def private_shared_memory() -> Iterator[None]:
-    """Give the shared memory of this engine's tensor parallel group a name of its own, and unlink it once all are in.
+    """Give the shared memory of this engine's tensor parallel group a name of its own, and unlink it once all have it
+    open.
 
     vLLM 0.32 on a CPU with AVX-512 names it after the port in the launcher's address. `external_launcher` has none, so
     every job of a machine takes the same name, and what a killed job leaves behind stops all that follow. The ranks
@@ -98,21 +98,23 @@ def private_shared_memory() -> Iterator[None]:
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     agrees = CpuCommunicator._all_group_ranks_share_shm_group_name
     enough_cores = len(os.sched_getaffinity(0)) >= num_local
-    with (
-        mock.patch.object(_CPUSHMDistributed, "make_group_name", staticmethod(unique_name)),
-        mock.patch.object(
-            CpuCommunicator, "_all_group_ranks_share_shm_group_name", lambda self: agrees(self) and enough_cores
-        ),
-    ):
-        yield
-    dist.barrier()
-    for path in Path("/dev/shm").glob(f"{token[0]}*"):
-        path.unlink(missing_ok=True)
+    try:
+        with (
+            mock.patch.object(_CPUSHMDistributed, "make_group_name", staticmethod(unique_name)),
+            mock.patch.object(
+                CpuCommunicator, "_all_group_ranks_share_shm_group_name", lambda self: agrees(self) and enough_cores
+            ),
+        ):
+            yield
+        dist.barrier()
+    finally:  # of an engine that cannot be built nobody else will
+        for path in Path("/dev/shm").glob(f"{token[0]}*"):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
 def encoder_budget(num_tokens: int) -> Iterator[None]:
-    """Let one video item be as long as the engine's context.
+    """Let one item be as long as the engine's context.
 
     vLLM 0.32 sizes its encoder cache by max_num_batched_tokens and refuses larger items, precomputed ones too.
     """
@@ -131,7 +133,7 @@ def encoder_budget(num_tokens: int) -> Iterator[None]:
 
 def take_given_media(model: Any) -> None:
     """A model of vLLM 0.32 makes embeddings of pictures and sound itself, or takes ready ones in fields that differ
-    between families, for some kinds in none: hand back the rows that the request holds."""
+    between families, for some kinds in none: return the rows that the request holds."""
 
     def given(embeds: Sequence[Tensor], positions: object = None) -> tuple[Tensor, ...]:
         return tuple(embeds)
@@ -152,9 +154,9 @@ def take_given_positions(model: Any) -> None:
 
 
 @contextmanager
-def deepstack_without_tower() -> Iterator[None]:
-    """Models of vLLM 0.32 whose layers take features of the vision tower leave these out, without a word, where the
-    tower is missing. They look for it while they are built; here it always seems to be there."""
+def deepstack_without_encoder() -> Iterator[None]:
+    """Models of vLLM 0.32 whose layers take features of the vision encoder leave these out without an error where the
+    encoder is missing. They look for it while they are built; inside the block they find one."""
     import vllm.model_executor.models.qwen3_vl as qwen3_vl
     import vllm.model_executor.models.qwen3_vl_moe as qwen3_vl_moe
 

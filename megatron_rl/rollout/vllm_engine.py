@@ -75,7 +75,7 @@ class VllmEngine:
             torch.random.fork_rng(),
             adaptations.encoder_budget(settings.max_model_len),
             adaptations.private_shared_memory(),
-            adaptations.deepstack_without_tower() if settings.model.deepstack_levels else nullcontext(),
+            adaptations.deepstack_without_encoder() if settings.model.deepstack_levels else nullcontext(),
         ):
             self._llm = _build(settings, backend)
         client: Any = self._llm.llm_engine.engine_core  # vLLM's in-process client, whose parts it does not type
@@ -88,11 +88,12 @@ class VllmEngine:
         self.sleep()
 
     def parameters(self) -> dict[str, Tensor]:
-        """vLLM's live parameters of this rank, by vLLM name. Written in place; never rebound."""
+        """vLLM's live parameters of this rank, by vLLM name, each of the shape of its shard. Written in place; never
+        rebound."""
         return {name: param.data for name, param in self._model.named_parameters()}
 
     def load_hf(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """vLLM's own loader: the oracle of the resharder's tests."""
+        """vLLM's own loader, of whole tensors by Hugging Face name: what the resharder's tests compare with."""
         self._model.load_weights(tensors)
 
     @property

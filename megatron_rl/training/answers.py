@@ -6,19 +6,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from data.rows.loader import RowLoader
+from megatron_rl.errors import BadSample
 from megatron_rl.media.prompt_prefetcher import PromptPrefetcher
 from megatron_rl.observe.progress import Progress
 from megatron_rl.observe.quarantine import Quarantine
 from megatron_rl.protocols import StepEncoder
-from megatron_rl.types import BadRow, Prompt, TrainSample
+from megatron_rl.types import BadRow, Prompt, Row, TrainSample
 
-Encode = Callable[[str], list[int]]
+EncodeAnswer = Callable[[Row], tuple[int, ...]]
 
 
 class AnswerSource:
     """The rows of a loader as samples whose response is the reference answer. Every method is collective.
 
-    `encode` tokenizes text as it is; `max_tokens` bounds an answer, its end-of-turn token `eos_token_id` included.
+    `encode` gives the tokens of an answer, its end-of-turn token included, or raises BadSample: an answer in which a
+    control token is written would be learned as the token and not as its text.
     """
 
     def __init__(
@@ -29,16 +31,14 @@ class AnswerSource:
         quarantine: Quarantine,
         progress: Progress,
         num_steps: int,
-        encode: Encode,
-        eos_token_id: int,
-        max_tokens: int,
+        encode: EncodeAnswer,
     ):
         self._loader, self._prompts, self._encoder, self._quarantine = loader, prompts, encoder, quarantine
         self._progress, self._num_steps = progress, num_steps
-        self._encode, self._eos, self._max_tokens = encode, eos_token_id, max_tokens
+        self._encode = encode
 
     def next_batch(self, step: int) -> list[TrainSample]:
-        """The next rows, their media encoded; answers that are too long are set aside."""
+        """The next rows, their media encoded; answers that cannot be learned as they are, are set aside."""
         self._encoder.forget()
         with self._progress.phase(step, "encode"):
             prompts = self._prompts.encoded(self._loader.next_batch(), f"step {step}")
@@ -46,12 +46,12 @@ class AnswerSource:
                 self._prompts.prepare(self._loader.peek_batch())  # read while this batch is learned
         samples = [self._sample(prompt) for prompt in prompts]
         bad = [sample for sample in samples if isinstance(sample, BadRow)]
-        self._quarantine.add(bad, len(prompts), "a batch of reference answers")
+        self._quarantine.add(bad, len(prompts), "a batch of reference answers", "train.max_answer_tokens")
         return [sample for sample in samples if isinstance(sample, TrainSample)]
 
     def _sample(self, prompt: Prompt) -> TrainSample | BadRow:
-        answer = (*self._encode(prompt.row.answer), self._eos)
-        if len(answer) > self._max_tokens:
-            reason = f"answer of {len(answer)} tokens is over train.max_answer_tokens={self._max_tokens}"
-            return BadRow(prompt.row.source, reason, "overlong")
+        try:
+            answer = self._encode(prompt.row)
+        except BadSample as error:
+            return BadRow(error.source, error.reason, error.kind)
         return TrainSample(prompt, answer, rollout_logprobs=(0.0,) * len(answer))

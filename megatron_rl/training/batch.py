@@ -51,10 +51,12 @@ class Update:
         return replace(self, scored=tuple(replace(scored, batch=batch) for scored, batch in pairs))
 
     def with_old(self, logprobs: Iterable[Tensor | None]) -> Update:
+        """`logprobs`: [R] of each micro-batch, None except on the last pipeline stage."""
         pairs = zip(self.scored, logprobs, strict=True)
         return replace(self, scored=tuple(replace(scored, old_logprobs=values) for scored, values in pairs))
 
     def with_reference(self, logprobs: Iterable[Tensor | None]) -> Update:
+        """As `with_old`, of the reference."""
         pairs = zip(self.scored, logprobs, strict=True)
         return replace(self, scored=tuple(replace(scored, ref_logprobs=values) for scored, values in pairs))
 
@@ -65,6 +67,7 @@ class Update:
 
 
 def _advantages_of(batch: MicroBatch, samples: Sequence[TrainSample], advantages: Advantages) -> Tensor:
+    """fp32 [R] of the response tokens of this rank."""
     places = (samples[index].place for index in batch.samples)
     whole = torch.cat([torch.zeros(0), *(advantages.tokens[group][response] for group, response in places)])
     return whole[batch.response_index]

@@ -45,11 +45,11 @@ def predict(
 
 
 def _received_bytes(bundles: Sequence[Bundle], shape: TransformerShape, context: int, comm: str) -> float:
-    """Bytes in bf16 that a rank receives for one layer, there and back: what the trainer's own cut makes travel."""
+    """Bytes in bf16 that a rank receives for one layer, there and back, as the trainer's own split gives."""
     if comm == "a2a":  # all heads of its rows out and in, in the forward and in the backward
         rows = sum(bundle.num_tokens for bundle in bundles) / context * (context - 1) / context
         return rows * 2 * (2 * shape.num_heads + 2 * shape.num_groups) * shape.head_dim * 2
-    segments = segments_of([(bundle.prompt, bundle.responses) for bundle in bundles])
+    segments = segments_of([(bundle.prompt_length, bundle.response_lengths) for bundle in bundles])
     shards = shard(segments, context, attention_weight(shape.hidden_size))
     blocks = [block_size(exports) for exports in plan_attention(segments, shards, 0).exports]
     num_transfers = 4  # keys and values in the forward and in the backward, and their gradients in fp32

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors of one micro-batch, cut for one context parallel rank: only what stands on its own tokens.
+"""The tensors of one micro-batch on one rank: only what belongs to the rank's own tokens.
 
-Shapes: T tokens of this rank (padding included, at the end), R response tokens predicted by them, n media tokens
-among them. "Packed" positions are those in the whole micro-batch, before it is cut.
+Shapes: types.py; padding stands at the end. "Packed" positions are those in the whole micro-batch, before it is split
+over ranks.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class _Packed:
 
     tokens: list[int] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
+    """int64 [3, tokens] of each prompt and of each response."""
     bundles: list[tuple[int, list[int]]] = field(default_factory=list)
     """Lengths of each prompt and of its responses."""
     predictors: list[int] = field(default_factory=list)
@@ -87,7 +88,7 @@ class _Packed:
     rollout_logprobs: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     media: list[tuple[MediaItem, Tensor]] = field(default_factory=list)
-    """Each item with the packed positions of its tokens, ascending."""
+    """Each item with the packed positions int64 [n] of its tokens, ascending."""
 
     def add(self, samples: Sequence[TrainSample], position_ids: PositionRule) -> None:
         """Append a bundle: the prompt once, then every response."""
@@ -115,32 +116,33 @@ class _Packed:
 def build_microbatch(
     samples: Sequence[TrainSample],
     bundles: Bin,
-    cut: RankSlice,
+    part: RankSlice,
     position_ids: PositionRule,
 ) -> MicroBatch:
-    """Pack bundles (indices into `samples`) one behind the other and keep the rows of the rank of `cut`."""
+    """Pack bundles (indices into `samples`) one behind the other and keep the rows of the rank
+    that `part` describes."""
     packed = _Packed()
     for members in bundles:
         packed.add([samples[i] for i in members], position_ids)
     segments = segments_of(packed.bundles)
     asking = _stretches(packed.predictors)
-    if cut.by_heads and cut.num_ranks > 1:
-        shards = shard_by_tokens(segments, cut.num_ranks)
+    if part.by_heads and part.num_ranks > 1:
+        shards = shard_by_tokens(segments, part.num_ranks)
         attention, last_attention = (plan_whole_attention(segments, shards, q) for q in (None, asking))
     else:
-        shards = shard(segments, cut.num_ranks, cut.attention_weight)
-        attention, last_attention = (plan_attention(segments, shards, cut.rank, q) for q in (None, asking))
-    spans = [torch.arange(run.start, run.stop) for run in shards[cut.rank]]
+        shards = shard(segments, part.num_ranks, part.attention_weight)
+        attention, last_attention = (plan_attention(segments, shards, part.rank, q) for q in (None, asking))
+    spans = [torch.arange(run.start, run.stop) for run in shards[part.rank]]
     here = torch.cat([torch.zeros(0, dtype=torch.int64), *spans])  # packed position of each row
-    padding = -len(here) % cut.pad_multiple or (cut.pad_multiple if not len(here) else 0)
+    padding = -len(here) % part.pad_multiple or (part.pad_multiple if not len(here) else 0)
     row_of = torch.full((len(packed.tokens),), -1)
     row_of[here] = torch.arange(len(here))
 
     rows = row_of[torch.tensor(packed.predictors, dtype=torch.int64)]
     mine = (rows >= 0).nonzero().squeeze(1)
     predicting_rows, predictors = rows[mine].unique(return_inverse=True)
-    num_embedded = (len(here) + padding) // cut.num_slices
-    first = cut.slice_rank * num_embedded
+    num_embedded = (len(here) + padding) // part.num_slices
+    first = part.slice_rank * num_embedded
     media, media_rows, media_index = _media_here(packed, row_of, first, first + num_embedded)
     positions = torch.cat([torch.zeros(3, 0, dtype=torch.int64), *packed.positions], dim=1)[:, here]
     return MicroBatch(
@@ -176,12 +178,12 @@ def _padded(tensor: Tensor, padding: int) -> Tensor:
 
 
 def places(runs: Sequence[Run]) -> Tensor:
-    """int64: every index in the runs, in their order."""
+    """int64 [tokens in the runs]: every index in the runs, in their order."""
     return torch.cat([torch.arange(start, stop) for start, stop in runs])
 
 
 def _media_here(packed: _Packed, row_of: Tensor, first: int, last: int) -> tuple[tuple[MediaItem, ...], Tensor, Tensor]:
-    """(media, media_rows, media_index) of the rows [first, last)."""
+    """(media, media_rows [n], media_index [n]) of the rows [first, last)."""
     media, rows, indices = [], [], []
     offset = 0
     for item, packed_places in packed.media:

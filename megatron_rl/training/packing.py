@@ -3,7 +3,7 @@
 balanced over data parallel ranks by cost.
 
 Every rank computes the same plan from the same samples. All data parallel ranks get equally many micro-batches; one
-may be empty (padding only) where there is nothing left to give.
+may be empty (padding only) where there are fewer bundles than micro-batches.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ Bin = tuple[tuple[int, ...], ...]  # the bundles of one micro-batch
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """Samples (`members`, indices) with one prompt, which is stored and computed once, and the responses to it; the
-    lengths of both. `cost` is in units of one token's linear layers.
+    """Samples (`members`, indices) with one prompt, which is stored and computed once, and its responses; lengths in
+    tokens. `cost` is in units of one token's linear layers.
+
+    Example: Bundle((0, 1), 100, (20, 30), cost=151.7), two responses to a prompt of 100 tokens at H = 1024
     """
 
     members: tuple[int, ...]
-    prompt: int
-    responses: tuple[int, ...]
+    prompt_length: int
+    response_lengths: tuple[int, ...]
     cost: float
 
     @property
     def num_tokens(self) -> int:
-        return self.prompt + sum(self.responses)
+        return self.prompt_length + sum(self.response_lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,8 @@ def _bundle(samples: Sequence[TrainSample], members: Sequence[int], hidden_size:
 
 
 def plan_packing(bundles: Sequence[Bundle], num_ranks: int, max_tokens: int, multiple: int = 1) -> PackPlan:
-    """Fewest micro-batches per rank that respect `max_tokens`, with cost spread by longest-first greedy assignment.
+    """Fewest micro-batches per rank that respect `max_tokens`; their costs are evened out by longest-first greedy
+    assignment.
 
     Their number is a multiple of `multiple`: the interleaved pipeline schedule wants one of the pipeline size.
     """
@@ -99,7 +102,7 @@ def plan_packing(bundles: Sequence[Bundle], num_ranks: int, max_tokens: int, mul
     for per_rank in itertools.count(-(-fewest // multiple) * multiple, multiple):
         bins = _fill(bundles, num_ranks * per_rank, max_tokens)
         if bins is not None:
-            return PackPlan(_deal(bins, num_ranks, per_rank))
+            return PackPlan(_assign(bins, num_ranks, per_rank))
     raise AssertionError("unreachable: one bundle a bin always fits")
 
 
@@ -118,17 +121,17 @@ def _fill(bundles: Sequence[Bundle], num_bins: int, max_tokens: int) -> list[lis
     return bins
 
 
-def _deal(bins: list[list[Bundle]], num_ranks: int, per_rank: int) -> tuple[tuple[Bin, ...], ...]:
-    """Hand every rank `per_rank` bins, most expensive first to the rank with the least work."""
+def _assign(bins: list[list[Bundle]], num_ranks: int, per_rank: int) -> tuple[tuple[Bin, ...], ...]:
+    """Assign `per_rank` bins to every rank, the most expensive bin first, each to the rank with the least work."""
 
     def cost(members: list[Bundle]) -> float:
         return sum(bundle.cost for bundle in members)
 
-    hands: list[list[Bin]] = [[] for _ in range(num_ranks)]
+    assigned: list[list[Bin]] = [[] for _ in range(num_ranks)]
     heap = [(0.0, rank) for rank in range(num_ranks)]
     for members in sorted(bins, key=cost, reverse=True):
         load, rank = heapq.heappop(heap)
-        hands[rank].append(tuple(bundle.members for bundle in members))
-        if len(hands[rank]) < per_rank:
+        assigned[rank].append(tuple(bundle.members for bundle in members))
+        if len(assigned[rank]) < per_rank:
             heapq.heappush(heap, (load + cost(members), rank))
-    return tuple(tuple(hand) for hand in hands)
+    return tuple(tuple(bins_of_rank) for bins_of_rank in assigned)

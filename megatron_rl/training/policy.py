@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trained language model: Megatron-core's DDP, distributed optimizer and pipeline schedules behind three verbs.
+"""The trained language model: Megatron-core's DDP, distributed optimizer and pipeline schedules in three methods.
 
 `logprobs` scores micro-batches, `train` makes one optimizer update, `offloaded` frees gradients and optimizer state
-while the engine works; the state stays in host memory until the optimizer's step, where activations are gone again. A
+while the engine works; the state stays in host memory until the optimizer's step, when activations are freed. A
 `Reference` holds a second set of weights in host memory. All of them are collective calls.
 """
 
@@ -32,7 +32,7 @@ from megatron_rl.types import LossInputs
 from model_providers.attention.core import BatchLayout
 from model_providers.transformer import ChunkedStage, LanguageModel
 
-REFERENCE_VERSION = -1  # of a tower that holds the reference's weights
+REFERENCE_VERSION = -1  # of an encoder that holds the reference's weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class Policy:
         pg_collection: Any = None,
         force_all_reduce: bool = False,
     ) -> None:
-        """Called by the schedule after its last backward pass: the tower's backward pass, then all reductions."""
+        """Called by the schedule after its last backward pass: the encoder's backward pass, then all reductions."""
         if self.tower_training is None:
             finalize_model_grads(model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
             return
@@ -234,7 +234,7 @@ class Policy:
 
 
 class Reference:
-    """A frozen copy of the policy's weights, at home in host memory: one shard per rank, in the model's dtype."""
+    """A frozen copy of the policy's weights, kept in host memory: one shard per rank, in the model's dtype."""
 
     def __init__(self, policy: Policy):
         self._tower = policy.tower if policy.tower_training is not None else None
@@ -255,7 +255,7 @@ class Reference:
             self._set_tower_version(version)
 
     def _set_tower_version(self, version: int) -> int:
-        """Say which weights the tower holds; returns what it was."""
+        """Say which weights the encoder holds; returns what it was."""
         if self._tower is None:
             return 0
         before, self._tower.version = self._tower.version, version

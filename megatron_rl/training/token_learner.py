@@ -38,7 +38,8 @@ class PackingSettings:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What is learned from a group: estimator, loss (corrected, if so wished), and whether truncated responses stay."""
+    """What is learned from a group: estimator, loss (with its correction, if there is one), and whether truncated
+    responses stay."""
 
     estimator: AdvantageEstimator
     loss: PolicyLoss
@@ -92,7 +93,7 @@ class TokenLearner:
     def _pack(self, samples: Sequence[Sequence[TrainSample]]) -> list[Update]:
         """The updates of a step, with the embeddings of this rank's media tokens.
 
-        That is the last that is asked of the step's embeddings: those that other ranks use are dropped.
+        Nothing is fetched after that in the step: the embeddings that this rank made for others are dropped.
         """
         settings = self._packing
         updates = pack(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trained vision tower in Megatron-core's terms: its own DDP and distributed optimizer, over all ranks.
+"""The trained media encoder in Megatron-core's terms: its own DDP and distributed optimizer, over all ranks.
 
-Every rank holds the whole tower and encodes other frames, whatever its place in the language model's grid. So for the
-tower all ranks are data parallel: gradients are summed over the world, and each rank keeps a part of the optimizer
-state. Norm, clipping and the scale of the gradient are those of the language model.
+Every rank holds the whole encoder and encodes other frames, whatever its place in the language model's grid. So for
+the encoder all ranks are data parallel: gradients are summed over the world, and each rank keeps a part of the
+optimizer state. Norm, clipping and the scale of the gradient are those of the language model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_rl.protocols import MediaEncoder
 
 
 class TowerTraining:
-    """Gradient buffers and optimizer of a tower; created inside the backend's scope."""
+    """Gradient buffers and optimizer of an encoder; created inside the backend's scope."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class TowerTraining:
         return ChainedOptimizer([*(language.chained_optimizers if is_trained else ()), *self.optimizers])
 
     def finish_gradients(self, num_tokens: Tensor) -> None:
-        """Sum over all ranks and divide by the tokens of the whole update, which `num_tokens` holds."""
+        """Sum over all ranks and divide by the tokens of the whole update, which `num_tokens` [] holds."""
         self.ddp.finish_grad_sync()
         if num_tokens > 0:
             self.ddp.scale_gradients(1.0 / num_tokens)
@@ -60,7 +60,7 @@ class TowerTraining:
 
 
 def tower_state(tower: MediaEncoder) -> dict[str, ShardedTensor]:
-    """The tower for Megatron-core's checkpoints, each tensor under its Hugging Face name; rank 0 writes it."""
+    """The encoder for Megatron-core's checkpoints, each tensor under its Hugging Face name; rank 0 writes it."""
     replica = (0, 0, dist.get_rank())
     return {
         name: ShardedTensor.from_rank_offsets(name, param, replica_id=replica)
@@ -70,7 +70,7 @@ def tower_state(tower: MediaEncoder) -> dict[str, ShardedTensor]:
 
 @torch.no_grad()
 def load_tower_state(tower: MediaEncoder, loaded: dict[str, Any]) -> None:
-    """Fill the tower with what a checkpoint gave for `tower_state`."""
+    """Fill the encoder with what a checkpoint gave for `tower_state`."""
     for name, param in tower.named_weights().items():
         param.copy_(loaded[name])
     tower.is_original = False

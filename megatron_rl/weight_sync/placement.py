@@ -88,10 +88,10 @@ def most_valuable_flow(values: Counts, supply: Counts, capacity: int) -> Counts:
     return flow
 
 
-Step = tuple[int, int, int]  # a unit of class ... moves from shard ... to shard ...
+Move = tuple[int, int, int]  # a unit of class ... moves from shard ... to shard ...
 
 
-def _best_path(values: Counts, flow: Counts, free: Counts, entering: int) -> tuple[list[Step], int]:
+def _best_path(values: Counts, flow: Counts, free: Counts, entering: int) -> tuple[list[Move], int]:
     """The moves, first to last, that make room for one more unit of `entering`, and the shard that grows (Bellman-
     Ford over shards)."""
     moves = np.where(flow[:, :, None] > 0, values[:, None, :] - values[:, :, None], NEVER)
@@ -106,7 +106,7 @@ def _best_path(values: Counts, flow: Counts, free: Counts, entering: int) -> tup
         came_from[better] = through.argmax(axis=0)[better]
         gain[better] = through.max(axis=0)[better]
     last = stop = int(np.where(free > 0, gain, NEVER * 2).argmax())
-    steps: list[Step] = []
+    steps: list[Move] = []
     while came_from[stop] >= 0:
         start = int(came_from[stop])
         steps.append((int(mover[start, stop]), start, stop))

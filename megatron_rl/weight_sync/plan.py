@@ -181,16 +181,16 @@ def wanted_rectangles(weights: WeightMap, num_layers: int, trainer: Grid, engine
                 yield Wanted(engine_name, tp, common.target, tuple(_holders(sources, common, trainer)))
 
 
-Source = tuple[Entry, int]
+TrainerPart = tuple[Entry, int]
 
 
 EnginePart = tuple[str, tuple[HfTensor, ...]]  # engine parameter, HF tensors; all experts of a layer are one parameter
 
 
-def sources_by_engine_name(weights: WeightMap, num_layers: int, trainer: Grid) -> dict[EnginePart, list[Source]]:
+def sources_by_engine_name(weights: WeightMap, num_layers: int, trainer: Grid) -> dict[EnginePart, list[TrainerPart]]:
     """Part of an engine parameter -> the trainer parameters that hold it, with their stage (two for a tied embedding
     under PP)."""
-    sources: dict[EnginePart, list[Source]] = {}
+    sources: dict[EnginePart, list[TrainerPart]] = {}
     for name, entry in weights.entries.items():
         part = (entry.engine, entry.hf)
         if trainer.pipeline == 1 and name == "output_layer.weight" and part in sources:
@@ -257,7 +257,7 @@ def _rename(block: Block, names: Mapping[str, str]) -> Block:
     return Block(names[block.hf], block.rows, block.cols, block.at)
 
 
-def _holders(sources: Sequence[Source], common: CommonRectangle, trainer: Grid) -> Iterator[Holder]:
+def _holders(sources: Sequence[TrainerPart], common: CommonRectangle, trainer: Grid) -> Iterator[Holder]:
     for entry, stage in sources:
         for slot, block in common.slots:
             yield Holder(entry.mcore, block, np.array(trainer.ranks_of_slot(stage, slot, entry.layout.is_expert)))

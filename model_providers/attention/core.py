@@ -2,8 +2,7 @@
 """Megatron-core's `core_attention`, ours: packed segments, shared prefixes and context parallelism, all composing.
 
 The layout of a micro-batch travels as `packed_seq_params`, never as module state: recomputation and 1F1B interleave
-micro-batches. Shapes: T this rank's rows, A heads, G key/value heads, D head dimension, n media tokens here, R response
-tokens predicted here by K rows. The batch dimension is 1.
+micro-batches. Shapes: types.py; the batch dimension is 1.
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ class PlannedAttention(MegatronModule):
         return out.flatten(1).unsqueeze(1)
 
     def _asking(self, query: Tensor, rows: Tensor) -> Tensor:
-        """The queries of `rows`, padded as the last layer pads them."""
+        """The queries [K', 1, A, D] of `rows` int64 [K], padded as the last layer pads them."""
         num_slices = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         padding = padded_count(len(rows), num_slices) - len(rows)
         return pad(query.index_select(0, rows), (0, 0, 0, 0, 0, 0, 0, padding))

@@ -5,8 +5,7 @@ Only rows that another rank attends to are sent (`AttentionPlan.exports`): for a
 nothing. What was received is not kept for the backward, which fetches it again: kept, it would undo the saving of
 activation memory that context parallelism is for.
 
-Shapes: T this rank's rows, S rows of a block, K key/value heads, D head dimension; a block is [S, 2, K, D], keys and
-values together.
+Shapes: types.py; a block is [S, 2, G, D], keys and values together.
 """
 
 from __future__ import annotations
@@ -34,18 +33,19 @@ class Exchange(ABC):
         self._sizes = [block_size(exports) for exports in plan.exports]
 
     def own_block(self, k: Tensor, v: Tensor) -> Tensor:
-        """[S, 2, K, D]: what others need of this rank's keys and values [T, K, D]."""
+        """[S, 2, G, D]: what others need of this rank's keys and values [T, G, D]."""
         exports = self._plan.exports[self._rank]
         return torch.stack([rows_of(k, exports), rows_of(v, exports)], dim=1)
 
     @abstractmethod
     def blocks(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(rank, its block) of every other rank that has one."""
+        """(rank, its block [S, 2, G, D]) of every other rank that has one."""
 
     @abstractmethod
     def blocks_and_gradients(self, own: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(rank, its block, zeros in `dtype` of the block's shape), to which the caller adds its gradient. When the
-        iterator is exhausted, `gradient` holds the sum, over all ranks, of the gradients of this rank's own block."""
+        """(rank, its block [S, 2, G, D], zeros [S, 2, G, D] in `dtype` to which the caller adds its gradient). When the
+        iterator is exhausted, `gradient` [S, 2, G, D] holds the sum, over all ranks, of the gradients of this rank's
+        own block."""
 
     gradient: Tensor
 
@@ -76,7 +76,7 @@ class AllGather(Exchange):
         self.gradient = mine[: len(own)]
 
     def _gather(self, own: Tensor) -> Tensor:
-        """[ranks, longest block, 2, K, D]; shorter blocks are padded at the end."""
+        """[ranks, longest block, 2, G, D]; shorter blocks are padded at the end."""
         padded = own.new_zeros(max(self._sizes), *own.shape[1:])
         padded[: len(own)] = own
         gathered = own.new_empty(self._size * len(padded), *own.shape[1:])
@@ -136,7 +136,7 @@ class Ring(Exchange):
 
 
 class _Transfer:
-    """A message that is being sent. Keeps the tensor until it has been."""
+    """A block that is being sent and one that is being received. Keeps both tensors until that is done."""
 
     def __init__(self, leaving: Tensor, arriving: Tensor, works: Sequence[dist.Work]):
         self._leaving, self._arriving, self._works = leaving, arriving, works
@@ -151,7 +151,7 @@ EXCHANGES: dict[str, type[Exchange]] = {"all_gather": AllGather, "p2p": Ring}
 
 
 def add_own_gradient(dk: Tensor, dv: Tensor, gradient: Tensor, plan: AttentionPlan, rank: int) -> None:
-    """Add the gradient [S, 2, K, D] of this rank's block to those of its rows."""
+    """Add the gradient [S, 2, G, D] of this rank's block to those of its rows."""
     add_rows(dk, plan.exports[rank], gradient[:, 0])
     add_rows(dv, plan.exports[rank], gradient[:, 1])
 
@@ -171,8 +171,8 @@ def heads_of_rank(num_heads: int, num_kv_heads: int, rank: int, size: int) -> tu
 
 
 class TokensToHeads(torch.autograd.Function):
-    """All heads of this rank's rows [T, heads, D] -> some heads of the rows of all ranks (Ulysses, Jacobs et al. 2023,
-    arXiv 2309.14509). `chosen[r]`: heads that rank r gets."""
+    """All heads of this rank's rows [T, A, D] -> some heads of the rows of all ranks [rows, heads, D] (Ulysses, Jacobs
+    et al. 2023, arXiv 2309.14509). `chosen[r]`: heads that rank r gets."""
 
     @staticmethod
     def forward(
@@ -200,7 +200,7 @@ class TokensToHeads(torch.autograd.Function):
 
 
 class HeadsToTokens(torch.autograd.Function):
-    """The inverse: some heads of the rows of all ranks -> all heads [T, heads, D] of this rank's rows."""
+    """The inverse: some heads of the rows of all ranks [rows, heads, D] -> all heads [T, A, D] of this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, num_heads: int, row_counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:

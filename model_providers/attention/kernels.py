@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one primitive that all attention here is made of: (q, k, v) -> (out, lse), and its backward.
 
-Rows are cut into blocks: block i of q (q_lengths[i] rows) attends to block i of k and v (k_lengths[i] rows), whole or
-causally. Causal blocks are square, and there alone the libraries agree on what causal means: with fewer queries than
+Rows are divided into blocks: block i of q (q_lengths[i] rows) attends to block i of k and v (k_lengths[i] rows), whole
+or causally. Causal blocks are square, and there alone the libraries agree on what causal means: with fewer queries than
 keys, aten's CPU kernel aligns the mask to the upper left, flash-attn to the lower right.
 
 The backward takes `out` and `lse` of the *whole* softmax: called on a part of the keys with them, it gives exactly
 that part's share of the gradient, so partial results merge by their lse alone.
 
-Shapes: T query rows, S key rows, A heads, K key/value heads (A a multiple of K), D head dimension.
+Shapes (types.py): T query rows, S key rows; A is a multiple of G.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class FlashKernel(ABC):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths, causal: bool
     ) -> tuple[Tensor, Tensor]:
-        """q [T, A, D], k and v [S, K, D] -> out [T, A, D] in q's dtype, lse [T, A] in fp32 (fp64 for fp64)."""
+        """q [T, A, D], k and v [S, G, D] -> out [T, A, D] in q's dtype, lse [T, A] in fp32 (fp64 for fp64)."""
 
     @abstractmethod
     def backward(
@@ -47,11 +47,12 @@ class FlashKernel(ABC):
         k_lengths: Lengths,
         causal: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv), shaped as q, k, v; `grad`, `out`, `lse` are those of the whole softmax."""
+        """(dq [T, A, D], dk and dv [S, G, D]); `grad`, `out` [T, A, D] and `lse` [T, A] are those of the whole
+        softmax."""
 
 
 class _DenseKernel(FlashKernel):
-    """Equal neighbouring blocks make one dense call [B, heads, rows, D]."""
+    """Equal neighbouring blocks make one dense call [blocks, heads, rows, D]."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths, causal: bool
@@ -203,7 +204,7 @@ def _batches(q_lengths: Lengths, k_lengths: Lengths) -> Iterator[tuple[int, slic
 
 
 def _dense(count: int, *rows: tuple[Tensor, slice]) -> list[Tensor]:
-    """[count * L, heads, ...] -> [count, heads, L, ...] of each."""
+    """[count * rows, heads, ...] -> [count, heads, rows, ...] of each."""
     return [tensor[window].unflatten(0, (count, -1)).transpose(1, 2) for tensor, window in rows]
 
 

@@ -10,7 +10,8 @@ NUM_HEADS, NUM_KV_HEADS = 4, 2
 
 
 def tiny(vocab_size: int) -> dict[str, Any]:
-    """Arguments of transformers' Qwen2_5_VLConfig, without token ids: 2 layers of width 128, a tower of width 64.
+    """Arguments of transformers' Qwen2_5_VLConfig, without token ids: 2 layers of width 128, a vision encoder of
+    width 64.
 
     Initial weights are wide, so that a random model prefers some tokens to others.
     """

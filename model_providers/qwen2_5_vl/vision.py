@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames -> patches -> video embeddings, with transformers' own Qwen2.5-VL tower.
+"""Frames -> patches -> embeddings, with transformers' own vision encoder of Qwen2.5-VL.
 
-The tower stands outside the pipeline: every rank holds it and encodes some of the frames. Its attention never crosses a
-temporal patch, so a video may be cut between any two of them and encoded in chunks, exactly.
-Shapes: F frames, P temporal patch, C=3, N language tokens, H language hidden size.
+It stands outside the pipeline: every rank holds it and encodes some of the frames. Its attention never crosses a
+temporal patch, so a video can be encoded in chunks of temporal patches, exactly. Shapes: types.py.
 """
 
 from __future__ import annotations
@@ -71,7 +70,8 @@ class QwenMediaSpec:
         return Placeholder(ids, (((0, item.num_tokens),),))
 
     def patchify(self, frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-        """uint8 [F, 3, height, width] -> normalised patches [t*h*w, 3*P*p*p] and the grid (t, h, w)."""
+        """uint8 [F, 3, height, width] -> normalised patches [t * h * w, 3 * temporal patch * patch ** 2] and the grid
+        (t, h, w)."""
         p, m, tp = self.patch_size, self.merge_size, self.temporal_patch_size
         mean = torch.tensor(self.mean, device=frames.device).view(1, 3, 1, 1) * 255
         std = torch.tensor(self.std, device=frames.device).view(1, 3, 1, 1) * 255
@@ -82,8 +82,8 @@ class QwenMediaSpec:
         return x.reshape(t * h * w, 3 * tp * p * p), (t, h, w)
 
 
-class VisionTower:
-    """The tower with its projector (the merger): uint8 frames -> embeddings in the language model's width."""
+class QwenVisionEncoder:
+    """The vision tower with its projector (the merger): uint8 frames -> embeddings (protocol MediaEncoder)."""
 
     def __init__(
         self,
@@ -128,11 +128,11 @@ class VisionTower:
 
     @torch.inference_mode()
     def encode(self, frames: Tensor, kind: MediaKind = "video") -> Tensor:
-        """uint8 [F, 3, height, width], F a multiple of the temporal patch -> [N, H]; images alike."""
+        """uint8 [F, 3, height, width], F a multiple of the temporal patch -> [n, H]; images alike."""
         return self._forward(frames).clone()
 
     def backward(self, frames: Tensor, grad: Tensor, kind: MediaKind = "video") -> None:
-        """Encode once more and give the parameters what `grad` [N, H] of the result means for them."""
+        """Encode once more and add to the gradients of the parameters what `grad` [n, H] of the result gives."""
         self._forward(frames).backward(grad.to(self.dtype))
 
     def _forward(self, frames: Tensor) -> Tensor:
@@ -164,15 +164,15 @@ def specs_of(config: Mapping[str, Any], folder: Path, bounds: PixelBounds) -> Me
     )
 
 
-def build_tower(
+def build_encoder(
     model_config: Mapping[str, Any],
     checkpoint: HfCheckpoint,
     specs: MediaSpecs,
     backend: Backend,
     device: torch.device,
     trained: frozenset[VisionPart] = frozenset(),
-) -> VisionTower:
-    """The tower with the checkpoint's weights; every missing or misshapen tensor is named in one WeightMismatch."""
+) -> QwenVisionEncoder:
+    """The encoder with the checkpoint's weights; every missing or misshapen tensor is named in one WeightMismatch."""
     define_torchvision_operators()
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
@@ -182,7 +182,9 @@ def build_tower(
     module = Qwen2_5_VisionTransformerPretrainedModel(config)
     state = module.state_dict()
     checkpoint.check({f"{HF_PREFIX}{name}": tuple(tensor.shape) for name, tensor in state.items()})
-    module.load_state_dict({name: checkpoint.tensor(f"{HF_PREFIX}{name}") for name in state})
+    loaded = {name: checkpoint.tensor(f"{HF_PREFIX}{name}") for name in state}
+    checkpoint.check_finite({f"{HF_PREFIX}{name}": tensor for name, tensor in loaded.items()})
+    module.load_state_dict(loaded)
     spec = specs.pictures
     assert isinstance(spec, QwenMediaSpec), "what `specs_of` makes"
-    return VisionTower(module, config, spec, backend, device, trained)
+    return QwenVisionEncoder(module, config, spec, backend, device, trained)

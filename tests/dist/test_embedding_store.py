@@ -51,10 +51,10 @@ def _open(checkpoint: Path, folder: Path, max_bytes: int = ROOMY, dtype: str = "
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     backend, provider = choose_backend("cpu", dtype), open_provider(checkpoint)
-    tower = provider.build_encoder(backend, torch.device("cpu"))
-    store = DiskStore(folder, max_bytes, tower.fingerprint(), tower.dtype, tower.width)
+    media_encoder = provider.build_encoder(backend, torch.device("cpu"))
+    store = DiskStore(folder, max_bytes, media_encoder.fingerprint(), media_encoder.dtype, media_encoder.width)
     frames = FramePrefetcher(MadeFrames(), 0)
-    return ParallelEncoder(tower, frames, frames_per_chunk=16, store=store)
+    return ParallelEncoder(media_encoder, frames, frames_per_chunk=16, store=store)
 
 
 def _run(
@@ -63,10 +63,10 @@ def _run(
     """Counts of all ranks together, and the embeddings (which are the same on every rank)."""
 
     def work(rank: int) -> tuple[EncoderCounts, dict[str, Tensor]]:
-        cache = _open(checkpoint, folder, **options)
-        assert cache.encode(videos) == {}
-        made = cache.fetch(videos).tables
-        return cache.take_counts(), made
+        encoder = _open(checkpoint, folder, **options)
+        assert encoder.encode(videos) == {}
+        made = encoder.fetch(videos).tables
+        return encoder.take_counts(), made
 
     ranks = run_world(world, work)
     total = EncoderCounts()
@@ -129,17 +129,17 @@ def test_a_file_that_changes_during_a_run(tiny_checkpoint: Path, videos: list[Me
     """Nothing of what it was is used, and nothing is kept under its old content."""
 
     def work(rank: int) -> tuple[int, int]:
-        cache = _open(tiny_checkpoint, tmp_path / "cache")
-        cache.encode(videos[:1])
-        cache.forget()
+        encoder = _open(tiny_checkpoint, tmp_path / "cache")
+        encoder.encode(videos[:1])
+        encoder.forget()
         _rewrite(Path(videos[0].path), "CONTENT of a")
-        cache.encode(videos[:1])
-        store = cache._store
+        encoder.encode(videos[:1])
+        store = encoder._store
         _rewrite(Path(videos[0].path), "Content of a")
         before = len(_entries(tmp_path / "cache"))
         store.write(videos[0], 0, 8, torch.zeros(8 * 4, tp.HIDDEN))
         assert len(_entries(tmp_path / "cache")) == before
-        return cache.take_counts().encoded_patches, before
+        return encoder.take_counts().encoded_patches, before
 
     assert run_world(1, work) == [(2 * 20 * 16, 6)]
 
@@ -183,12 +183,12 @@ def test_a_damaged_or_foreign_entry_is_never_used(
     tiny_checkpoint: Path, videos: list[MediaItem], tmp_path: Path
 ) -> None:
     def work(rank: int) -> None:
-        cache, folder = _open(tiny_checkpoint, tmp_path / "cache"), tmp_path / "cache"
+        encoder, folder = _open(tiny_checkpoint, tmp_path / "cache"), tmp_path / "cache"
 
         def encode() -> tuple[EncoderCounts, dict[str, Tensor]]:
-            cache.forget()
-            cache.encode(videos[:1])
-            return cache.take_counts(), cache.fetch(videos[:1]).tables
+            encoder.forget()
+            encoder.encode(videos[:1])
+            return encoder.take_counts(), encoder.fetch(videos[:1]).tables
 
         _, made = encode()
         first, second, _ = _entries(folder)
@@ -205,11 +205,11 @@ def test_a_damaged_or_foreign_entry_is_never_used(
 
 def _filled(checkpoint: Path, folder: Path, video: MediaItem) -> tuple[DiskStore, Tensor]:
     """A store that knows `video`, and the embeddings of its only entry."""
-    cache = _open(checkpoint, folder)
-    cache.encode([video])
-    store = cache._store
+    encoder = _open(checkpoint, folder)
+    encoder.encode([video])
+    store = encoder._store
     assert isinstance(store, DiskStore)
-    return store, cache.fetch([video]).tables[video.key]
+    return store, encoder.fetch([video]).tables[video.key]
 
 
 def test_every_bit_of_the_header_counts(tiny_checkpoint: Path, videos: list[MediaItem], tmp_path: Path) -> None:
@@ -280,15 +280,15 @@ def test_what_was_used_longest_ago_goes_first(tiny_checkpoint: Path, videos: lis
 def _alone(rank: int, checkpoint: Path, folder: Path, videos: Sequence[MediaItem], max_bytes: int) -> Any:
     """A run of one rank, of so many steps that it gets in the way of the others."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    cache = _open(checkpoint, folder, max_bytes)
+    encoder = _open(checkpoint, folder, max_bytes)
     results = []
     for _ in range(12):
-        assert cache.encode(videos) == {}
-        results.append(cache.fetch(videos).tables)
-        cache.forget()
+        assert encoder.encode(videos) == {}
+        results.append(encoder.fetch(videos).tables)
+        encoder.forget()
     for result in results[1:]:
         _assert_equal(result, results[0])
-    return results[0], cache.take_counts()
+    return results[0], encoder.take_counts()
 
 
 def test_runs_at_the_same_time_share_a_folder_that_is_too_small(

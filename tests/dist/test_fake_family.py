@@ -204,7 +204,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def folder(heavy_imports: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3-VL; what its own tower makes is not used."""
+    """A tiny Qwen3-VL; what its own vision encoder makes is not used."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
@@ -328,7 +328,7 @@ def _alone(item: MediaItem) -> Tensor:
 
 
 def test_trainer_and_engine_agree_about_sound_and_pictures(folder: Path, film: str) -> None:
-    """Encoded by two ranks, packed with a shared prompt, cut for context parallelism, against vLLM."""
+    """Encoded by two ranks, packed with a shared prompt, split for context parallelism, against vLLM."""
     ranks = run_world(2, _on_a_rank, folder, build_prompt(folder, film, num_frames=40), timeout=240)
     for completions, _, off, widths in ranks:
         assert len({c.token_ids for c in completions}) == 6 and float(off.max()) < 1e-5

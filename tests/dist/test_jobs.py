@@ -24,6 +24,7 @@ from megatron_rl.config.schema import (
 )
 from megatron_rl.types import Group
 from tests.rollout_parts import small_config
+from tests.unit.test_docs import described_metrics
 from tests.world import WorldFailed, run_world
 
 pytestmark = pytest.mark.usefixtures("heavy_imports")
@@ -86,6 +87,8 @@ def test_rl_resumes_replays_and_reports(tiny_checkpoint: Path, tiny_videos: Path
     run_world(2, train, replayed)
 
     one_go, in_parts = metrics_of(whole), metrics_of(half)
+    unknown = {name for row in one_go for name in row if not name.startswith(("eval_vision/", "step", "reward/"))}
+    assert unknown - described_metrics() == set(), "describe it in docs/metrics.md"
     assert [row["step"] for row in in_parts] == [0, 1]
     learned = ("critic/score/mean", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "rollout/logprob_gap_mean")
     for row, resumed, again in zip(one_go, in_parts, metrics_of(replayed), strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.losses import NllLoss
-from model_providers.hf_checkpoint import canonical_hf_name
+from model_providers.hf_files import canonical_hf_name
 from tests import tiny_policy as tp
 from tests.world import run_world
 
@@ -38,7 +38,7 @@ def _open_reference(folder: Path) -> Any:
 
 
 def _reference_logprobs(model: Any, provider: Any, samples: Sequence[Any], temperature: float) -> list[Tensor]:
-    """transformers from uint8 frames on: its own processor, tower and merge; only the position ids are ours."""
+    """transformers from uint8 frames on: its own processor, encoder and merge; only the position ids are ours."""
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
     processor = Qwen2VLVideoProcessor(patch_size=14, temporal_patch_size=2, merge_size=2)
@@ -85,8 +85,8 @@ def _our_logprobs(folder: Path, tensor: int, pipeline: int, embeds: dict[str, Te
 def _check_parity(folder: Path, tensor: int, pipeline: int) -> None:
     provider = tp.open_provider(folder)
     samples = tp.mixed_samples(provider)
-    tower = provider.build_encoder(tp.BACKEND, torch.device("cpu"))
-    embeds = {key: tower.encode(frames).detach() for key, frames in _frames(samples).items()}
+    encoder = provider.build_encoder(tp.BACKEND, torch.device("cpu"))
+    embeds = {key: encoder.encode(frames).detach() for key, frames in _frames(samples).items()}
     model = _open_reference(folder)
     with torch.no_grad():
         expected = {t: _reference_logprobs(model, provider, samples, t) for t in TEMPERATURES}

@@ -63,7 +63,7 @@ def _by_sample(batch: Any, logprobs: Tensor, lengths: list[int]) -> list[tuple[i
     return list(zip(batch.samples, logprobs.split([lengths[i] for i in batch.samples]), strict=True))
 
 
-def _load(rank: int, folder: Path, root: Path, pipeline: int, virtual: int) -> list[tp.Piece]:
+def _load(rank: int, folder: Path, root: Path, pipeline: int, virtual: int) -> list[tp.WeightPart]:
     trainer = tp.open_trainer(folder, tp.join(1, pipeline, virtual=virtual))
     checkpoint.load(checkpoint.step_folder(root, 1), trainer.policy, trainer.mesh)
     return tp.weights(trainer)

@@ -84,6 +84,13 @@ def _inspect_model(rank: int, cache: Path, adapted: bool) -> str:
             return str(error)
 
 
+def test_vllm_raises_low_temperatures_with_a_warning_only() -> None:
+    """When it does not, rollout.temperature may be lower than 0.01 (megatron_rl/config/checks.py)."""
+    from vllm import SamplingParams
+
+    assert SamplingParams(temperature=0.005).temperature == 0.01
+
+
 def test_vllm_looks_at_model_classes_in_a_process_of_their_own(tmp_path: Path) -> None:
     assert run_world(1, _inspect_model, tmp_path / "a", False) == ["no process"]
     assert run_world(1, _inspect_model, tmp_path / "b", True) == ["Qwen2_5_VLForConditionalGeneration"]
@@ -162,6 +169,28 @@ def test_engines_name_their_shared_memory_alike_on_all_ranks_and_never_twice() -
     assert len(set(first)) == 2 and not any("/" in name for name in first)
 
 
+def _shared_memory_of_a_failure(rank: int) -> list[bool]:
+    """Whether a file is there while an engine is built, and once that has failed on one of two ranks."""
+    join_world()
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    os.environ["VLLM_DIST_IDENT"] = "//"
+    there = []
+    with pytest.raises(ValueError, match="no room"), vllm_adaptations.private_shared_memory():
+        name = _CPUSHMDistributed.make_group_name(SimpleNamespace(unique_name="tp:0", ranks=[0, 1]))
+        file = Path("/dev/shm") / f"{name}_{rank}"
+        file.touch()
+        there.append(file.exists())
+        dist.barrier()
+        raise ValueError("no room")
+    there.append(file.exists())
+    return there
+
+
+def test_an_engine_that_cannot_be_built_leaves_no_shared_memory_behind() -> None:
+    assert run_world(2, _shared_memory_of_a_failure) == [[True, False]] * 2
+
+
 def _without_weights(name: str, module: str) -> Any:
     """A model class of vLLM without its layers: the methods in question read the configuration only."""
     model: Any = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
@@ -198,6 +227,6 @@ def test_vllm_leaves_deepstack_out_where_the_tower_is_missing(heavy_imports: Non
     models = importlib.import_module(f"vllm.model_executor.models.{module}")
     assert "not isinstance(self.visual, StageMissingLayer)" in " ".join(inspect.getsource(models).split())
     missing = models.StageMissingLayer("visual")
-    with vllm_adaptations.deepstack_without_tower():
+    with vllm_adaptations.deepstack_without_encoder():
         assert not isinstance(missing, models.StageMissingLayer)
     assert isinstance(missing, models.StageMissingLayer)

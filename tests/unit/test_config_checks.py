@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from megatron_rl.config import checks
 from megatron_rl.config.checks import _RANGES, check
 from megatron_rl.config.io import keys_of, load_config
 from megatron_rl.config.schema import RlConfig, SftConfig
@@ -30,6 +31,12 @@ def no_wandb_login(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_BASE_URL", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch):
+    """The folders here hold a config.json alone; tests/unit/test_hf_files.py has whole ones."""
+    monkeypatch.setattr(checks, "_fits_files", lambda *_: ())
 
 
 @pytest.fixture
@@ -70,7 +77,7 @@ def test_the_defaults_pass(make):
         ("train.num_steps=0", "train.num_steps=0: out of range; it must be at least 1"),
         ("checkpoint.keep=0", "checkpoint.keep=0: out of range; it must be at least 1"),
         ("train.optimizer.lr=-1e-6", "train.optimizer.lr=-1e-06: out of range; it must be at least 0"),
-        ("rollout.temperature=0", "rollout.temperature=0.0: out of range; it must be above 0"),
+        ("rollout.temperature=0", "rollout.temperature=0.0: out of range; it must be at least 0.01"),
         ("rollout.gpu_memory_utilization=1.5", "it must be above 0 and at most 1"),
         (
             "reward.terms={acuracy: 1}",
@@ -260,15 +267,27 @@ def test_the_models_own_table_is_asked(make, tmp_path):
     assert "nothing is left to train" in everything
     config.write_text(json.dumps(HF | {"rope_scaling": {"type": "yarn"}, "use_sliding_window": True}))
     assert [p.split(": ")[1] for p in problems(make())] == ["rope_type=yarn", "use_sliding_window=true"]
-    config.write_text(json.dumps(HF | {"model_type": "llama"}))
+    config.write_text(json.dumps(HF | {"model_type": "bert"}))
     (unknown,) = problems(make())
-    assert "no provider for model_type=llama" in unknown
+    assert "no provider for model_type=bert" in unknown
     config.write_text(json.dumps(HF | {"vision_config": {"temporal_patch_size": 2}}))
     (frames,) = problems(make("data.num_frames=5"))
     assert frames.startswith("data.num_frames=5: the model joins 2 frames")
     (tmp_path / "format.jinja").write_text("{{ question }}")
     (template,) = problems(make(f"data.format_prompt={tmp_path}/format.jinja", "data.num_frames=4"))
     assert "uses the variables ['question']" in template
+
+
+def test_the_lowest_temperature_is_that_of_the_engine(make):
+    """vLLM would sample at 0.01 what the trainer scores at less (tests/dist/test_vllm_adaptations.py)."""
+    assert problems(make("rollout.temperature=0.01")) == []
+    (problem,) = problems(make("rollout.temperature=0.0099"))
+    assert problem.startswith("rollout.temperature=0.0099: out of range")
+
+
+def test_rollouts_alone_leave_nothing_to_export(make):
+    (problem,) = problems(make("rollout.only=true", "rollout.save_to=rollouts", "checkpoint.export_hf=true"))
+    assert problem.startswith("checkpoint.export_hf=true: rollout.only=true learns nothing to export")
 
 
 def test_export_needs_a_last_checkpoint(make):
@@ -302,3 +321,12 @@ def test_only_a_tower_that_exists_is_trained(make, tmp_path):
     assert missing.startswith("model.freeze_vision=false: the model has no vision tower")
     (tmp_path / "model/config.json").write_text(json.dumps(HF | {"vision_config": {}}))
     assert problems(make("model.freeze_vision=false", "model.freeze=['*']")) == [], "the tower alone is enough"
+
+
+def test_a_model_of_text_keeps_and_blanks_nothing(make, tmp_path):
+    found = problems(make(f"data.cache_dir={tmp_path}/cache", f"data.eval={tmp_path}/train.jsonl", "eval.blind=true"))
+    assert [problem.partition("=")[0] for problem in found] == ["data.cache_dir", "eval.blind"]
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | {"vision_config": {}}))
+    assert (
+        problems(make(f"data.cache_dir={tmp_path}/cache", f"data.eval={tmp_path}/train.jsonl", "eval.blind=true")) == []
+    )

@@ -73,7 +73,7 @@ def test_empty_section_is_all_defaults(recipe):
     [
         ("data.num_frame=8", "data.num_frame=8: no such key; did you mean 'num_frames'?"),
         ("num_frames=8", "num_frames=8: no such key; did you mean 'data.num_frames'?"),
-        ("zzz=8", "zzz=8: no such key; known here: run_dir, device, model"),
+        ("zzz=8", "zzz=8: no such key; known here: run_dir, device, max_phase_minutes, model"),
         ("seed=true", "seed=true: true/false; expected integer"),
         ("seed=010", "seed=010: text; expected integer"),
         ("seed=1.5", "seed=1.5: a number; expected integer"),
@@ -148,6 +148,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(recipe, monkeypatch):
     for job in (RlConfig, SftConfig):
         hints = {path: typing.get_type_hints(section) for path, section in sections_of(job)}
         texts = {join(path, name) for path, hint in hints.items() for name, kind in hint.items() if kind is str}
+        texts = {path for path in texts if not path.startswith("data.columns.")}
         assert texts - no_paths == PATHS & set(keys_of(job)), "a new text field: is it a path?"
     cfg = load_config(recipe(), RlConfig, [f"{path}=~/x" for path in PATHS])
     assert cfg.run_dir == cfg.model.hf == cfg.data.cache_dir == cfg.reward.name == "/home/me/x"
@@ -247,6 +248,14 @@ def test_help_names_every_key_and_its_doc():
 
 
 @pytest.mark.parametrize("schema", [RlConfig, SftConfig, CacheConfig])
+def test_help_explains_every_key(schema):
+    lines = [line for line in describe(schema).splitlines() if line]
+    is_key = [line.startswith("  ") and not line.startswith("   ") for line in lines]
+    unexplained = [a for a, b, key in zip(lines, [*lines[1:], ""], is_key, strict=True) if key and b[:6] != " " * 6]
+    assert sum(is_key) > 25 and unexplained == []
+
+
+@pytest.mark.parametrize("schema", [RlConfig, SftConfig, CacheConfig])
 def test_help_lists_the_keys_of_its_own_job(schema):
     listed = set()
     for line in describe(schema).splitlines():
@@ -270,7 +279,7 @@ def test_help_exits_clean_and_shows_usage(capsys):
 
 
 def test_parse_args_reads_recipe_and_overrides(recipe):
-    cfg, only_check = parse_args([recipe(), "seed=9"], RlConfig, "x", "y")
+    cfg, only_check, _ = parse_args([recipe(), "seed=9"], RlConfig, "x", "y")
     assert cfg.seed == 9 and not only_check
-    cfg, only_check = parse_args([recipe(), "--check", "seed=9"], RlConfig, "x", "y")
+    cfg, only_check, _ = parse_args([recipe(), "--check", "seed=9"], RlConfig, "x", "y")
     assert cfg.seed == 9 and only_check

@@ -42,7 +42,7 @@ def test_short_sequences_that_stay_whole_cost_nothing() -> None:
 
 
 def test_sequences_that_are_cut_although_they_would_fit() -> None:
-    """Two sequences over four ranks are cut; two ranks to each would do, and two such pairs."""
+    """Two sequences over four ranks are split; two ranks to each would do, and two such pairs."""
     assert advise(_bundles(*[400] * 4), SHAPE, 4, "all_gather", num_data=1, max_tokens=1600) is None  # one a rank
     text = advise(_bundles(*[700] * 4), SHAPE, 4, "all_gather", num_data=1, max_tokens=1400)
     assert text is not None and "parallel.context=2 with train.max_tokens_per_microbatch=700" in text

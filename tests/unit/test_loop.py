@@ -18,6 +18,7 @@ from megatron_rl.media.prompt_prefetcher import PromptPrefetcher
 from megatron_rl.observe.progress import Progress
 from megatron_rl.observe.quarantine import Quarantine
 from megatron_rl.rollout.colocated import ColocatedEngine, ColocatedRollouts, GroupFilter
+from megatron_rl.rollout.generate import generate
 from megatron_rl.rollout.replayed import ReplayedRollouts
 from megatron_rl.rollout.store import RolloutStore
 from megatron_rl.runtime.grid import Grid
@@ -183,6 +184,24 @@ def test_a_replayed_step_learns_from_the_saved_groups(tmp_path):
     assert not [event for event in again.events if event.startswith(("wake", "sync", "generate"))]
     with pytest.raises(ValueError, match="rollout.replay_from=.*has no step_2.jsonl"):
         rl_step(source, again.learner, again.quarantine, 2)
+
+
+def test_a_replica_without_prompts_does_not_ask_the_reward(tmp_path):
+    """One prompt, two replicas: a reward may be unable to score nothing (numpy.stack raises)."""
+    step = Step(tmp_path)
+    asked: list[int] = []
+
+    def counted(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
+        asked.append(len(completions))
+        return reward(prompts, completions)
+
+    step.engine.weights_changed(0)
+    second = ParallelMesh(1, Grid(2), Grid(2))
+    sampling = Sampling(2, 1.0, 8, seed=1, weights_version=0)
+    prompt = Prompt(0, ROWS[0], (1, 2))
+    assert generate([], step.encoder, step.engine, counted, sampling, second) == []
+    assert len(generate([prompt], step.encoder, step.engine, counted, sampling, MESH)) == 1
+    assert asked == [2]
 
 
 def test_a_replayed_step_refuses_other_videos(tmp_path):

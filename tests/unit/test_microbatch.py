@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Micro-batches computed by hand: whole, with a shared prompt, and cut for context parallel ranks."""
+"""Micro-batches computed by hand: whole, with a shared prompt, and split over context parallel ranks."""
 
 from __future__ import annotations
 
@@ -149,10 +149,10 @@ def test_padding_attends_to_nothing(multiple: int, num_rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "cut", [RankSlice(pad_multiple=4), RankSlice(1, 2, 4, 0.01), RankSlice(1, 2, 4, 0.01, by_heads=True)], ids=str
+    "part", [RankSlice(pad_multiple=4), RankSlice(1, 2, 4, 0.01), RankSlice(1, 2, 4, 0.01, by_heads=True)], ids=str
 )
-def test_an_empty_micro_batch_is_padding_only(cut: RankSlice) -> None:
-    batch = build_microbatch(SAMPLES, (), cut, _positions)
+def test_an_empty_micro_batch_is_padding_only(part: RankSlice) -> None:
+    batch = build_microbatch(SAMPLES, (), part, _positions)
     assert batch.token_ids.tolist() == [0] * 4 and batch.attention.num_queries == 0
     assert batch.position_ids.shape == (3, 4) and batch.num_response_tokens == 0
     assert _predicting(batch).dtype == batch.targets.dtype == torch.int64

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -54,6 +55,26 @@ def test_times_on_no_clock_come_back_to_the_bit(seed: int) -> None:
     times = tuple(sorted(rng.uniform(0.0, 1e5) * 10.0 ** rng.randrange(-9, 3) for _ in range(NUM_FRAMES)))
     prompt = _prompt(tuple(rng.randrange(10**9) for _ in range(NUM_FRAMES)), times)
     assert pickle.loads(pickle.dumps(prompt)) == prompt
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "times",
+    [
+        (),
+        (-0.0, 0.0),
+        (1 / 3,) * 20,
+        tuple(1 + n * 1e-9 for n in range(40)),
+        (1e15, 1e18, 1e19, 1e25),
+        (1.7976931348623157e308, -1.7976931348623157e308),
+        (5e-324, 1e-310),
+        (0.0, 1e-9, 1e18, 0.1, 2.0**53 + 2),
+    ],
+)
+def test_odd_times_come_back_to_the_bit_without_a_warning(times: tuple[float, ...]) -> None:
+    item = replace(_clock(1000, jitter=False).media[0], timestamps=times)
+    again = pickle.loads(pickle.dumps(item))
+    assert again == item and list(map(str, again.timestamps)) == list(map(str, times)), "-0.0 equals 0.0"
 
 
 def test_text_and_nothing_at_all_come_back() -> None:

@@ -46,3 +46,11 @@ def test_a_batch_of_which_nothing_is_left_stops_the_run(tmp_path):
         ValueError, match=r"^data\.max_prompt_tokens: none of the 3 rows of step 0 is left, 2 are too long"
     ):
         quarantine.add([LONG, ROW, LONG], 3, "step 0")
+    with pytest.raises(
+        ValueError, match=r"^train\.max_answer_tokens: none of the 1 rows of a batch is left, 1 are too"
+    ):
+        quarantine.add([LONG], 1, "a batch", "train.max_answer_tokens")
+    with pytest.raises(
+        ValueError, match=r"^data\.max_bad_fraction: none of the 2 rows of step 1 is left, none can be used"
+    ):
+        quarantine.add([FILE, ROW], 2, "step 1")

@@ -90,3 +90,26 @@ def test_changed_data_is_refused_by_name(what: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rollout\.replay_from=.* behind 1 prompts .*train\.jsonl:1") as caught:
         RolloutStore(tmp_path, writes=False).check_unchanged(GROUPS, prompts)
     assert "train.jsonl:3" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("groups", "why"),
+    [
+        ([], "step_2.jsonl holds no prompts"),
+        ([group(0, 0), group(1, 0, num_samples=1)], "step_2.jsonl holds 1 of 2 prompts with a single response"),
+    ],
+)
+def test_groups_that_compare_nothing_are_refused(groups: list[Group], why: str, tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path, writes=True)
+    store.check_learnable(0, GROUPS[:3])
+    with pytest.raises(ValueError, match=rf"rollout\.replay_from=.*{why}"):
+        store.check_learnable(2, groups)
+
+
+@pytest.mark.parametrize("text", ['{"prompt": {"prompt_id": 4, "row"', '{"prompt": 1}', "[]", '{"prompt": {}}', "3"])
+def test_a_damaged_line_is_named(text: str, tmp_path: Path) -> None:
+    RolloutStore(tmp_path, writes=True).save(0, GROUPS[:2])
+    with (tmp_path / "step_0.jsonl").open("a", encoding="utf-8") as file:
+        file.write(text)
+    with pytest.raises(ValueError, match=r"rollout\.replay_from=.*: step_0\.jsonl: line 3 is no saved group \("):
+        RolloutStore(tmp_path, writes=False).load(0)

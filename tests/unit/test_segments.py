@@ -14,9 +14,9 @@ from model_providers.attention.segments import (
     AttentionPlan,
     Interval,
     QuerySlice,
-    Run,
     Segment,
-    Shard,
+    SegmentRun,
+    TokenShard,
     block_size,
     plan_attention,
     plan_one_sequence,
@@ -36,8 +36,8 @@ def _random_segments(rng: random.Random) -> list[Segment]:
     return segments_of(groups)
 
 
-def _positions(hand: Shard) -> list[int]:
-    return [t for run in hand for t in range(run.start, run.stop)]
+def _positions(held: TokenShard) -> list[int]:
+    return [t for run in held for t in range(run.start, run.stop)]
 
 
 def _attended(plan: AttentionPlan, own: Sequence[int], blocks: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
@@ -48,17 +48,17 @@ def _attended(plan: AttentionPlan, own: Sequence[int], blocks: Sequence[Sequence
         yield from ((asking[i], asking[j]) for i in range(first, first + length) for j in range(first, i + 1))
         first += length
     assert first == plan.num_queries == len(asking)
-    for pieces, block in [(plan.own, own), *zip(plan.blocks, blocks, strict=True)]:
-        for piece in pieces:
-            keys = [block[j] for interval in piece.k for j in range(*interval)]
-            yield from ((asking[i], key) for i in range(*piece.q) for key in keys)
+    for slices, block in [(plan.own, own), *zip(plan.blocks, blocks, strict=True)]:
+        for part in slices:
+            keys = [block[j] for interval in part.k for j in range(*interval)]
+            yield from ((asking[i], key) for i in range(*part.q) for key in keys)
 
 
 def _mask_of_plans(
-    segments: Sequence[Segment], shards: Sequence[Shard], queries: Sequence[Interval] | None = None
+    segments: Sequence[Segment], shards: Sequence[TokenShard], queries: Sequence[Interval] | None = None
 ) -> Tensor:
     counts = torch.zeros(segments[-1].stop, segments[-1].stop, dtype=torch.int)
-    rows = [_positions(hand) for hand in shards]
+    rows = [_positions(held) for held in shards]
     plans = [plan_attention(segments, shards, rank, queries) for rank in range(len(shards))]
     for rank, plan in enumerate(plans):
         blocks = [
@@ -93,7 +93,7 @@ def test_the_parts_make_the_mask_each_pair_once(num_ranks: int, weight: float) -
     for _ in range(40):
         segments = _random_segments(rng)
         shards = shard(segments, num_ranks, weight)
-        assert sorted(t for hand in shards for t in _positions(hand)) == list(range(segments[-1].stop))
+        assert sorted(t for held in shards for t in _positions(held)) == list(range(segments[-1].stop))
         mask = mask_of(segments)
         assert torch.equal(_mask_of_plans(segments, shards), mask.int())
         queries = _random_queries(rng, len(mask))
@@ -105,8 +105,8 @@ def test_all_to_all_sees_everything_in_the_order_of_arrival() -> None:
     for num_ranks in (2, 3, 4):
         segments = _random_segments(rng)
         shards = shard_by_tokens(segments, num_ranks)
-        assert sorted(t for hand in shards for t in _positions(hand)) == list(range(segments[-1].stop))
-        arrived = [t for hand in shards for t in _positions(hand)]
+        assert sorted(t for held in shards for t in _positions(held)) == list(range(segments[-1].stop))
+        arrived = [t for held in shards for t in _positions(held)]
         mask = mask_of(segments)
         for queries in (None, _random_queries(rng, len(mask)), _random_queries(rng, len(mask))):
             plan = plan_whole_attention(segments, shards, queries)
@@ -114,7 +114,7 @@ def test_all_to_all_sees_everything_in_the_order_of_arrival() -> None:
             for query, key in _attended(plan, arrived, [[]] * num_ranks):
                 counts[query, key] += 1
             assert torch.equal(counts, (mask if queries is None else _asked(mask, queries)).int())
-            assert plan.rank_sizes == tuple(len(_positions(hand)) for hand in shards)
+            assert plan.rank_sizes == tuple(len(_positions(held)) for held in shards)
             assert plan.query_sizes == tuple(
                 plan_attention(segments, shards, rank, queries).num_queries for rank in range(num_ranks)
             )
@@ -131,10 +131,10 @@ def test_what_nobody_asks_for_does_not_travel() -> None:
     assert block_size(last.exports[0]) == 0 and block_size(last.exports[1]) == 400
 
 
-def _work(segments: Sequence[Segment], hand: Shard, weight: float) -> float:
+def _work(segments: Sequence[Segment], held: TokenShard, weight: float) -> float:
     """Counted token by token."""
     total = 0.0
-    for run in hand:
+    for run in held:
         prefix = segments[run.segment].prefix
         before = segments[prefix].length if prefix is not None else 0
         first = segments[run.segment].start
@@ -158,8 +158,8 @@ SHAPES = {
 def test_work_and_tokens_are_balanced(shape: str, num_ranks: int) -> None:
     segments = segments_of(SHAPES[shape])
     shards = shard(segments, num_ranks, WEIGHT)
-    tokens = [len(_positions(hand)) for hand in shards]
-    work = [_work(segments, hand, WEIGHT) for hand in shards]
+    tokens = [len(_positions(held)) for held in shards]
+    work = [_work(segments, held, WEIGHT) for held in shards]
     assert max(tokens) <= 1.06 * sum(tokens) / num_ranks
     assert max(work) <= 1.06 * sum(work) / num_ranks
 
@@ -169,8 +169,8 @@ def test_by_tokens_prompts_and_responses_are_balanced_each(shape: str) -> None:
     segments = segments_of(SHAPES[shape])
     for riding in (False, True):
         tokens = [
-            sum(run.length for run in hand if (segments[run.segment].prefix is not None) == riding)
-            for hand in shard_by_tokens(segments, 4)
+            sum(run.length for run in held if (segments[run.segment].prefix is not None) == riding)
+            for held in shard_by_tokens(segments, 4)
         ]
         assert max(tokens) - min(tokens) <= 0.08 * sum(tokens) / 4 + 1
 
@@ -179,9 +179,9 @@ def test_balance_is_by_work_where_tokens_tell_little() -> None:
     """Behind a long prompt every response token attends to all of it: equal shares of the line, not of the list."""
     segments = segments_of([(6000, [60] * 16)])
     shards = shard(segments, 4, WEIGHT)
-    responses = [sum(run.length for run in hand if segments[run.segment].prefix is not None) for hand in shards]
+    responses = [sum(run.length for run in held if segments[run.segment].prefix is not None) for held in shards]
     assert responses == [240] * 4
-    prompts = [[run for run in hand if segments[run.segment].prefix is None] for hand in shards]
+    prompts = [[run for run in held if segments[run.segment].prefix is None] for held in shards]
     assert [len(runs) for runs in prompts] == [2, 2, 2, 1]  # zigzag: the last rank's two chunks are neighbours
 
 
@@ -208,6 +208,6 @@ def test_one_sequence() -> None:
 def test_zigzag_by_hand() -> None:
     segments = [Segment(0, 800)]
     assert shard(segments, 2, WEIGHT) == (
-        (Run(0, 0, 200), Run(0, 600, 800)),
-        (Run(0, 200, 600),),
+        (SegmentRun(0, 0, 200), SegmentRun(0, 600, 800)),
+        (SegmentRun(0, 200, 600),),
     )

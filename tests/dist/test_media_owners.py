@@ -39,40 +39,40 @@ def _measure(rank: int, folder: Path, grid: Grid) -> Any:
     made here, patches of all videos, dtype size * hidden)."""
     tensor, pipeline, context, _ = grid
     trainer = tp.open_trainer(folder, tp.join(tensor, pipeline, context=context), tp.MEASURE)
-    mesh, cache = trainer.mesh, open_cache(folder)
+    mesh, encoder = trainer.mesh, open_cache(folder)
     groups = tp.grouped_samples(trainer.provider)
     batches = pack(groups, 1, BUDGET, trainer.provider, mesh)[0].batches
     videos = list({v.key: v for group in groups for v in group[0].prompt.media}.values())
-    assert cache.encode(videos) == {}
+    assert encoder.encode(videos) == {}
     local, wanted = localize(batches)
-    embeds = cache.fetch_tokens(wanted if mesh.is_first_stage else {})
-    counts = cache.take_counts()
+    embeds = encoder.fetch_tokens(wanted if mesh.is_first_stage else {})
+    counts = encoder.take_counts()
     if mesh.is_first_stage:
         assert {key: len(table) for key, table in embeds.tables.items()} == {
             key: sum(stop - start for start, stop in runs) for key, runs in wanted.items()
         }
     ours = trainer.policy.logprobs(local, embeds.tables)
-    whole = trainer.policy.logprobs(batches, cache.fetch(videos).tables)
+    whole = trainer.policy.logprobs(batches, encoder.fetch(videos).tables)
     asked = _tokens(batches) if mesh.is_first_stage else set()
     made = {
         (p.key, t)
-        for p in cache._step.made
+        for p in encoder._step.made
         for v in videos
         if v.key == p.key
         for t in range(p.start * (v.num_tokens // v.grid_thw[0]), p.stop * (v.num_tokens // v.grid_thw[0]))
     }
-    _check_that_nothing_else_is_held(trainer, cache, batches, embeds)
+    _check_that_nothing_else_is_held(trainer, encoder, batches, embeds)
     return ours, whole, counts, asked, made, videos
 
 
 def _check_that_nothing_else_is_held(
-    trainer: tp.Trainer, cache: ParallelEncoder, batches: list[MicroBatch], expected: MediaEmbeds
+    trainer: tp.Trainer, encoder: ParallelEncoder, batches: list[MicroBatch], expected: MediaEmbeds
 ) -> None:
     """While a rank learns, it has the tokens of its own rows, and no longer what it made for others."""
     update = Update((), tuple(ScoredBatch(batch) for batch in batches))
-    fetched = fetch_embeds(update, cache, asks=trainer.mesh.is_first_stage).embeds
-    cache.release()
-    assert fetched.tables.keys() == expected.tables.keys() and cache._step.made == {}
+    fetched = fetch_embeds(update, encoder, asks=trainer.mesh.is_first_stage).embeds
+    encoder.release()
+    assert fetched.tables.keys() == expected.tables.keys() and encoder._step.made == {}
     assert all(torch.equal(table, expected.tables[key]) for key, table in fetched.tables.items())
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_rl.media.routes import Wanted, plan_messages, split_over_ranks
+from megatron_rl.media.routes import WantedTokens, plan_messages, split_over_ranks
 from megatron_rl.types import MediaItem
 from tests.media_items import made_video
 
@@ -22,10 +22,10 @@ VIDEOS = [_video("a", 1, 3), _video("b", 29, 2), _video("c", 7, 5), SOUND]
 BY_KEY = {video.key: video for video in VIDEOS}
 
 
-def _requests(world: int, seed: int) -> list[Wanted]:
+def _requests(world: int, seed: int) -> list[WantedTokens]:
     """Random runs; the first rank asks for nothing, the last one for everything."""
     rng = random.Random(seed)
-    requests: list[Wanted] = [{}]
+    requests: list[WantedTokens] = [{}]
     for _ in range(world - 2):
         wanted = {}
         for video in VIDEOS:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Videos encoded in pieces on many ranks: exact, balanced, and a faulty file fails for all alike."""
+"""Videos encoded in chunks on many ranks: exact, balanced, and a faulty file fails for all alike."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ BATCHES = {
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_pieces_cover_every_patch_once_in_order(batch: str, world: int) -> None:
+def test_chunks_cover_every_patch_once_in_order(batch: str, world: int) -> None:
     videos = BATCHES[batch]
-    pieces = split_over_ranks(videos, world)
-    assert list(pieces) == [v.key for v in videos]
+    chunks = split_over_ranks(videos, world)
+    assert list(chunks) == [v.key for v in videos]
     for video in videos:
-        mine = pieces[video.key]
+        mine = chunks[video.key]
         assert mine[0].start == 0 and mine[-1].stop == video.grid_thw[0]
         assert all(a.stop == b.start and a.owner < b.owner for a, b in pairwise(mine))
         assert all(p.start < p.stop and 0 <= p.owner < world and p.key == video.key for p in mine)
@@ -63,26 +63,26 @@ def test_no_rank_has_more_than_its_share_and_one_patch(batch: str, world: int) -
     videos = BATCHES[batch]
     per_patch = {v.key: v.num_tokens // v.grid_thw[0] for v in videos}
     load = [0] * world
-    for piece in (p for pieces in split_over_ranks(videos, world).values() for p in pieces):
-        load[piece.owner] += (piece.stop - piece.start) * per_patch[piece.key]
+    for chunk in (p for chunks in split_over_ranks(videos, world).values() for p in chunks):
+        load[chunk.owner] += (chunk.stop - chunk.start) * per_patch[chunk.key]
     share = sum(v.num_tokens for v in videos) / world
     assert max(load) <= share + max(per_patch.values(), default=0)
 
 
-def make_cache(folder: Path) -> ParallelEncoder:
+def open_encoder(folder: Path) -> ParallelEncoder:
     dist.init_process_group("gloo")
     backend, provider = choose_backend("cpu", "float32"), open_provider(folder, 3136, 3136)
-    tower = provider.build_encoder(backend, torch.device("cpu"))
-    return ParallelEncoder(tower, FramePrefetcher(CpuVideoDecoder(1), 1 << 30))
+    media_encoder = provider.build_encoder(backend, torch.device("cpu"))
+    return ParallelEncoder(media_encoder, FramePrefetcher(CpuVideoDecoder(1), 1 << 30))
 
 
 def _encode_and_fetch(rank: int, folder: Path, videos: list[MediaItem]) -> list[dict[str, Tensor]]:
     """What each of three fetches gives: all; one other video per rank; none except on rank 0."""
-    cache = make_cache(folder)
-    assert cache.encode(videos) == {}
-    everything = cache.fetch(videos).tables
-    one = cache.fetch([videos[rank % len(videos)]]).tables
-    few = cache.fetch(videos[::-1] if rank == 0 else []).tables
+    encoder = open_encoder(folder)
+    assert encoder.encode(videos) == {}
+    everything = encoder.fetch(videos).tables
+    one = encoder.fetch([videos[rank % len(videos)]]).tables
+    few = encoder.fetch(videos[::-1] if rank == 0 else []).tables
     return [everything, one, few]
 
 
@@ -96,7 +96,7 @@ def videos(tiny_videos: Path) -> list[MediaItem]:
 
 @pytest.fixture(scope="module")
 def alone(tiny_checkpoint: Path, videos: list[MediaItem], heavy_imports: None) -> dict[str, Tensor]:
-    """Every video encoded whole, in one piece each, by one rank."""
+    """Every video encoded whole, in one chunk, by one rank."""
     [[everything, _, _]] = run_world(1, _encode_and_fetch, tiny_checkpoint, videos, timeout=120)
     return everything
 
@@ -105,7 +105,7 @@ def alone(tiny_checkpoint: Path, videos: list[MediaItem], heavy_imports: None) -
 def test_ranks_together_encode_what_one_rank_does(
     world: int, tiny_checkpoint: Path, videos: list[MediaItem], alone: dict[str, Tensor]
 ) -> None:
-    assert len(split_over_ranks(videos, world)["k0"]) > 1, "no video is cut, so nothing is tested"
+    assert len(split_over_ranks(videos, world)["k0"]) > 1, "no video is split, so nothing is tested"
     ranks = run_world(world, _encode_and_fetch, tiny_checkpoint, videos, timeout=120)
     for rank, (everything, one, few) in enumerate(ranks):
         assert everything.keys() == alone.keys()
@@ -134,14 +134,14 @@ class CountingDecoder(CpuVideoDecoder):
 def _encode_prefetched(rank: int, folder: Path, now: list[MediaItem], upcoming: list[MediaItem]):
     dist.init_process_group("gloo")
     provider, decoder = open_provider(folder, 3136, 3136), CountingDecoder()
-    tower = provider.build_encoder(choose_backend("cpu", "float32"), torch.device("cpu"))
-    cache = ParallelEncoder(tower, FramePrefetcher(decoder, 1 << 30))
-    cache.encode(now)
-    cache.prefetch(upcoming)
-    cache.encode([replace(now[0], key="evaluation between")])
-    cache.forget()
-    cache.encode(upcoming)
-    return cache.fetch(upcoming).tables, decoder.calls
+    media_encoder = provider.build_encoder(choose_backend("cpu", "float32"), torch.device("cpu"))
+    encoder = ParallelEncoder(media_encoder, FramePrefetcher(decoder, 1 << 30))
+    encoder.encode(now)
+    encoder.prefetch(upcoming)
+    encoder.encode([replace(now[0], key="evaluation between")])
+    encoder.forget()
+    encoder.encode(upcoming)
+    return encoder.fetch(upcoming).tables, decoder.calls
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -160,7 +160,7 @@ def test_frames_made_ready_are_the_same_and_no_frame_of_a_batch_is_decoded_twice
 
 
 def _transformers_embeddings(folder: Path, video: MediaItem) -> tuple[Tensor, Tensor]:
-    """transformers' own processor and tower: (on frames that we resized, on full-size frames it resizes itself)."""
+    """transformers' own processor and encoder: (on frames that we resized, on full-size frames it resizes itself)."""
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
@@ -196,13 +196,14 @@ def test_embeddings_are_those_of_transformers(
 
 
 def _encode_with_a_bad_file(rank: int, folder: Path, good: list[MediaItem], bad: list[MediaItem]):
-    cache = make_cache(folder)
-    first = cache.encode([good[0], *bad, good[1]])
-    again = cache.encode([*bad, good[2]])  # the same rows may come again within a step
-    fetched = cache.fetch(good).tables
-    cache.forget()
-    third = cache.encode([good[0]])
-    return first, again, {key: tuple(t.shape) for key, t in fetched.items()}, third, list(cache.fetch([good[0]]).tables)
+    encoder = open_encoder(folder)
+    first = encoder.encode([good[0], *bad, good[1]])
+    again = encoder.encode([*bad, good[2]])  # the same rows may come again within a step
+    fetched = encoder.fetch(good).tables
+    encoder.forget()
+    third = encoder.encode([good[0]])
+    shapes = {key: tuple(t.shape) for key, t in fetched.items()}
+    return first, again, shapes, third, list(encoder.fetch([good[0]]).tables)
 
 
 def test_a_faulty_file_fails_on_all_ranks_and_the_others_go_on(
@@ -225,7 +226,7 @@ def test_a_faulty_file_fails_on_all_ranks_and_the_others_go_on(
 
 
 def _encode_blank(rank: int, folder: Path, video: MediaItem) -> tuple[Tensor, Tensor, Tensor]:
-    seeing = make_cache(folder)
+    seeing = open_encoder(folder)
     blind = seeing.blanked()
     other = replace(video, path=video.path.replace("train_0000", "train_0001"))
     assert seeing.encode([video]) == blind.encode([video]) == {}
@@ -245,5 +246,5 @@ def test_blanked_frames_tell_nothing_about_the_video(
     assert torch.equal(black, other_black)
 
 
-def test_pieces_are_plain_values() -> None:
+def test_chunks_are_plain_values() -> None:
     assert split_over_ranks([artifact("a", 3)], 1) == {"a": [EncodeChunk("a", 0, 3, 0)]}
