@@ -103,7 +103,7 @@ def _save(
             write_atomically(partial / STATE_FILE, (json.dumps(state, indent=2) + "\n").encode())
             write_digests(partial, known)
             _flush(partial)
-            shutil.rmtree(final, ignore_errors=True)
+            _remove(final)
             partial.rename(final)
 
 
@@ -273,7 +273,15 @@ def prune(root: str | Path, keep: int, best: int | None) -> None:
     steps = list_steps(root)
     for step in steps[: max(0, len(steps) - keep)]:
         if step != best:
-            shutil.rmtree(step_folder(root, step))
+            _remove(step_folder(root, step))
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; a kill meanwhile leaves what `remove_leftovers` removes, and none that is half there."""
+    if folder.is_dir():
+        partial = folder.with_name(folder.name + ".old.partial")
+        folder.rename(partial)
+        shutil.rmtree(partial)
 
 
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:

@@ -239,6 +239,22 @@ def test_megatron_core_still_forks_its_writers() -> None:
     assert 'get_context("fork")' in source
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_none_that_is_half_there(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped_half_way(folder: Path) -> None:
+        (folder / "__0_0.distcp").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", stopped_half_way)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.prune(copy, keep=1, best=None)
+    assert checkpoint.list_steps(copy) == [2]
+    checkpoint.remove_leftovers(copy)
+    assert [path.name for path in copy.iterdir()] == ["step_2"]
+
+
 # ------------------------------------------------------------------------------------------------- kills during saves
 
 
@@ -301,7 +317,8 @@ def _kill_in_saves(folder: Path, root: Path, num_kills: int, seed: int) -> None:
         steps = checkpoint.list_steps(root)
         assert not steps or steps[-1] >= newest, "a checkpoint that was there is gone"
         newest = steps[-1] if steps else 0
-        assert [problem for step in steps for problem in problems_of_files(root / f"step_{step}")] == []
+        problems = [f"{step}: {problem}" for step in steps for problem in problems_of_files(root / f"step_{step}")]
+        assert not problems, f"half a checkpoint: {problems}"
     assert _children_of_init() <= before, "processes stay behind"
     assert newest > 0
     ranks = run_world(2, lambda _: _load(folder, root, newest))
