@@ -32,7 +32,7 @@ def rank_problems(trainer: Grid, engine: Grid | None) -> Iterator[str]:
 def size_problems(
     trainer: Grid, engine: Grid | None, shape: TransformerShape, context_comm: str, world: int = 0
 ) -> Iterator[str]:
-    """Sizes against those of the model; what is wrong with the trainer ends with sizes that fit `world` ranks, if any."""
+    """Sizes against those of the model; what is wrong with the trainer ends with sizes that fit `world` ranks."""
     found = list(_told("parallel.", [*trainer.shape_problems(shape), *trainer.run_problems(shape, context_comm)]))
     if found:
         found[-1] += _sizes_that_fit(shape, context_comm, world)
