@@ -89,14 +89,14 @@ def check(cfg: JobConfig, world_size: int, job: Job, require_files: bool = True)
         assert isinstance(cfg, RlConfig)
         problems += [*_rollout(cfg), *_algorithm(cfg)]
     if require_files:
-        problems += [*_files(cfg, job), *_model(cfg, job), *([] if job == "cache" else _checkpoints(cfg))]
+        problems += [*_files(cfg, job), *_model(cfg, world_size, job), *([] if job == "cache" else _checkpoints(cfg))]
     raise_all(problems, f"configuration of {cfg.run_dir}")
 
 
 def check_inputs(cfg: JobConfig) -> None:
     """Raise one ValueError with every problem of what a job reads; layouts, rewards and the like are not looked at."""
     job: Job = "rl" if isinstance(cfg, RlConfig) else "sft"
-    raise_all([*_ranges(cfg), *_data(cfg), *_files(cfg, job), *_model(cfg, job)], f"configuration of {cfg.run_dir}")
+    raise_all([*_ranges(cfg), *_data(cfg), *_files(cfg, job), *_model(cfg, 0, job)], f"configuration of {cfg.run_dir}")
 
 
 def range_problems(cfg: JobConfig) -> list[str]:
@@ -240,7 +240,7 @@ def _files(cfg: JobConfig, job: Job) -> Iterator[str]:
 # ------------------------------------------------------------------------------------- the model's own configuration
 
 
-def _model(cfg: JobConfig, job: Job) -> Iterator[str]:
+def _model(cfg: JobConfig, world_size: int, job: Job) -> Iterator[str]:
     try:
         hf = read_config(cfg.model.hf)
     except ValueError as error:
@@ -253,7 +253,7 @@ def _model(cfg: JobConfig, job: Job) -> Iterator[str]:
         yield _problem(cfg, "model.hf", f"config.json lacks {', '.join(missing)}; is it a language model?")
         return
     yield from _fits_positions(cfg, text["max_position_embeddings"])
-    yield from _fits_provider(cfg, hf, job)
+    yield from _fits_provider(cfg, hf, world_size, job)
     if "vision_config" not in hf:
         yield from _takes_text_only(cfg)
     patch = hf.get("vision_config", {}).get("temporal_patch_size", 1)
@@ -271,7 +271,7 @@ def _takes_text_only(cfg: JobConfig) -> Iterator[str]:
         yield _problem(cfg, "eval.blind", "the model takes no media that could be blanked; use false")
 
 
-def _fits_provider(cfg: JobConfig, hf: Config, job: Job) -> Iterator[str]:
+def _fits_provider(cfg: JobConfig, hf: Config, world_size: int, job: Job) -> Iterator[str]:
     """What the model's own weight table has to say."""
     try:
         shape, weights = shape_and_weights(hf, cfg.model.hf)
@@ -280,7 +280,7 @@ def _fits_provider(cfg: JobConfig, hf: Config, job: Job) -> Iterator[str]:
         return
     names = list(weights.entries)
     yield from _fits_files(cfg, shape, weights)
-    yield from _fits_sizes(cfg, shape, job)
+    yield from _fits_sizes(cfg, shape, world_size, job)
     for pattern in cfg.model.freeze:
         if not fnmatch.filter(names, pattern):
             yield f"model.freeze={pattern}: matches no parameter; names look like {names[0]}"
@@ -314,10 +314,10 @@ def _fits_positions(cfg: JobConfig, longest: int) -> Iterator[str]:
         yield _problem(cfg, "rollout.max_model_len" if is_set else "data.max_prompt_tokens", why)
 
 
-def _fits_sizes(cfg: JobConfig, shape: TransformerShape, job: Job) -> Iterator[str]:
-    """Parallel sizes against the model's; the number of ranks is not asked here."""
+def _fits_sizes(cfg: JobConfig, shape: TransformerShape, world_size: int, job: Job) -> Iterator[str]:
+    """Parallel sizes against the model's; whether they fit the ranks is not asked here."""
     engine = Grid(1, tensor=cfg.rollout.tensor) if job == "rl" and isinstance(cfg, RlConfig) else None
-    yield from size_problems(trainer_grid(cfg.parallel, 1), engine, shape, cfg.parallel.context_comm)
+    yield from size_problems(trainer_grid(cfg.parallel, 1), engine, shape, cfg.parallel.context_comm, world_size)
     if shape.num_experts and cfg.checkpoint.export_hf:
         yield _problem(cfg, "checkpoint.export_hf", "exporting experts is not built yet; use false")
 

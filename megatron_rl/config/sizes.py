@@ -29,11 +29,27 @@ def rank_problems(trainer: Grid, engine: Grid | None) -> Iterator[str]:
         yield from _told("rollout.", engine.rank_problems())
 
 
-def size_problems(trainer: Grid, engine: Grid | None, shape: TransformerShape, context_comm: str) -> Iterator[str]:
-    """Sizes against those of the model."""
-    yield from _told("parallel.", [*trainer.shape_problems(shape), *trainer.run_problems(shape, context_comm)])
+def size_problems(
+    trainer: Grid, engine: Grid | None, shape: TransformerShape, context_comm: str, world: int = 0
+) -> Iterator[str]:
+    """Sizes against those of the model; what is wrong with the trainer ends with sizes that fit `world` ranks."""
+    found = list(_told("parallel.", [*trainer.shape_problems(shape), *trainer.run_problems(shape, context_comm)]))
+    if found:
+        found[-1] += _sizes_that_fit(shape, context_comm, world)
+    yield from found
     if engine is not None:
         yield from _told("rollout.", engine.engine_problems(shape))
+
+
+def _sizes_that_fit(shape: TransformerShape, context_comm: str, world: int) -> str:
+    """Of tensor, pipeline and context parallel, those that by themselves share the model or a sequence most widely."""
+    names = []
+    for name in ("tensor", "pipeline", "context"):
+        grids = (Grid(world, **{name: size}) for size in range(world, 1, -1) if world % size == 0)
+        fits = (grid for grid in grids if not grid.problems(shape) and not grid.run_problems(shape, context_comm))
+        if (grid := next(fits, None)) is not None:
+            names.append(f"{name}={getattr(grid, name)}")
+    return f"; on {world} ranks these fit, each by itself: {', '.join(names)}, or none" if names else ""
 
 
 def _told(section: str, problems: Sequence[GridProblem]) -> Iterator[str]:

@@ -152,6 +152,19 @@ def test_sizes_that_do_not_split_the_model(make):
     assert len(found) == 2 and all(line.startswith("rollout.tensor=43") for line in found)
 
 
+def test_sizes_that_would_fit_are_named(make, tmp_path):
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576, "intermediate_size": 1536}
+    (tmp_path / "model/config.json").write_text(json.dumps(HF | heads))
+    found = problems(make("parallel.tensor=2"), 2)
+    assert [
+        line.endswith("on 2 ranks these fit, each by itself: pipeline=2, context=2, or none") for line in found
+    ] == [
+        False,
+        True,
+    ]
+    assert "9 attention heads" in found[0] and "3 KV heads" in found[1]
+
+
 def test_key_value_heads_that_neither_divide_nor_repeat(make, tmp_path):
     heads = {"num_key_value_heads": 6, "num_attention_heads": 48, "intermediate_size": 96}
     (tmp_path / "model/config.json").write_text(json.dumps(HF | heads))
