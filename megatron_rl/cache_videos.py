@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megatron_rl.config.command_line import run_job
 from megatron_rl.config.schema import CacheConfig
+from megatron_rl.reading.command_line import check_data
 
 FOLDER = "cache_videos"  # in run_dir: what could not be used
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
         "Encode the videos of a recipe into data.cache_dir, ahead of training. Give it the recipe that will run: one\n"
         "for megatron_rl.train or for megatron_rl.sft."
     )
-    run_job(argv, CacheConfig, "python -m megatron_rl.cache_videos", summary, run)
+    run_job(argv, CacheConfig, "python -m megatron_rl.cache_videos", summary, run, check_data)
 
 
 def run(cfg: CacheConfig) -> None:
@@ -38,19 +39,12 @@ def fill_cache(cfg: CacheConfig) -> dict[str, float]:
     from megatron_rl.media.prompt_prefetcher import build_prompts, encode_media
     from megatron_rl.observe.quarantine import Quarantine
     from megatron_rl.observe.step_metrics import media_metrics
+    from megatron_rl.reading.inputs import FIELDS, build_prompt_builder, load_tokenizer, usable_rows
     from megatron_rl.runtime import parallel
     from megatron_rl.runtime.device import choose_backend
     from megatron_rl.runtime.grid import Grid
     from megatron_rl.runtime.watchdog import watch_world
-    from megatron_rl.session import (
-        build_decoder,
-        build_media_encoder,
-        build_prompt_builder,
-        build_provider,
-        build_step_encoder,
-        load_tokenizer,
-        usable_rows,
-    )
+    from megatron_rl.session import build_decoder, build_media_encoder, build_provider, build_step_encoder
 
     backend = choose_backend(cfg.device, cfg.model.dtype)
     alone = Grid(parallel.world_size())  # every rank encodes by itself
@@ -58,11 +52,10 @@ def fill_cache(cfg: CacheConfig) -> dict[str, float]:
     with watch_world():
         provider = build_provider(cfg)
         decoder = build_decoder(cfg, backend)
-        builder = build_prompt_builder(cfg.data, load_tokenizer(cfg.model.hf), provider, decoder)
+        builder = build_prompt_builder(cfg.data, load_tokenizer(cfg.model.hf), provider.specs, decoder)
         encoder = build_step_encoder(cfg, build_media_encoder(cfg, backend, provider), provider, decoder)
         quarantine = Quarantine(Path(cfg.run_dir) / FOLDER, mesh.rank == 0, max_fraction=1.0)
-        files = [(path, name) for path, name in ((cfg.data.train, "data.train"), (cfg.data.eval, "data.eval")) if path]
-        datasets = [part for files, name in files for part in usable_rows(files, cfg.data.media_root, name, quarantine)]
+        datasets = [part for field in FIELDS for part in usable_rows(cfg.data, field, quarantine)]
         rows = [row for part in datasets for row in part]
         starts = range(0, len(rows), cfg.train.prompts_per_step)
         for start in follow(starts, len(starts), "encoding") if mesh.rank == 0 else starts:

@@ -14,11 +14,12 @@ from data.rows.loader import RowLoader
 from megatron_rl.config.schema import RlConfig
 from megatron_rl.evaluate import Evaluation, EvaluationPlan
 from megatron_rl.protocols import GroupSource, RewardFunction
+from megatron_rl.reading.inputs import usable_rows
 from megatron_rl.rollout.colocated import ColocatedEngine, ColocatedRollouts, GroupFilter
 from megatron_rl.rollout.replayed import ReplayedRollouts
 from megatron_rl.rollout.store import RolloutStore
 from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
-from megatron_rl.session import Session, usable_rows
+from megatron_rl.session import Session
 from megatron_rl.training.token_learner import TokenLearner
 from megatron_rl.types import Sampling
 from megatron_rl.weight_sync.plan import build_plan
@@ -81,7 +82,7 @@ def _sampling(cfg: RlConfig, num_samples: int, temperature: float, greedy: bool)
 
 def build_evaluation(cfg: RlConfig, session: Session, colocated: ColocatedEngine | None) -> Evaluation:
     settings, data = cfg.eval, cfg.data
-    found = usable_rows(data.eval, data.media_root, "data.eval", session.quarantine) if data.eval else []
+    found = usable_rows(data, "data.eval", session.quarantine)
     plan = EvaluationPlan(
         every=settings.every,
         at_start=settings.at_start,

@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data.rows.dataset import read_rows
+from checkpoint_tools.origin import origin_of
 from data.rows.loader import RowLoader
-from data.rows.manifest import Manifest
-from data.rows.prompts import PromptBuilder
-from data.video.frames import FrameSettings
+from data.video.frame_files import FrameFilesDecoder
 from data.video.index_store import IndexStore
 from data.video.open_decoder import build_video_decoder
 from data.video.prefetch import FramePrefetcher
@@ -30,7 +28,6 @@ from megatron_rl.algorithms.losses import LOSSES
 from megatron_rl.config.schema import (
     AlgorithmConfig,
     CacheConfig,
-    DataConfig,
     JobConfig,
     RlConfig,
     SftConfig,
@@ -45,9 +42,16 @@ from megatron_rl.observe.metric_log import MetricLog
 from megatron_rl.observe.progress import Progress
 from megatron_rl.observe.quarantine import Quarantine
 from megatron_rl.protocols import MediaEncoder, ModelProvider, PolicyLoss, StepEncoder, VideoDecoder
+from megatron_rl.reading.inputs import (
+    build_answer_encoder,
+    build_prompt_builder,
+    load_tokenizer,
+    repeat_note,
+    usable_rows,
+)
 from megatron_rl.run_state import RunState, SavePlan
 from megatron_rl.runtime import parallel
-from megatron_rl.runtime.device import Backend, choose_backend, define_torchvision_operators
+from megatron_rl.runtime.device import Backend, choose_backend
 from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.runtime.signals import StopFlag
@@ -56,7 +60,7 @@ from megatron_rl.training import checkpoint
 from megatron_rl.training.answers import AnswerSource
 from megatron_rl.training.policy import Hyperparameters, Policy, Reference
 from megatron_rl.training.token_learner import Objective, PackingSettings, TokenLearner
-from megatron_rl.types import Row, VisionPart
+from megatron_rl.types import VisionPart
 from model_providers.provider import open_provider
 
 if TYPE_CHECKING:
@@ -115,7 +119,7 @@ def _build_session(
     policy = _build_policy(cfg, temperature, backend, mesh, provider, tower)
     decoder = build_decoder(cfg, backend)
     tokenizer = load_tokenizer(cfg.model.hf)
-    builder = build_prompt_builder(cfg.data, tokenizer, provider, decoder)
+    builder = build_prompt_builder(cfg.data, tokenizer, provider.specs, decoder)
     # Closed, or the interpreter would finish decoding before it ends.
     encoder = stack.enter_context(closing(build_step_encoder(cfg, tower, provider, decoder)))
     quarantine = Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction)
@@ -140,7 +144,16 @@ def _build_session(
         policy=policy,
         quarantine=quarantine,
         run_state=RunState(
-            Path(cfg.run_dir), cfg.train.num_steps, cfg.model.hf, policy, mesh, plan, log, progress, stop
+            Path(cfg.run_dir),
+            cfg.train.num_steps,
+            cfg.model.hf,
+            _origin(cfg, mesh),
+            policy,
+            mesh,
+            plan,
+            log,
+            progress,
+            stop,
         ),
     )
 
@@ -151,21 +164,7 @@ def build_provider(cfg: CacheConfig) -> ModelProvider:
 
 def build_decoder(cfg: CacheConfig, backend: Backend) -> VideoDecoder:
     indexes = IndexStore(Path(cfg.run_dir) / "index")
-    return build_video_decoder(backend.decoder_device, cfg.data.decode_threads, indexes)
-
-
-def build_prompt_builder(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, provider: ModelProvider, decoder: VideoDecoder
-) -> PromptBuilder:
-    return PromptBuilder(
-        tokenizer,
-        provider.specs,
-        decoder,
-        format_prompt=data.format_prompt,
-        frames=FrameSettings(data.num_frames, data.fps, data.min_frames, data.max_frames, data.frame_rule),
-        max_prompt_tokens=data.max_prompt_tokens,
-        manifest=Manifest(data.manifest) if data.manifest else None,
-    )
+    return FrameFilesDecoder(build_video_decoder(backend.decoder_device, cfg.data.decode_threads, indexes))
 
 
 def build_media_encoder(cfg: CacheConfig, backend: Backend, provider: ModelProvider) -> MediaEncoder | None:
@@ -175,6 +174,8 @@ def build_media_encoder(cfg: CacheConfig, backend: Backend, provider: ModelProvi
     )
     trained = frozenset(() if cfg.model.freeze_vision else parts)
     tower = provider.build_encoder(backend, backend.local_device(parallel.local_rank()), trained)
+    if cfg.model.weights_from:
+        checkpoint.check_weights(cfg.model.weights_from)
     if cfg.model.weights_from and tower is not None:
         checkpoint.load_tower(cfg.model.weights_from, tower)
     return tower
@@ -222,6 +223,14 @@ def _build_policy(
     return policy
 
 
+def _origin(cfg: JobConfig, mesh: ParallelMesh) -> dict[str, str]:
+    """What this run begins with; on rank 0."""
+    if mesh.rank != 0:
+        return {}
+    start = checkpoint.find_start(cfg.model.weights_from) if cfg.model.weights_from else None
+    return origin_of(Path(cfg.model.hf), start)
+
+
 def freeze(model: LanguageModel | ChunkedStage, patterns: Sequence[str]) -> None:
     """Take the parameters whose table name matches a pattern out of training."""
     for name, param in model.named_weights().items():
@@ -229,27 +238,14 @@ def freeze(model: LanguageModel | ChunkedStage, patterns: Sequence[str]) -> None
             param.requires_grad_(False)
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    define_torchvision_operators()
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
 def _open_log(cfg: JobConfig, mesh: ParallelMesh) -> MetricLog:
     return MetricLog(cfg.run_dir, mesh.rank == 0, cfg.log.wandb, cfg.log.project, cfg.log.tensorboard, asdict(cfg))
 
 
-def usable_rows(setting: str, media_root: str, field: str, quarantine: Quarantine) -> list[list[Row]]:
-    """Usable rows of each data set that the setting lists; the others are counted and listed."""
-    found = read_rows(setting, media_root, quarantine.path.parent / "media", field)
-    for rows, bad in found:
-        quarantine.add(bad, len(rows) + len(bad), where=f"{field}={setting}")
-    return [rows for rows, _ in found]
-
-
 def build_loader(cfg: JobConfig, quarantine: Quarantine) -> RowLoader:
-    rows = usable_rows(cfg.data.train, cfg.data.media_root, "data.train", quarantine)
+    rows = usable_rows(cfg.data, "data.train", quarantine)
+    if note := repeat_note(rows, cfg.train.prompts_per_step):
+        quarantine.note(note)
     return RowLoader(rows, cfg.train.prompts_per_step, cfg.seed, cfg.data.shuffle, cfg.data.weights)
 
 
@@ -297,7 +293,6 @@ def build_loss(algorithm: AlgorithmConfig) -> PolicyLoss:
 
 
 def build_answers(cfg: SftConfig, session: Session, loader: RowLoader) -> AnswerSource:
-    tokenizer = session.tokenizer
     return AnswerSource(
         loader,
         session.prompts,
@@ -305,8 +300,5 @@ def build_answers(cfg: SftConfig, session: Session, loader: RowLoader) -> Answer
         session.quarantine,
         session.run_state.progress,
         cfg.train.num_steps,
-        lambda text: tokenizer.encode(text, add_special_tokens=False),
-        tokenizer.eos_token_id,
-        cfg.train.max_answer_tokens,
-        sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special),
+        build_answer_encoder(cfg, session.tokenizer),
     )

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 from megatron_rl.config.command_line import run_job
 from megatron_rl.config.schema import SftConfig
+from megatron_rl.reading.command_line import check_data
 
 
 def main(argv: Sequence[str]) -> None:
-    run_job(argv, SftConfig, "python -m megatron_rl.sft", "Supervised fine-tuning on text and video.", run)
+    run_job(argv, SftConfig, "python -m megatron_rl.sft", "Supervised fine-tuning on text and video.", run, check_data)
 
 
 def run(cfg: SftConfig) -> None:

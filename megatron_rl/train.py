@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_rl.config.command_line import run_job
 from megatron_rl.config.schema import RlConfig
+from megatron_rl.reading.command_line import check_data
 
 if TYPE_CHECKING:
     from megatron_rl.evaluate import Evaluation
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     summary = "Reinforcement learning on text and video (GRPO, DAPO)."
-    run_job(argv, RlConfig, "python -m megatron_rl.train", summary, run)
+    run_job(argv, RlConfig, "python -m megatron_rl.train", summary, run, check_data)
 
 
 def run(cfg: RlConfig) -> None:
     """The whole job on this rank."""
     from megatron_rl.loop import rl_step, sample_step
     from megatron_rl.observe.step_metrics import media_metrics
-    from megatron_rl.rewards.registry import load_reward
+    from megatron_rl.rewards.registry import open_reward
     from megatron_rl.rl_session import build_evaluation, build_source, open_colocated
     from megatron_rl.session import build_learner, build_loader, open_session
 
@@ -37,7 +38,8 @@ def run(cfg: RlConfig) -> None:
         run_state, learner = session.run_state, build_learner(cfg, session)
         loader = colocated = None
         if not cfg.rollout.replay_from:
-            reward = load_reward(cfg.reward.name, cfg.reward.terms)
+            scoring = cfg.reward
+            reward = stack.enter_context(open_reward(scoring.name, scoring.terms, scoring.missing_answer))
             colocated = stack.enter_context(open_colocated(cfg, session, learner, reward))
             loader = build_loader(cfg, session.quarantine)
         source = build_source(cfg, session, colocated, loader)

@@ -37,14 +37,17 @@ DECODED_BYTES = 64 << 20
 VisionPart = Literal["tower", "projector"]
 MediaKind = Literal["video", "image", "audio"]
 Run = tuple[int, int]  # [start, stop) of tokens
+Turn = tuple[Literal["user", "assistant"], str]  # who speaks, and the text
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One checked line of a data file. `source` is "file.jsonl:12"; paths are absolute.
-
-    `span` (start, end) is the range of seconds of its videos and sounds that is looked at.
     Example: Row("train.jsonl:12", "<video>Which colour?", "B", videos=("/data/a.mp4",))
+
+    `span` (start, end) is the range of seconds of its videos and sounds that is looked at; `video_spans`, empty or one
+    for each video, takes its place where videos have spans of their own. `problem` is the last turn of the user;
+    `system` and `history` stand before it.
     """
 
     source: str
@@ -55,6 +58,13 @@ class Row:
     images: tuple[str, ...] = ()
     span: tuple[float, float] = (0.0, math.inf)
     audios: tuple[str, ...] = ()
+    system: str = ""
+    history: tuple[Turn, ...] = ()
+    video_spans: tuple[tuple[float, float], ...] = ()
+
+    def span_of(self, video: int) -> tuple[float, float]:
+        """The seconds of video number `video` that are looked at."""
+        return self.video_spans[video] if self.video_spans else self.span
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,12 +274,13 @@ class Completion:
 @dataclass(frozen=True, slots=True)
 class Scored:
     """A completion with its reward. `parts` are the named components (accuracy, format ...); `reward` their
-    weighted sum.
-    Example: Scored(completion, 0.9, {"overall": 0.9, "accuracy": 1.0, "format": 0.0})"""
+    weighted sum; `notes` what the reward has to say in words, for the log.
+    Example: Scored(completion, 0.9, {"overall": 0.9, "accuracy": 1.0, "format": 0.0}, {"reason": "no reasoning"})"""
 
     completion: Completion
     reward: float
     parts: dict[str, float]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

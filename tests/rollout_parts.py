@@ -29,7 +29,7 @@ from megatron_rl.protocols import ModelProvider
 from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_rl.runtime.device import choose_backend
 from megatron_rl.types import MediaItem, Prompt, Row
-from model_providers.hf_checkpoint import canonical_hf_name
+from model_providers.hf_files import canonical_hf_name
 from model_providers.provider import open_provider
 
 KV_CACHE_BYTES = 8 << 20
@@ -73,8 +73,9 @@ def as_sft(cfg: RlConfig) -> SftConfig:
 
 def mixed_rows(videos: Path) -> list[Row]:
     """One video, text only, two videos."""
-    [(rows, bad)] = read_rows(str(videos / "train.jsonl"), "", videos / "media")
-    assert not bad
+    [found] = read_rows(str(videos / "train.jsonl"), "", videos / "media")
+    rows = found.rows
+    assert not found.bad
     text = Row("text:1", "What is two plus two?", "4")
     two = Row("two:1", "First <video> then <video> what changed?", "A", rows[1].videos + rows[2].videos)
     return [rows[0], text, two]

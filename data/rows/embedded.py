@@ -7,17 +7,21 @@ They are written out once, under the sha256 of their content, so that from here 
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path, PurePath
 
 from megatron_rl.runtime.files import write_atomically
+
+_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,8}")
 
 
 def write_out(content: bytes, name: str, folder: Path) -> Path:
     """The file in `folder` that holds `content`.
 
-    `name` is what the data file calls it, of which the suffix is kept.
+    `name` is what the data file calls it, of which the suffix is kept if it looks like one.
     """
-    path = folder / f"{hashlib.sha256(content).hexdigest()}{PurePath(name).suffix}"
+    suffix = PurePath(name).suffix
+    path = folder / f"{hashlib.sha256(content).hexdigest()}{suffix if _SUFFIX.fullmatch(suffix) else ''}"
     if path.exists():
         return path
     try:

@@ -12,9 +12,9 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
+from data.video.frame_files import lasting_name
 from megatron_rl.errors import raise_all
 from megatron_rl.types import Row
 
@@ -126,7 +126,10 @@ def fingerprint(rows: Sequence[Row]) -> str:
     """sha256 of the rows in order. Folders of the videos are left out: a dataset may move between two runs."""
     digest = hashlib.sha256()
     for row in rows:
-        names = [PurePath(video).name for video in row.videos]
-        others = [PurePath(path).name for path in (*row.images, *row.audios)]
-        digest.update(json.dumps([row.problem, row.answer, row.problem_type, names, row.span, *others]).encode())
+        names = [lasting_name(video) for video in row.videos]
+        others = [lasting_name(path) for path in (*row.images, *row.audios)]
+        # Only where it is there: rows without such things have the sums that they had before there were any.
+        rest = [[row.system, row.history, row.video_spans]] if row.system or row.history or row.video_spans else []
+        told = [row.problem, row.answer, row.problem_type, names, row.span, *others, *rest]
+        digest.update(json.dumps(told).encode())
     return digest.hexdigest()

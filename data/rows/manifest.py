@@ -23,14 +23,14 @@ class Manifest:
     def __init__(self, path: str):
         self._path = path
         self._sums: dict[str, str] = {}
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(Path(path).expanduser().read_text(encoding="utf-8").splitlines(), start=1):
             found = _LINE.fullmatch(line)
             if not found:
                 raise ValueError(
                     f"data.manifest={path}: line {number} is not `sha256  path`; write it with "
                     "`sha256sum FILES > manifest`"
                 )
-            self._sums[os.path.abspath(Path(path).parent / found[2])] = found[1]
+            self._sums[os.path.abspath(Path(path).expanduser().parent / found[2])] = found[1]
 
     def check(self, path: str) -> None:
         """Raise VideoDecodeError unless the file is listed and unchanged. Each state of a file is read once."""

@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
-import jinja2.meta
 
+from data.rows.chat import messages_of, places_of
 from data.rows.manifest import Manifest
+from data.rows.templates import RENDER_SECONDS, TooSlow, read_format_prompt, template_problems, time_limit
+from data.video.frame_files import frames_of, shown_path
 from data.video.frames import FrameSettings, choose_frames, seconds_per_grid
 from data.video.images import probe_image
 from megatron_rl.errors import BadSample, VideoDecodeError, raise_all
@@ -27,8 +27,6 @@ from megatron_rl.types import MediaItem, MediaKind, Placeholder, Prompt, Row, Ru
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_MARKERS: dict[str, MediaKind] = {"<image>": "image", "<video>": "video", "<audio>": "audio"}
 
 
 class PromptBuilder:
@@ -48,6 +46,8 @@ class PromptBuilder:
         problems = frames.problems(specs.pictures.temporal_patch_size) if specs.pictures else []
         if not tokenizer.chat_template:
             problems.append("model.hf: the tokenizer has no chat template; use an instruction-tuned checkpoint")
+        else:
+            problems += _chat_template_problems(tokenizer)
         if format_prompt:
             problems += template_problems(format_prompt)
         raise_all(problems, "prompts")
@@ -55,19 +55,23 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._specs = specs
         self._decoder = decoder
-        self._template = _template(format_prompt)
+        self._template = read_format_prompt(format_prompt)
         self._frames = frames
         self._max_prompt_tokens = max_prompt_tokens
         self._manifest = manifest
-        self._special = sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._control_tokens = control_tokens(tokenizer)
 
     def build(self, prompt_id: int, row: Row) -> Prompt:
         """The prompt of one row. Raises BadSample; the reason names the file if it is one's fault."""
         self._refuse_unknown_media(row)
         apart, joined = self._sounds(row)
         ids, kinds = self._tokenize(row, apart)
-        paths = {"video": iter(row.videos), "image": iter(row.images), "audio": iter(apart)}
-        groups = [self._group(row, next(paths[kind]), kind, joined) for kind in kinds]
+        videos = iter([(path, row.span_of(number)) for number, path in enumerate(row.videos)])
+        still = {"image": iter(row.images), "audio": iter(apart)}
+        groups = [
+            self._group(row, *(next(videos) if kind == "video" else (next(still[kind]), row.span)), kind, joined)
+            for kind in kinds
+        ]
         prompt = self._expand(prompt_id, row, ids, groups)
         if len(prompt.token_ids) > self._max_prompt_tokens:
             num_media = sum(item.num_tokens for item in prompt.media)
@@ -98,18 +102,19 @@ class PromptBuilder:
     def _tokenize(self, row: Row, audios: Sequence[str]) -> tuple[list[int], list[MediaKind]]:
         """Token ids with one placeholder for each medium, and the kinds of these."""
         text = self._template.render(content=row.problem) if self._template else row.problem
-        for token in self._special:
-            if token in text:
-                raise BadSample(row.source, f"the text contains {token}, a control token of the model")
-        files: dict[MediaKind, Sequence[str]] = {"image": row.images, "video": row.videos}
-        content = _content(row.source, text, files | ({"audio": audios} if self._specs.sound else {}))
-        messages: Any = [{"role": "user", "content": content}]  # transformers types contents as text only
-        made = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        ids = cast("list[int]", made)  # one conversation, tokenized
-        parts = [part["type"] for part in content] if isinstance(content, list) else []
-        kinds = [kind for part in parts for kind in _MARKERS.values() if kind == part]
+        for part in (row.system, *(turn for _, turn in row.history), text):
+            refuse_control_tokens(row.source, part, "the text", self._control_tokens)
+        num_media: dict[MediaKind, int] = {"image": len(row.images), "video": len(row.videos)}
+        made = messages_of(row, text, num_media | ({"audio": len(audios)} if self._specs.sound else {}))
+        messages: Any = made  # transformers types contents as text only
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except jinja2.TemplateError as error:  # such as one that knows no system turn
+            raise BadSample(row.source, f"the chat template of model.hf refuses the row: {error}") from error
+        ids = cast("list[int]", rendered)  # one conversation, tokenized
+        kinds = places_of(made)
         for token_id in dict.fromkeys(self._placeholder_ids.values()):
             names = [kind for kind, own in self._placeholder_ids.items() if own == token_id]
             found, wanted = ids.count(token_id), sum(kind in names for kind in kinds)
@@ -146,14 +151,16 @@ class PromptBuilder:
         assert self._specs.pictures is not None, "refused before"
         return self._specs.pictures.placeholder(first, *sound)
 
-    def _group(self, row: Row, path: str, kind: MediaKind, joined: Collection[str]) -> tuple[MediaItem, ...]:
+    def _group(
+        self, row: Row, path: str, span: tuple[float, float], kind: MediaKind, joined: Collection[str]
+    ) -> tuple[MediaItem, ...]:
         """The items behind one placeholder: the medium and, of a video, the sound that is joined to it."""
         if kind == "audio":
-            return (self._hear(row, path),)
-        picture = self._look(row, path, kind)
-        return (picture, self._hear(row, path)) if kind == "video" and path in joined else (picture,)
+            return (self._hear(row, path, span),)
+        picture = self._look(row, path, span, kind)
+        return (picture, self._hear(row, path, span)) if kind == "video" and path in joined else (picture,)
 
-    def _look(self, row: Row, path: str, kind: MediaKind) -> MediaItem:
+    def _look(self, row: Row, path: str, span: tuple[float, float], kind: MediaKind) -> MediaItem:
         spec = self._specs.pictures
         assert spec is not None, "refused before"
         with self._reading(row, path):
@@ -162,25 +169,25 @@ class PromptBuilder:
         if kind == "image":
             return _picture(row, info, (0,) * spec.temporal_patch_size, file, kind, spec)
         try:
-            indices = choose_frames(info, self._frames, spec.temporal_patch_size, spec.frame_family, row.span)
+            indices = choose_frames(info, self._frames, spec.temporal_patch_size, spec.frame_family, span)
         except ValueError as error:  # a range in which the video shows nothing
-            raise BadSample(row.source, f"{path}: {error}") from error
+            raise BadSample(row.source, f"{shown_path(path)}: {error}") from error
         return _picture(row, info, indices, file, kind, spec)
 
-    def _hear(self, row: Row, path: str) -> MediaItem:
+    def _hear(self, row: Row, path: str, span: tuple[float, float]) -> MediaItem:
         from data.audio import decode_audio  # with PyAV: a recipe is checked without
 
         spec = self._specs.sound
         assert spec is not None, "refused before"
         with self._reading(row, path):
-            num_samples = len(decode_audio(path, row.span, spec.rate))
+            num_samples = len(decode_audio(path, span, spec.rate))
             file = _file_identity(path)
         num_frames = spec.num_frames(num_samples)
         num_tokens = spec.num_tokens(num_frames)
         if not num_tokens:
             raise BadSample(row.source, f"{path}: {num_samples} samples of sound are too few for a token", "media")
         path = os.path.abspath(path)
-        identity = [path, *file, row.span, num_frames, num_tokens, "audio"]
+        identity = [path, *file, span, num_frames, num_tokens, "audio"]
         return MediaItem(
             key=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
             path=path,
@@ -194,7 +201,7 @@ class PromptBuilder:
             frames_per_unit=spec.frames_per_unit,
             tokens_per_unit=spec.tokens_per_unit,
             kind="audio",
-            span=row.span,
+            span=span,
         )
 
     @contextmanager
@@ -202,10 +209,13 @@ class PromptBuilder:
         """What is wrong with the file, in the manifest or in the block, becomes a BadSample."""
         try:
             if self._manifest:
-                self._manifest.check(path)
+                frames = frames_of(path)
+                for file in frames.paths if frames else (path,):
+                    self._manifest.check(file)
             yield
         except VideoDecodeError as error:
-            raise BadSample(row.source, f"{path}: {error.reason}", "media") from error
+            where = error.source if path.endswith(".frames") else path
+            raise BadSample(row.source, f"{where}: {error.reason}", "media") from error
         except OSError as error:
             raise BadSample(row.source, f"{path}: {error.strerror}", "media") from error
 
@@ -222,7 +232,7 @@ def _picture(
     try:
         size_hw = spec.size_hw(len(indices), info.height, info.width)
     except ValueError as error:  # such as a picture 300 times wider than high
-        raise BadSample(row.source, f"{info.path}: {info.width}x{info.height}: {error}") from error
+        raise BadSample(row.source, f"{shown_path(info.path)}: {info.width}x{info.height}: {error}") from error
     grid = (len(indices) // spec.temporal_patch_size, size_hw[0] // spec.patch_size, size_hw[1] // spec.patch_size)
     assert size_hw == (grid[1] * spec.patch_size, grid[2] * spec.patch_size)
     path = os.path.abspath(info.path)
@@ -249,47 +259,28 @@ def _named(media: Sequence[MediaItem]) -> str:
     return "video, image or sound" if any(item.kind == "audio" for item in media) else "video or image"
 
 
-def _content(source: str, text: str, files: Mapping[MediaKind, Sequence[str]]) -> str | list[dict[str, str]]:
-    """The user's turn. Markers such as `<video>` in the text say where media of `files` go; a kind without markers goes
-    first.
-
-    Without media it is a plain string: templates of text-only models know nothing else.
-    """
-    content: list[dict[str, str]] = []
-    markers = {marker: kind for marker, kind in _MARKERS.items() if kind in files}
-    for marker, kind in markers.items():
-        num_markers, num_files = text.count(marker), len(files[kind])
-        if num_markers and num_markers != num_files:
-            raise BadSample(source, f"{num_markers} {marker} markers in the text for {num_files} {kind}s")
-        if not num_markers:
-            content += [{"type": kind}] * num_files
-    for part in re.split(f"({'|'.join(markers)})", text):
-        if part in markers:
-            content.append({"type": markers[part]})
-        elif part:
-            content.append({"type": "text", "text": part})
-    return content if any(files.values()) else text
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Tokens that steer the model; as words of a text they would do so too."""
+    return tuple(sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special))
 
 
-def _template(path: str) -> jinja2.Template | None:
-    if not path:
-        return None
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
-    return environment.from_string(Path(path).read_text(encoding="utf-8").strip())
+def refuse_control_tokens(source: str, text: str, what: str, tokens: Sequence[str]) -> None:
+    """Raise BadSample where `text` has one of the tokens."""
+    for token in tokens:
+        if token in text:
+            raise BadSample(source, f"{what} contains {token}, a control token of the model")
 
 
-def template_problems(path: str) -> list[str]:
-    """What is wrong with the user's prompt format."""
-    file = Path(path)
-    if not file.is_file():
-        return [f"data.format_prompt={path}: no such file; give a Jinja file that uses {{{{ content }}}}"]
+def _chat_template_problems(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Rendered once: a template that never ends would stop the run in its first step, without a word."""
+    messages: Any = [{"role": "user", "content": "What is shown?"}]
     try:
-        variables = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(file.read_text(encoding="utf-8")))
+        with time_limit(RENDER_SECONDS):
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TooSlow:
+        return [f"model.hf: its chat template takes over {RENDER_SECONDS:g} s to render; use that of the model's maker"]
     except jinja2.TemplateSyntaxError as error:
-        return [f"data.format_prompt={path}: line {error.lineno}: {error.message}; correct the template"]
-    if variables != {"content"}:
-        return [
-            f"data.format_prompt={path}: uses the variables {sorted(variables)}; it must use `content`, the problem, "
-            "and no other"
-        ]
+        return [f"model.hf: its chat template is broken: line {error.lineno}: {error.message}; use the maker's"]
+    except jinja2.TemplateError:
+        return []  # it wants other turns than these, which a row may have
     return []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which data files a setting such as `data.train` names.
 
-A file (JSONL, JSON, Parquet), a folder of them, or a data set on the Hugging Face hub ("owner/name"); `@split` after a
-folder or a hub name picks a split; several of them stand with commas between. Nothing is executed and no script is run.
+A file (records.py), a folder of them, or a data set on the Hugging Face hub ("owner/name"); `@split` after a folder or
+a hub name picks a split; several of them stand with commas between. Nothing is executed and no script is run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+from data.rows.records import FORMS, SUFFIXES, form_of
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHARD = re.compile(r"[-_]\d+(-of-\d+)?$")
 
@@ -27,7 +28,7 @@ class Source:
 
 def source_names(setting: str) -> list[str]:
     """The data sets that a setting lists."""
-    if setting and Path(setting).exists():  # a comma in the path
+    if setting and Path(setting).expanduser().exists():  # a comma in the path
         return [setting]
     return [name.strip() for name in setting.split(",") if name.strip()]
 
@@ -57,22 +58,22 @@ def open_source(name: str, field: str) -> Source:
     if path.is_file():
         if split:
             raise ValueError(f"{field}={name}: a single file has no splits; leave out @{split}")
-        if path.suffix not in SUFFIXES:
+        if not form_of(path.name):
             raise ValueError(f"{field}={name}: not one of {', '.join(SUFFIXES)}; convert it")
         return Source(name, path.parent.absolute(), (path,))
     return Source(name, path.absolute(), _files_of_split(path, split, f"{field}={name}"))
 
 
 def _parts(name: str) -> tuple[Path, str]:
-    if Path(name).exists() or "@" not in name:
-        return Path(name), ""
+    if Path(name).expanduser().exists() or "@" not in name:
+        return Path(name).expanduser(), ""
     path, _, split = name.rpartition("@")
-    return Path(path), split
+    return Path(path).expanduser(), split
 
 
 def _is_hub(name: str) -> bool:
     path, _ = _parts(name)
-    return not path.exists() and path.suffix not in SUFFIXES and _HUB_NAME.fullmatch(str(path)) is not None
+    return not path.exists() and not form_of(path.name) and _HUB_NAME.fullmatch(str(path)) is not None
 
 
 def _download(path: Path, field: str) -> Path:
@@ -94,11 +95,11 @@ def _download(path: Path, field: str) -> Path:
 def _files_of_split(folder: Path, split: str, setting: str) -> tuple[Path, ...]:
     """All files whose own name or folder is that of the split; without one, the only split there is, or "train"."""
     splits: dict[str, list[Path]] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
-        for name in {_SHARD.sub("", path.stem), *path.relative_to(folder).parts[:-1]}:
+    for path in sorted(path for path in folder.rglob("*") if form_of(path.name) and path.is_file()):
+        for name in {_SHARD.sub("", path.name.removesuffix(form_of(path.name))), *path.relative_to(folder).parts[:-1]}:
             splits.setdefault(name, []).append(path)
     if not splits:
-        raise ValueError(f"{setting}: the folder holds no {', '.join(SUFFIXES)} file; check the path")
+        raise ValueError(f"{setting}: the folder holds no {', '.join(FORMS)} file; check the path")
     if not split:
         only = next(iter(splits)) if len({tuple(files) for files in splits.values()}) == 1 else "train"
         split = "train" if "train" in splits else only

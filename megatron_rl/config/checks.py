@@ -16,8 +16,8 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from data.rows.loader import weight_problems
-from data.rows.prompts import template_problems
 from data.rows.sources import source_names, source_problems
+from data.rows.templates import template_problems
 from data.video.frames import FrameSettings
 from megatron_rl.config.schema import JobConfig, RlConfig
 from megatron_rl.config.sizes import rank_problems, size_problems, trainer_grid
@@ -25,7 +25,9 @@ from megatron_rl.errors import raise_all
 from megatron_rl.rewards.registry import load_reward
 from megatron_rl.runtime.grid import Grid
 from model_providers.family import Config, read_config, shape_and_weights, text_section
+from model_providers.hf_files import misfits, read_tensor_files, tied_copy_problem, tokenizer_problems
 from model_providers.shape import TransformerShape
+from model_providers.weight_map import WeightMap
 
 Job = Literal["rl", "sft", "cache"]
 
@@ -79,6 +81,12 @@ def check(cfg: JobConfig, world_size: int, job: Job, require_files: bool = True)
     if require_files:
         problems += [*_files(cfg, job), *_model(cfg, job), *([] if job == "cache" else _checkpoints(cfg))]
     raise_all(problems, f"configuration of {cfg.run_dir}")
+
+
+def check_inputs(cfg: JobConfig) -> None:
+    """Raise one ValueError with every problem of what a job reads; layouts, rewards and the like are not looked at."""
+    job: Job = "rl" if isinstance(cfg, RlConfig) else "sft"
+    raise_all([*_ranges(cfg), *_data(cfg), *_files(cfg, job), *_model(cfg, job)], f"configuration of {cfg.run_dir}")
 
 
 def range_problems(cfg: JobConfig) -> list[str]:
@@ -187,9 +195,9 @@ def _algorithm(cfg: RlConfig) -> Iterator[str]:
         why = f"is not below algorithm.filter_high={algorithm.filter_high}; no group could pass"
         yield _problem(cfg, "algorithm.filter_low", why)
     try:
-        load_reward(cfg.reward.name, cfg.reward.terms)
+        load_reward(cfg.reward.name, cfg.reward.terms, cfg.reward.missing_answer)
     except ValueError as error:
-        yield str(error)
+        yield from str(error).splitlines()
 
 
 def _files(cfg: JobConfig, job: Job) -> Iterator[str]:
@@ -200,12 +208,12 @@ def _files(cfg: JobConfig, job: Job) -> Iterator[str]:
         yield from source_problems(_at(cfg, path), path)
     yield from weight_problems(len(source_names(cfg.data.train)), cfg.data.weights)
     for path in ("data.format_prompt", "data.manifest"):
-        if _at(cfg, path) and not Path(_at(cfg, path)).is_file():
+        if _at(cfg, path) and not Path(_at(cfg, path)).expanduser().is_file():
             yield _problem(cfg, path, "no such file; check the path")
-    if cfg.data.format_prompt and Path(cfg.data.format_prompt).is_file():
+    if cfg.data.format_prompt and Path(cfg.data.format_prompt).expanduser().is_file():
         yield from template_problems(cfg.data.format_prompt)
     for path in ("model.weights_from", "data.media_root", "rollout.replay_from"):
-        if _has(cfg, path) and _at(cfg, path) and not Path(_at(cfg, path)).is_dir():
+        if _has(cfg, path) and _at(cfg, path) and not Path(_at(cfg, path)).expanduser().is_dir():
             yield _problem(cfg, path, "no such folder; check the path")
 
 
@@ -251,6 +259,7 @@ def _fits_provider(cfg: JobConfig, hf: Config, job: Job) -> Iterator[str]:
         yield from str(error).splitlines()[1:] or [str(error)]
         return
     names = list(weights.entries)
+    yield from _fits_files(cfg, shape, weights)
     yield from _fits_sizes(cfg, shape, job)
     for pattern in cfg.model.freeze:
         if not fnmatch.filter(names, pattern):
@@ -258,6 +267,24 @@ def _fits_provider(cfg: JobConfig, hf: Config, job: Job) -> Iterator[str]:
     all_frozen = all(any(fnmatch.fnmatchcase(name, pattern) for pattern in cfg.model.freeze) for name in names)
     if all_frozen and cfg.model.freeze_vision:
         yield _problem(cfg, "model.freeze", "nothing is left to train; freeze less")
+
+
+def _fits_files(cfg: JobConfig, shape: TransformerShape, weights: WeightMap) -> Iterator[str]:
+    """Headers of the weights and the tokenizer's vocabulary, against config.json."""
+    folder = Path(cfg.model.hf)
+    for problem in tokenizer_problems(folder, shape.vocab_size):
+        yield f"model.hf={problem}"
+    try:
+        stored = read_tensor_files(folder)
+    except ValueError as error:
+        yield f"model.hf={error}"
+        return
+    for problem in misfits(stored, {tensor.name: tensor.shape for tensor in weights.hf_tensors().values()}):
+        yield f"model.hf={folder}: {problem}"
+    if shape.tied_embeddings:
+        embedding = weights["output_layer.weight"].hf[0].name
+        if problem := tied_copy_problem(folder, stored, embedding):
+            yield f"model.hf={problem}"
 
 
 def _fits_positions(cfg: JobConfig, longest: int) -> Iterator[str]:

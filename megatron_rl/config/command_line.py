@@ -15,6 +15,7 @@ import textwrap
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -26,6 +27,7 @@ from megatron_rl.config.schema import CacheConfig, JobConfig, RlConfig, SftConfi
 from megatron_rl.errors import PeerLost
 from megatron_rl.runtime.files import write_atomically
 from megatron_rl.runtime.quiet import quiet_libraries
+from megatron_rl.runtime.run_lock import held_run_folder
 
 EXIT_USAGE = 2
 JOBS: Mapping[type[CacheConfig], Job] = {RlConfig: "rl", SftConfig: "sft", CacheConfig: "cache"}
@@ -36,27 +38,59 @@ _HELP_OF_KEYS: Mapping[Job, str] = {
 }
 
 
-def run_job(argv: Sequence[str], schema: type[C], program: str, summary: str, body: Callable[[C], object]) -> None:
+CheckData = Callable[[JobConfig, int | None], None]
+"""(configuration, records of each data set to read; None = as usual): raises ValueError for data that stop the job."""
+
+
+def run_job(
+    argv: Sequence[str],
+    schema: type[C],
+    program: str,
+    summary: str,
+    body: Callable[[C], object],
+    check_data: CheckData,
+) -> None:
     """Run `body` with the checked configuration; a ValueError is the user's to mend and ends without a traceback.
 
-    `schema` is that of the job: RlConfig, SftConfig, or CacheConfig, which takes a recipe for either of the two.
+    With `--check` it calls `check_data` instead. `schema` is that of the job: RlConfig, SftConfig, or CacheConfig,
+    which takes a recipe for either of the two.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         _check_data_package()
-        cfg, only_check = parse_args(argv, schema, program, summary)
+        cfg, only_check, num_records = parse_args(argv, schema, program, summary)
         assert isinstance(cfg, JobConfig)
         check(cfg, world, JOBS[schema])
+        if only_check and rank == 0:
+            check_data(cfg, num_records)
     except ValueError as error:
         _report(error, rank)
+        if "--check" in argv and rank == 0:
+            sys.stderr.write("this run cannot start\n")
         raise SystemExit(EXIT_USAGE) from None
     if only_check:
         if rank == 0:
             sys.stdout.write(f"nothing stands in the way of this run on {world} rank{'s' if world > 1 else ''}\n")
         return
     quiet_libraries()
-    if rank == 0:
-        write_atomically(Path(cfg.run_dir) / "config.yaml", dump_config(cfg).encode())
+    with ExitStack() as stack:
+        if rank == 0:
+            _enter_run_folder(cfg, stack)
+        _run_body(cfg, body, rank)
+
+
+def _enter_run_folder(cfg: CacheConfig, stack: ExitStack) -> None:
+    """Hold the run folder until `stack` is left, and only then write into it."""
+    try:
+        stack.enter_context(held_run_folder(Path(cfg.run_dir)))
+    except ValueError as error:
+        _report(error, rank=0)
+        raise SystemExit(EXIT_USAGE) from None
+    write_atomically(Path(cfg.run_dir) / "config.yaml", dump_config(cfg).encode())
+
+
+def _run_body(cfg: C, body: Callable[[C], object], rank: int) -> None:
+    assert isinstance(cfg, CacheConfig)
     try:
         body(cfg)
     except ValueError as error:
@@ -96,8 +130,9 @@ def _check_data_package() -> None:
 # ---------------------------------------------------------------------------------------------- arguments and help
 
 
-def parse_args(argv: Sequence[str], schema: type[C], program: str, summary: str) -> tuple[C, bool]:
-    """The command line of every job: a recipe, then overrides. The second result tells whether only to check them."""
+def parse_args(argv: Sequence[str], schema: type[C], program: str, summary: str) -> tuple[C, bool, int | None]:
+    """The command line of every job: a recipe, then overrides. The second result tells whether only to check them, the
+    third how many records of each data set to read then."""
     examples = (
         "examples:\n"
         f"  {program} recipe.yaml\n"
@@ -112,8 +147,10 @@ def parse_args(argv: Sequence[str], schema: type[C], program: str, summary: str)
     parser.add_argument("recipe", help="YAML file, for example one of scripts/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
     parser.add_argument("--check", action="store_true", help="only tell whether this could run, and what is wrong")
+    rows_help = "with --check: read N records of each data set and open all their media; 0 = all records"
+    parser.add_argument("--check-rows", type=int, metavar="N", help=rows_help)
     args = parser.parse_intermixed_args(argv)
-    return load_config(args.recipe, schema, args.overrides), args.check
+    return load_config(args.recipe, schema, args.overrides), args.check, args.check_rows
 
 
 def describe(job: type) -> str:

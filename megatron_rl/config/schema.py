@@ -34,17 +34,51 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ColumnsConfig:
+    """Where the usual names (docs/data.md) do not fit: the column of each field."""
+
+    problem: str = ""
+    """Column of the question; empty = the first of problem, question, prompt."""
+    answer: str = ""
+    """Column of the answer; empty = answer or solution, or the last turn of a conversation."""
+    messages: str = ""
+    """Column of conversations; empty = the first of messages, conversations, prompt that holds turns."""
+    options: str = ""
+    """Column of the options of a question; empty = options."""
+    system: str = ""
+    """Column of the system prompt; empty = system, or the system turn of a conversation."""
+    problem_type: str = ""
+    """Column of a label; empty = problem_type."""
+    videos: str = ""
+    """Column of the videos, or a path made of columns: "clips/{id}.mp4"; empty = videos or video."""
+    images: str = ""
+    """Column of the images, or a path made of columns; empty = images or image."""
+    audios: str = ""
+    """Column of the sounds, or a path made of columns; empty = audios or audio."""
+    video_start: str = ""
+    """Column of the second at which the part of the videos begins; empty = video_start."""
+    video_end: str = ""
+    """Column of the second at which it ends; empty = video_end."""
+    fps: str = ""
+    """Column of the rate of videos that are lists of frames; empty = fps."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: str = ""
     """Data sets with commas between: a JSONL, JSON or Parquet file, a folder of them, or owner/name on the Hugging Face
-    hub; `@split` behind the last two. Fields: `problem`, `answer`; optionally `videos`, `images`, `video_start` and
-    `video_end` (seconds), `problem_type`."""
+    hub; `@split` behind the last two. Fields: `problem`, `answer`; optionally `videos`, `images`, `options`, `system`,
+    `video_start` and `video_end` (seconds), `problem_type`; or conversations (docs/data.md)."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    turns: Literal["last", "all"] = "last"
+    """Which answers of a conversation are learned: the last one, or all, each as a row of its own with the turns before
+    it as its prompt."""
     weights: tuple[float, ...] = ()
     """How often rows of each data set in `train` are drawn, relative; empty = each row once an epoch."""
     eval: str = ""
     """Data sets to evaluate on, as in `train`; empty = no evaluation."""
     media_root: str = ""
-    """Folder against which relative video paths are resolved; empty = the folder of the data set."""
+    """Folder against which relative media paths are resolved; empty = the folder of the data set."""
     format_prompt: str = ""
     """Jinja file rendered with `content` = the problem; empty = the problem as it is."""
     num_frames: int = 32
@@ -176,6 +210,9 @@ class RewardConfig:
     """Weights of the reward's named parts in the overall reward; a part without one is only logged. Empty = the
     reward's own weights, {accuracy: 0.9, format: 0.1} for math and r1v, {accuracy: 1.0} for exact; a function of your
     own then returns `overall` itself."""
+    missing_answer: Literal["default", "wrong", "whole_response"] = "default"
+    """What a response without an <answer> span is for r1v and exact: wrong, or its whole text is the answer. default:
+    wrong for r1v, whole_response for exact."""
 
 
 @dataclass(frozen=True, kw_only=True)

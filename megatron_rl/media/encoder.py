@@ -190,7 +190,7 @@ class ParallelEncoder:
             raise error
 
     def _encode_chunks(self, item: MediaItem, chunks: Sequence[EncodeChunk], frames: Tensor) -> None:
-        """`frames` [F, ...] are those of all the chunks, one behind the other."""
+        """`frames` are those of all the chunks, one behind the other."""
         ranges = [item.frames_of(chunk.start, chunk.stop) for chunk in chunks]
         for chunk, part in zip(chunks, frames.split([last - first for first, last in ranges]), strict=True):
             self._step.made[chunk] = embeds = self._encoder.encode(part, item.kind)

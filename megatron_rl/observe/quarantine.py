@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +30,12 @@ class Quarantine:
         kinds = {"row": "data/bad_rows", "media": "data/bad_media", "overlong": "data/overlong"}
         return {"data/quarantined": float(self.total)} | {kinds[kind]: float(n) for kind, n in self.counts.items()}
 
+    def note(self, text: str) -> None:
+        """Say something about the data that is no row's fault: once, on one rank, and in the list."""
+        if self._writes:
+            sys.stderr.write(f"note: {text}\n")
+            self._append([{"source": "", "reason": text, "kind": "note"}])
+
     def add(
         self, bad: Sequence[BadRow], num_rows: int, where: str, length_setting: str = "data.max_prompt_tokens"
     ) -> None:
@@ -40,9 +47,7 @@ class Quarantine:
         for row in bad:
             self.counts[row.kind] += 1
         if self._writes and bad:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in bad)
+            self._append([asdict(row) for row in bad])
         faulty = [row for row in bad if row.kind != "overlong"]
         listed = "\n".join(f"  {row.source}: {row.reason}" for row in (faulty or bad)[:20])
         if num_rows and len(faulty) > self._max_fraction * num_rows:
@@ -59,3 +64,8 @@ class Quarantine:
                 f"{setting}: none of the {num_rows} rows of {where} is left, {why}. All are listed in {self.path}\n"
                 f"{listed}"
             )
+
+    def _append(self, lines: Sequence[Mapping[str, str]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

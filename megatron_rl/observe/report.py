@@ -101,7 +101,7 @@ def rollout_table(rollouts: Sequence[SampleRollout]) -> Table:
     table = Table(title="sample rollouts", show_lines=True)
     for header in ("question", "response", "answer"):
         table.add_column(header, overflow="fold")
-    table.add_column("reward", justify="right")
+    table.add_column("reward", justify="right", overflow="fold")
     for rollout in rollouts:
         texts = (Text(text.strip()) for text in (rollout.question, rollout.response, rollout.answer))
         table.add_row(*texts, f"{rollout.reward:.3f}")

@@ -45,18 +45,27 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     usual = Assumptions()
     parser = argparse.ArgumentParser(
         prog="python -m megatron_rl.plan",
-        description="Plan a recipe: memory of every phase, predicted times, what does not fit and what would help.",
+        description="Plan a recipe for megatron_rl.train: memory of every phase, predicted times, what does not fit, "
+        "what would help.",
         epilog="exit status: 0 it fits, 1 it does not, 2 the recipe or the command line is wrong",
     )
+    default, size = "(default: %(default)s)", f"{usual.width}x{usual.height}"
     parser.add_argument("recipe", help="YAML file, for example one of scripts/recipes")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
-    parser.add_argument("--gpus", type=int, default=8, help="default: 8")
-    parser.add_argument("--gpu", default="a100-80g", help=f"one of {', '.join(GPUS)} (default: a100-80g)")
-    parser.add_argument("--video", metavar="WxH", default=f"{usual.width}x{usual.height}", help="frame of the files")
-    parser.add_argument("--seconds", type=float, default=usual.seconds, help="length of a video, for data.fps")
-    parser.add_argument("--text-tokens", type=int, default=usual.text_tokens, help="of a prompt, beside the video's")
-    parser.add_argument("--response-tokens", type=int, default=0, help="default: rollout.max_response_tokens")
-    parser.add_argument("--reserve", type=float, default=usual.reserve / GIB, help="GiB for CUDA, NCCL and gaps")
+    parser.add_argument("--gpus", type=int, default=8, help=f"number of GPUs {default}")
+    parser.add_argument("--gpu", default="a100-80g", help=f"one of {', '.join(GPUS)} {default}")
+    parser.add_argument("--video", metavar="WxH", default=size, help=f"size of the files' pictures {default}")
+    parser.add_argument(
+        "--seconds", type=float, default=usual.seconds, help=f"length of a video, for data.fps {default}"
+    )
+    parser.add_argument(
+        "--text-tokens", type=int, default=usual.text_tokens, help=f"of a prompt, beside the video's {default}"
+    )
+    parser.add_argument(
+        "--response-tokens", type=int, default=0, help="of a response (default: rollout.max_response_tokens)"
+    )
+    reserve = f"GiB for CUDA, NCCL and gaps {default}"
+    parser.add_argument("--reserve", type=float, default=usual.reserve / GIB, help=reserve)
     parser.add_argument("--long-rl", action="store_true", help="plan Long-RL's claim on 8 and 64 of these GPUs as well")
     parser.add_argument("--json", metavar="PATH", help="write all numbers: bytes, FLOPs, seconds")
     return parser.parse_intermixed_args(argv)

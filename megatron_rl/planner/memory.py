@@ -288,7 +288,7 @@ def host_bytes(case: Case, need: EngineNeed) -> dict[str, float]:
     """Main memory of one rank: offloaded optimizer state, the sleeping engine's weights, the embeddings of all media
     of its replica's prompts, the reference and, while it is swapped in, the policy."""
     params = max((case.params(stage) for stage in (0, case.trainer.pipeline - 1)), key=lambda p: p.total)
-    host = {"optimizer, parked": optimizer_bytes(case, params), "engine's weights, asleep": need.weights}
+    host = {"offloaded optimizer": optimizer_bytes(case, params), "sleeping engine's weights": need.weights}
     if case.model.tower is not None:
         most = max(case.work.num_prompts, case.cfg.eval.batch_size if case.cfg.data.eval else 0)
         host["videos for the engine"] = -(-most // case.engine.data) * _video_bytes(case)

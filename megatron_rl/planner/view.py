@@ -46,10 +46,10 @@ def work_lines(option: Option) -> Iterator[RenderableType]:
 def memory_table(option: Option) -> Table:
     phases = option.memory.phases
     table = Table(title="Memory of the fullest GPU, GiB", title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for phase in phases:
         stage = f"\n(stage {phase.stage})" if option.case.trainer.pipeline > 1 else ""
-        table.add_column(phase.phase + stage, justify="right")
+        table.add_column(phase.phase + stage, justify="right", overflow="fold")
     names = list(dict.fromkeys(name for phase in phases for name in phase.items))
     for name in names:
         cells = [gib(phase.items[name]) if name in phase.items else "" for phase in phases]
@@ -75,7 +75,7 @@ def times_table(option: Option) -> Table:
     }
     table = Table(title="A step: FLOPs and predicted seconds", title_justify="left", caption_justify="left")
     for column in ("phase", "PFLOP, all GPUs", "predicted s"):
-        table.add_column(column, justify="right" if column != "phase" else "left")
+        table.add_column(column, justify="right" if column != "phase" else "left", overflow="fold")
     for phase, seconds in option.times.phases.items():
         table.add_row(phase, f"{of[phase] / 1e15:,.1f}" if phase in of else "", f"{seconds:,.1f}")
     table.add_section()
@@ -108,7 +108,7 @@ def knobs_table(knobs: Sequence[Knob]) -> RenderableType:
         return Text("No single setting helps; see the layouts below.")
     table = Table(title="What would help, one setting at a time", title_justify="left")
     for column in ("setting", "peak, GiB", "then", "predicted s a step"):
-        table.add_column(column, justify="left" if column in ("setting", "then") else "right")
+        table.add_column(column, justify="left" if column in ("setting", "then") else "right", overflow="fold")
     for knob in knobs[:SHOWN_KNOBS]:
         option = knob.option
         fits = "fits" if option.memory.fits else reason(option)
@@ -129,7 +129,7 @@ def layouts_tables(options: Sequence[Option]) -> Iterator[RenderableType]:
     fitting = [o for o in options if o.memory.fits]
     table = Table(title=f"Layouts that fit: {len(fitting)} of {len(options)}", title_justify="left")
     for column in ("layout", "peak, GiB", "predicted s a step"):
-        table.add_column(column, justify="left" if column == "layout" else "right")
+        table.add_column(column, justify="left" if column == "layout" else "right", overflow="fold")
     for option in fitting[:SHOWN_LAYOUTS]:
         table.add_row(option.layout, gib(option.memory.peak), f"{option.times.step:,.0f}")
     yield table
@@ -147,8 +147,8 @@ def layouts_tables(options: Sequence[Option]) -> Iterator[RenderableType]:
             others.setdefault(name, option)
     if others:
         table = Table(title="Why others do not", title_justify="left")
-        table.add_column("trainer")
-        table.add_column("at best")
+        table.add_column("trainer", overflow="fold")
+        table.add_column("at best", overflow="fold")
         for name, option in others.items():
             table.add_row(name, reason(option))
         yield table
@@ -170,12 +170,12 @@ def claims_table(claims: Sequence[Claim], gpu: str) -> Table:
     frames = f"{claims[0].num_frames:,} frames"
     title = f"Long-RL's claim, planned on {gpu}: {frames} a video, and the most that fit"
     table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("model")
-    table.add_column("GPUs", justify="right")
-    table.add_column(frames)
-    table.add_column("most frames", justify="right")
-    table.add_column("tokens", justify="right")
-    table.add_column("beyond")
+    table.add_column("model", overflow="fold")
+    table.add_column("GPUs", justify="right", overflow="fold")
+    table.add_column(frames, overflow="fold")
+    table.add_column("most frames", justify="right", overflow="fold")
+    table.add_column("tokens", justify="right", overflow="fold")
+    table.add_column("beyond", overflow="fold")
     for claim in claims:
         tokens = f"{claim.num_frames * claim.tokens_a_frame:,} tokens"
         if claim.option is not None:

@@ -3,24 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from data.rows.loader import RowLoader
+from megatron_rl.errors import BadSample
 from megatron_rl.media.prompt_prefetcher import PromptPrefetcher
 from megatron_rl.observe.progress import Progress
 from megatron_rl.observe.quarantine import Quarantine
 from megatron_rl.protocols import StepEncoder
-from megatron_rl.types import BadRow, Prompt, TrainSample
+from megatron_rl.types import BadRow, Prompt, Row, TrainSample
 
-Encode = Callable[[str], list[int]]
+EncodeAnswer = Callable[[Row], tuple[int, ...]]
 
 
 class AnswerSource:
     """The rows of a loader as samples whose response is the reference answer. Every method is collective.
 
-    `encode` tokenizes text as it is; `max_tokens` bounds an answer, its end-of-turn token `eos_token_id` included.
-    `control_tokens` are those that steer the model (<|im_end|>, <|video_pad|>): an answer in which one is written is
-    set aside, as a prompt is, since it would be learned as the token and not as its text.
+    `encode` gives the tokens of an answer, its end-of-turn token included, or raises BadSample: an answer in which a
+    control token is written would be learned as the token and not as its text.
     """
 
     def __init__(
@@ -31,15 +31,11 @@ class AnswerSource:
         quarantine: Quarantine,
         progress: Progress,
         num_steps: int,
-        encode: Encode,
-        eos_token_id: int,
-        max_tokens: int,
-        control_tokens: Sequence[str],
+        encode: EncodeAnswer,
     ):
         self._loader, self._prompts, self._encoder, self._quarantine = loader, prompts, encoder, quarantine
         self._progress, self._num_steps = progress, num_steps
-        self._encode, self._eos, self._max_tokens = encode, eos_token_id, max_tokens
-        self._control_tokens = control_tokens
+        self._encode = encode
 
     def next_batch(self, step: int) -> list[TrainSample]:
         """The next rows, their media encoded; answers that cannot be learned as they are, are set aside."""
@@ -54,11 +50,8 @@ class AnswerSource:
         return [sample for sample in samples if isinstance(sample, TrainSample)]
 
     def _sample(self, prompt: Prompt) -> TrainSample | BadRow:
-        for token in self._control_tokens:
-            if token in prompt.row.answer:
-                return BadRow(prompt.row.source, f"the answer contains {token}, a control token of the model")
-        answer = (*self._encode(prompt.row.answer), self._eos)
-        if len(answer) > self._max_tokens:
-            reason = f"answer of {len(answer)} tokens is over train.max_answer_tokens={self._max_tokens}"
-            return BadRow(prompt.row.source, reason, "overlong")
+        try:
+            answer = self._encode(prompt.row)
+        except BadSample as error:
+            return BadRow(error.source, error.reason, error.kind)
         return TrainSample(prompt, answer, rollout_logprobs=(0.0,) * len(answer))

@@ -81,7 +81,7 @@ class Policy:
                 self.tower_training = TowerTraining(tower, model.config, ddp, settings)
                 self.optimizer = self.tower_training.join(self.optimizer)
             self._offload_at_rest()
-        self._backward_media: Callable[[], None] | None = None
+        self._backward_vision: Callable[[], None] | None = None
         model.config.finalize_model_grads_func = self._finalize
         model.config.grad_scale_func = self.optimizer.scale_loss
         self._forward_backward = get_forward_backward_func()
@@ -98,14 +98,14 @@ class Policy:
         embeds: Mapping[str, Tensor],
         loss: PolicyLoss,
         step: int,
-        backward_media: Callable[[], None] | None = None,
+        backward_vision: Callable[[], None] | None = None,
     ) -> dict[str, tuple[float, float]]:
-        """One update. Where the tower is trained, `backward_media` takes the gradients of `embeds` through it.
+        """One update. Where the tower is trained, `backward_vision` takes the gradients of `embeds` through it.
 
         Returns local sums {metric: (numerator, denominator)}; those of the optimizer have
         denominator 1."""
-        assert self.tower_training is None or backward_media is not None, "a trained encoder must get its gradients"
-        self._backward_media = backward_media
+        assert self.tower_training is None or backward_vision is not None, "a trained tower must get its gradients"
+        self._backward_vision = backward_vision
         for part in self._ddp_parts:
             part.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -140,8 +140,8 @@ class Policy:
         if self.tower_training is None:
             finalize_model_grads(model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
             return
-        assert self._backward_media is not None
-        self._backward_media()
+        assert self._backward_vision is not None
+        self._backward_vision()
         # Leaves in num_tokens the tokens of all ranks.
         finalize_model_grads(model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
         self.tower_training.finish_gradients(num_tokens)

@@ -56,9 +56,9 @@ def _ranks_table(cost: SyncCost) -> Table:
     for rank, numbers in enumerate(zip(cost.need, cost.local, cost.received, strict=True)):
         rows[tuple(f"{number / GB:.2f}" for number in numbers)].append(rank)
     table = Table(caption="GB per rank", caption_justify="left")
-    table.add_column("ranks")
+    table.add_column("ranks", overflow="fold")
     for name in ("number", "need", "local", "received", "sent"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for shown, ranks in rows.items():
         sent = sorted({f"{value / GB:.2f}" for value in (cost.sent[ranks].min(), cost.sent[ranks].max())}, key=float)
         table.add_row(rank_list(ranks), str(len(ranks)), *shown, " to ".join(sent))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `bench_resharder.py` measures the resharder against, and how bytes and memory are counted.
+"""What `resharder.py` measures the resharder against, and how bytes and memory are counted.
 
 Every public stack that holds Megatron and vLLM in one process gathers full HF tensors on every rank and hands them to
 vLLM's loader, one by one or in buckets; Megatron-core has a resharder of its own, from one Megatron model to another.

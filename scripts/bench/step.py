@@ -92,7 +92,7 @@ class Contestant:
         if not line:
             self._process.wait()
             tail = self._log.read_text(errors="replace")[-3000:]
-            raise SystemExit(f"{tail}\nbench_step.py: {self._side} ended early; above is the end of what it said")
+            raise SystemExit(f"{tail}\nstep.py: {self._side} ended early; above is the end of what it said")
         return json.loads(line)
 
 
@@ -260,7 +260,7 @@ def parse_arguments() -> argparse.Namespace:
 def require_trl(folder: Path) -> None:
     if not (folder / "trl").is_dir():
         raise SystemExit(
-            f"bench_step.py: TRL is not in {folder}; install it with `python -m pip install --no-deps --target "
+            f"step.py: TRL is not in {folder}; install it with `python -m pip install --no-deps --target "
             ".bench/site-packages -r requirements/bench.lock`, or give --side ours"
         )
 

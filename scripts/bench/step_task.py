@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both sides of bench_step.py are given (one model folder, one list of prompts, one reward) and what they report.
+"""What both sides of step.py are given (one model folder, one list of prompts, one reward) and what they report.
 
 The model never ends its turn, so every response has full length without a logits processor on either side.
 """
@@ -32,7 +32,7 @@ class Task:
     times by `response_tokens`."""
 
     folder: str
-    """Holds the model, the prompts and what a side writes; made and removed by bench_step.py."""
+    """Holds the model, the prompts and what a side writes; made and removed by step.py."""
     side: str
     """`ours` or the name of a variant of TRL."""
     prompt_tokens: int
@@ -160,7 +160,7 @@ class Clock:
 
 
 class Channel:
-    """The child's end of the pipes to bench_step.py: a step is made when a line comes in, its record goes back as JSON.
+    """The child's end of the pipes to step.py: a step is made when a line comes in, its record goes back as JSON.
 
     What libraries print goes to the log that is this process's stderr.
     """
@@ -181,7 +181,7 @@ class Channel:
     def wait_for_turn(self) -> None:
         """Returns when it is this side's turn; leaves the process when there is nobody left to report to."""
         if not sys.stdin.readline():
-            raise SystemExit("bench_step.py has gone")
+            raise SystemExit("step.py has gone")
 
     def report(self, times: Mapping[str, float], **facts: Any) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's side of bench_step.py: its `GRPOTrainer`, stepped one turn at a time by a callback.
+"""TRL's side of step.py: its `GRPOTrainer`, stepped one turn at a time by a callback.
 
 Everything that TRL can leave out is left out: reference model, gradient checkpointing, padding, logging, saving.
 transformers' continuous batching, another of its ways to generate, was tried and is no variant: on a CPU a step of 200

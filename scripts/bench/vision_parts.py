@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bench_vision.py measures with: a model in the proportions of Qwen2.5-VL-7B, videos, training groups."""
+"""What vision.py measures with: a model in the proportions of Qwen2.5-VL-7B, videos, training groups."""
 
 from __future__ import annotations
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from tokenizers import AddedToken
 
+from data.rows.answers import AnswerEncoder
 from data.rows.loader import RowLoader
 from megatron_rl.media.prompt_prefetcher import PromptPrefetcher
 from megatron_rl.observe.progress import Progress
@@ -36,6 +38,20 @@ class Builder:
         return Prompt(prompt_id, row, (1, 2))
 
 
+class FakeTokenizer:
+    """A token a character."""
+
+    eos_token_id = EOS
+    added_tokens_decoder = {
+        number: AddedToken(token, special=special)
+        for number, (token, special) in enumerate({"<|im_end|>": True, "<|pad|>": True, "<b>": False}.items())
+    }
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return [ord(character) for character in text]
+
+
 def source(folder: Path, answers: list[str]) -> AnswerSource:
     rows = [Row(f"rows:{number}", "?", answer) for number, answer in enumerate(answers)]
     encoder, quarantine = FakeEncoder([]), Quarantine(folder, writes=True, max_fraction=0.5)
@@ -46,10 +62,7 @@ def source(folder: Path, answers: list[str]) -> AnswerSource:
         quarantine,
         Progress(1, enabled=False),
         1,
-        lambda text: [ord(character) for character in text],
-        EOS,
-        12,
-        ["<|im_end|>", "<|pad|>"],
+        AnswerEncoder(FakeTokenizer(), 12),
     )
 
 

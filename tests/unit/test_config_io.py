@@ -245,7 +245,7 @@ def test_help_exits_clean_and_shows_usage(capsys):
 
 
 def test_parse_args_reads_recipe_and_overrides(recipe):
-    cfg, only_check = parse_args([recipe(), "seed=9"], RlConfig, "x", "y")
+    cfg, only_check, _ = parse_args([recipe(), "seed=9"], RlConfig, "x", "y")
     assert cfg.seed == 9 and not only_check
-    cfg, only_check = parse_args([recipe(), "--check", "seed=9"], RlConfig, "x", "y")
+    cfg, only_check, _ = parse_args([recipe(), "--check", "seed=9"], RlConfig, "x", "y")
     assert cfg.seed == 9 and only_check

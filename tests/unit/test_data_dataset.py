@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from data.rows.dataset import read_rows
+from data.rows.records import SUFFIXES
 from data.rows.sources import source_problems
 from data.video.images import probe_image
 from megatron_rl.types import BadRow, Row
@@ -24,7 +25,7 @@ def read(tmp_path, *lines, media_root=""):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines) + b"\n")
     [found] = read_rows(str(path), media_root, tmp_path / "media")
-    return found
+    return found.rows, found.bad
 
 
 def test_longvideo_reason_record(tmp_path):
@@ -71,13 +72,15 @@ def test_files_as_windows_writes_them(tmp_path):
     record = {"problem": "p", "answer": "a"}
     for name, text in (("a.jsonl", json.dumps(record) + "\n"), ("a.json", json.dumps([record]))):
         (tmp_path / name).write_bytes(codecs.BOM_UTF8 + text.replace("\n", "\r\n").encode())
-        assert read_rows(str(tmp_path / name), "", tmp_path / "media") == [([Row(f"{name}:1", "p", "a")], [])]
+        [found] = read_rows(str(tmp_path / name), "", tmp_path / "media")
+        assert (found.rows, found.bad) == ([Row(f"{name}:1", "p", "a")], [])
 
 
 def test_relative_roots_become_absolute(tmp_path, monkeypatch):
     read(tmp_path, {"problem": "p", "answer": "a", "videos": "x.mp4"})
     monkeypatch.chdir(tmp_path)
-    [((row,), _)] = read_rows("train.jsonl", "", tmp_path / "media")
+    [found] = read_rows("train.jsonl", "", tmp_path / "media")
+    [row] = found.rows
     assert row.videos == (str(tmp_path / "x.mp4"),)
 
 
@@ -101,7 +104,7 @@ def test_relative_roots_become_absolute(tmp_path, monkeypatch):
         ({"problem": "p", "answer": "a", "problem_type": "\ud800"}, "`problem_type` holds half a surrogate"),
         (b"[" * 100_000, "nested too deeply"),
         ({"problem": "p", "answer": "a", "videos": [3]}, "`videos` must be"),
-        ({"problem": "p", "answer": "a", "videos": {"uri": "x"}}, "`videos` must be"),
+        ({"problem": "p", "answer": "a", "videos": {"uri": "x"}}, "`videos` has a medium with uri"),
     ],
 )
 def test_bad_line_is_named_and_the_others_are_kept(tmp_path, line, reason):
@@ -140,14 +143,15 @@ def write_json(path, records):
 
 
 def problems(setting) -> list[list[str]]:
-    return [[row.problem for row in rows] for rows, bad in read_rows(str(setting), "", NOWHERE) if not bad]
+    return [[row.problem for row in found.rows] for found in read_rows(str(setting), "", NOWHERE) if not found.bad]
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
 def test_every_format_gives_the_same_rows(tmp_path, name):
     bad_record = {"problem": "no answer", "answer": None, "videos": []}
     (write_parquet if name.endswith("parquet") else write_json)(tmp_path / name, [*RECORDS, bad_record])
-    [(rows, bad)] = read_rows(str(tmp_path / name), "", tmp_path / "media")
+    [found] = read_rows(str(tmp_path / name), "", tmp_path / "media")
+    rows, bad = found.rows, found.bad
     assert rows == [Row(f"{name}:{n + 1}", f"p{n}", str(n), (str(tmp_path / f"{n}.mp4"),)) for n in range(4)]
     assert bad == [BadRow(f"{name}:5", "`answer` is missing")]
 
@@ -158,7 +162,7 @@ def test_the_shards_of_a_folder_s_split_in_order(tmp_path):
     write_json(tmp_path / "data/test-00000-of-00001.json", [RECORDS[3]])
     assert problems(tmp_path) == problems(f"{tmp_path}@train") == [["p0", "p1", "p2"]]
     assert problems(f"{tmp_path}@test") == [["p3"]]
-    [((row, *_), _)] = read_rows(str(tmp_path), "", tmp_path / "media")
+    row = read_rows(str(tmp_path), "", tmp_path / "media")[0].rows[0]
     assert row.videos == (str(tmp_path / "0.mp4"),), "media paths go by the folder that was named"
     with pytest.raises(ValueError, match=r"^data\.train=.*@dev: has the splits data, test, train; choose one with @"):
         read_rows(f"{tmp_path}@dev", "", tmp_path / "media")
@@ -193,7 +197,7 @@ def test_a_hub_name_is_downloaded(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert problems("some/data@test") == [["p1", "p2", "p3"]]
-    assert asked == [("some/data", "dataset", ["*.jsonl", "*.json", "*.parquet"])]
+    assert asked == [("some/data", "dataset", [f"*{suffix}" for suffix in SUFFIXES])]
 
 
 def test_a_hub_name_that_cannot_be_had_names_the_setting():
@@ -204,8 +208,8 @@ def test_a_hub_name_that_cannot_be_had_names_the_setting():
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.json", '{"problem": "p"}', "holds no list of records"),
-        ("a.json", '{"problem": "p"}\n{"problem": "q"}', "is it JSONL"),
+        ("a.json", '{\n"problem": "p"}', "holds no list of records"),
+        ("a.json", '{"problem": "p"}\n[1]', "is it JSONL"),
         ("a.json", "[" * 100_000, "is not JSON"),
         ("a.csv", "problem,answer", "not one of .jsonl"),
         ("a.parquet", "PAR1 nonsense", "no readable Parquet"),
@@ -235,7 +239,8 @@ def test_media_in_the_file_itself_are_written_out_once(tmp_path):
     ]
     write_parquet(tmp_path / "a.parquet", records)
     for _ in range(2):
-        [(rows, bad)] = read_rows(str(tmp_path / "a.parquet"), "", tmp_path / "run" / "media")
+        [found] = read_rows(str(tmp_path / "a.parquet"), "", tmp_path / "run" / "media")
+        rows, bad = found.rows, found.bad
     written = tmp_path / "run" / "media" / f"{hashlib.sha256(content).hexdigest()}.png"
     assert [row.images for row in rows] == [(str(written), str(tmp_path / "b.png")), (str(written),)]
     assert [path.name for path in written.parent.iterdir()] == [written.name]

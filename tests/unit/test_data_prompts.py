@@ -261,8 +261,6 @@ def test_control_tokens_in_the_text_are_refused(make, paths, token):
 def test_markers_must_match_the_videos(make, paths, problem):
     with pytest.raises(BadSample, match="markers in the text for 1 videos"):
         make().build(0, row(problem, paths[0]))
-    with pytest.raises(BadSample, match="for 0 videos"):
-        make().build(0, row(problem))
 
 
 def test_a_long_prompt_is_refused_not_cut(make, tokenizer, paths):
@@ -302,3 +300,51 @@ def test_the_key_is_that_of_the_file_and_everything_done_with_it(make, paths):
     os.utime(paths[0], ns=(1, 1))
     others.add(make().build(0, row("p", paths[0])).media[0].key)
     assert len(others) == 4 and key not in others
+
+
+# -------------------------------------------------------------------------------------------------- turns and marks
+
+
+def test_turns_before_the_problem(make, tokenizer, paths):
+    history = (("user", "First <video>?"), ("assistant", "A <video> tag."))
+    prompt = make().build(0, replace(row("And then?", paths[0]), history=history, system="Be short."))
+    assert text(tokenizer, prompt) == (
+        "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nFirst " + pads(12) + "?<|im_end|>\n"
+        "<|im_start|>assistant\nA <video> tag.<|im_end|>\n" + BEFORE + "And then?" + AFTER
+    )
+    ahead = make().build(0, replace(row("And then?", paths[0]), history=(("user", "One?"), ("assistant", "Yes."))))
+    assert text(tokenizer, ahead).startswith(BEFORE + pads(12) + "One?")
+
+
+@pytest.mark.parametrize("part", ["system", "history"])
+def test_control_tokens_before_the_problem_are_refused(make, part):
+    value = {"system": f"a {VIDEO_PAD}", "history": (("user", "q"), ("assistant", f"a {VIDEO_PAD}"))}[part]
+    with pytest.raises(BadSample, match="control token"):
+        make().build(0, replace(row("p"), **{part: value}))
+
+
+def test_marks_are_words_where_there_are_no_media(make, tokenizer):
+    words = r"What does the <image> tag do in SVG? \<video>"
+    assert text(tokenizer, make().build(0, row(words))) == BEFORE + words + AFTER
+
+
+def test_an_escaped_mark_is_a_word(make, tokenizer, paths, images):
+    prompt = make().build(0, row(r"Is \<video> in <video>? \<image>", paths[0]))
+    assert text(tokenizer, prompt) == BEFORE + "Is <video> in " + pads(12) + "? <image>" + AFTER
+    with pytest.raises(BadSample, match=r"1 <image> markers in the text for 0 images; write \\<image> for the word"):
+        make().build(0, row("<image> and <video>", paths[0]))
+
+
+def test_every_video_has_its_own_range_of_seconds(make, paths):
+    spans = ((1.0, 2.0), (0.0, math.inf))
+    first, second = make().build(0, replace(row("p", *paths), video_spans=spans)).media
+    assert first.timestamps == (1.0, 1.3, 1.6, 1.9) and second.timestamps == (0.0, 1.3, 2.6, 3.9)
+
+
+def test_a_chat_template_that_refuses_turns_sets_the_row_aside(make, tokenizer, monkeypatch):
+    picky = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHAT
+    monkeypatch.setattr(tokenizer, "chat_template", picky)
+    builder = make(tokenizer=tokenizer)
+    assert builder.build(0, row("p")).token_ids
+    with pytest.raises(BadSample, match=r"the chat template of model\.hf refuses the row: no system turn"):
+        builder.build(0, replace(row("p"), system="s"))

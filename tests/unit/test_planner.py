@@ -337,6 +337,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "data.max_prompt_tokens=18432: a prompt has" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_narrow_window_cuts_no_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    larger = ["data.num_frames=1024", "data.max_prompt_tokens=62000", "train.max_tokens_per_microbatch=78400"]
+    assert main([RECIPE, "model.recompute=none", *larger]) == 1
+    said = capsys.readouterr().out
+    column = "".join(line.split("│")[1].strip() for line in said.splitlines() if line.startswith("│"))
+    assert "model.recompute=selective" in column and "…" not in said
+
+
 WRONG = [
     (["--gpus", "0", "--gpu", "abacus", "--video", "wide"], ["--gpus=0:", "--gpu=abacus:", "--video=wide:"]),
     (["parallel.tensor=8"], ["parallel.tensor=8: does not divide 28 attention heads"]),
