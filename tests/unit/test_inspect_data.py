@@ -75,7 +75,7 @@ def test_a_video_row(tmp_path, tiny_checkpoint, tiny_videos, recipe, capsys):
     assert row["num_tokens"] == len(tokenizer.encode(expected, add_special_tokens=False)) + 7  # 8 tokens for one place
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "nothing in the data stands in the way of the job"
-    assert "columns not used: id" in out and not (tmp_path / "run").exists()
+    assert "columns that nothing uses: id" in out and not (tmp_path / "run").exists()
 
 
 def test_system_turns_frames_and_images_reach_the_prompt(tmp_path, recipe):
