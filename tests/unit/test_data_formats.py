@@ -211,6 +211,26 @@ def test_unused_columns_and_marks_without_media_are_noted(tmp_path):
     )
 
 
+def test_keys_of_media_that_nothing_uses_are_named(tmp_path):
+    found = read(
+        tmp_path, PLAIN | {"videos": [{"video": "a.mp4", "nframes": 8}], "image": {"path": "a.png", "width": 3}}
+    )
+    assert found.unused_columns == ("image.width", "videos.nframes") and found.rows
+
+
+def test_a_column_that_is_named_and_not_there_is_noted(tmp_path):
+    names = {"videos": "clpi", "images": "{folder}/{name}.png"}
+    found = read(tmp_path, PLAIN | {"clip": "a.mp4", "name": "x", "folder": "y"}, columns=names)
+    assert found.absent == ("videos=clpi",) and found.rows[0].images == (str(tmp_path / "y/x.png"),)
+    assert found.notes()[1].endswith("a.jsonl: data.columns.videos=clpi: no record has it")
+
+
+def test_labels_may_be_anything(tmp_path):
+    labels = ["a", 3.0, ["b"], True, None]
+    found = read(tmp_path, *[PLAIN | {"problem_type": label} for label in labels])
+    assert [row.problem_type for row in found.rows] == ["a", "3", "['b']", "True", ""]
+
+
 # ------------------------------------------------------------------------------------------------------------- options
 
 
@@ -292,7 +312,6 @@ def test_pictures_as_text_and_bytes(tmp_path):
         ("http://x.org/" + "a" * 5000, "too long for a path"),
         ("https://x.org/a.png", "is an address, https://x.org/a.png; download"),
         ("file://other/a.png", "a file of the machine other"),
-        ({"path": "a.png", "max_pixels": 3}, "a medium with max_pixels, which nothing uses here"),
         ({"path": "a.png", "image": "b.png"}, "must be a path"),
         ([["a.png", "b.png"]], "must be a path"),
     ],
