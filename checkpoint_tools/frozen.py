@@ -8,7 +8,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from model_providers.hf_checkpoint import INDEX_FILE, HfCheckpoint
+from model_providers.hf_checkpoint import HfCheckpoint
+from model_providers.hf_files import INDEX_FILE
 from model_providers.provider import open_provider
 
 FROZEN_FILE = "frozen.safetensors"

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from checkpoint_tools.console import follow
+from checkpoint_tools.digests import write_digests
 from checkpoint_tools.folders import folder_bytes, new_folder
 from checkpoint_tools.frozen import copy_frozen_parts
 from checkpoint_tools.mcore_file import Param, Place, place_of, write_mcore
-from checkpoint_tools.weights import HEAD, different_bits, full_shard, fuse, hf_dtype, stored_entries
+from checkpoint_tools.weights import full_shard, fuse, hf_dtype, stored_entries
 from megatron_rl.errors import WeightMismatch, raise_all
 from megatron_rl.runtime.grid import Grid
 from model_providers.hf_checkpoint import HfCheckpoint
+from model_providers.hf_files import tied_copy_problem
 from model_providers.provider import open_provider
 from model_providers.shape import TransformerShape
 from model_providers.weight_map import Entry
@@ -48,6 +50,7 @@ def hf_to_mcore(hf: Path, out: Path, tensor: int = 1, pipeline: int = 1, force: 
         ]
         write_mcore(folder, params, _modules_with_state(entries), provider.shape.num_layers)
         next(steps, None)
+        write_digests(folder, {})
     num_parameters = sum(t.rows * t.cols for entry in entries for t in entry.hf)
     return {"out": str(out), "num_parameters": num_parameters, "num_tensors": len(params), "bytes": folder_bytes(out)}
 
@@ -71,19 +74,16 @@ def _dtypes(entries: list[Entry], checkpoint: HfCheckpoint) -> dict[str, torch.d
     mixed = [f"{key}: {', '.join(sorted(map(str, found)))}" for key, found in by_key.items() if len(found) > 1]
     if mixed:
         listed = "\n  ".join(mixed)
-        raise WeightMismatch(f"{checkpoint.folder}: dtypes differ within what Megatron-core fuses:\n  {listed}")
+        raise WeightMismatch(
+            f"{checkpoint.folder}: dtypes differ within what Megatron-core fuses; save it in one:\n  {listed}"
+        )
     return {entry.mcore: next(iter(by_key[place_of(entry.mcore).key])) for entry in entries}
 
 
 def _check_tied_copy(checkpoint: HfCheckpoint, embedding: str) -> None:
-    if HEAD not in checkpoint.names():
-        return
-    head, table = checkpoint.tensor(HEAD), checkpoint.tensor(embedding)
-    if head.shape != table.shape or head.dtype != table.dtype or different_bits(head, table).any():
-        raise WeightMismatch(
-            f"{checkpoint.folder}: config.json ties the embeddings, but {HEAD} differs from {embedding}; "
-            f"set tie_word_embeddings to false, or delete {HEAD}"
-        )
+    problem = tied_copy_problem(checkpoint.folder, checkpoint.stored, embedding)
+    if problem:
+        raise WeightMismatch(problem)
 
 
 def _modules_with_state(entries: list[Entry]) -> list[Place]:

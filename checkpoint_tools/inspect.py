@@ -17,10 +17,12 @@ from rich.table import Column, Table
 
 from checkpoint_tools.console import size_text
 from checkpoint_tools.folders import HF_MARK, find_mcore, folder_bytes
+from checkpoint_tools.intact import check_files
 from checkpoint_tools.mcore_to_hf import dtype_name
 from checkpoint_tools.weights import McoreWeights, hf_dtype
 from model_providers.family import read_config
-from model_providers.hf_checkpoint import INDEX_FILE, SINGLE_FILE, HfCheckpoint
+from model_providers.hf_checkpoint import HfCheckpoint
+from model_providers.hf_files import INDEX_FILE, SINGLE_FILE
 
 OPTIMIZER = "optimizer."  # its tensors stand in a Megatron file beside the weights
 WIDTH = 140  # of the table where no terminal says otherwise
@@ -80,6 +82,7 @@ def _inspect_hf(folder: Path) -> Summary:
 
 
 def _inspect_mcore(folder: Path) -> Summary:
+    check_files(folder)
     weights = McoreWeights(folder)
     stored = weights.file.tensors
     trained = [

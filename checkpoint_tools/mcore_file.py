@@ -36,6 +36,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from checkpoint_tools.intact import read_metadata
+
 FORMAT = CheckpointingConfig("torch_dist", 1, "torch", 1)
 
 
@@ -64,9 +66,9 @@ class McoreFile:
         self.folder = folder
         self._reader = FileSystemReader(folder)
         try:
-            metadata = self._reader.read_metadata()
-        except (pickle.UnpicklingError, EOFError, OSError) as error:
-            raise ValueError(f"{folder}: .metadata cannot be read ({error}); copy the checkpoint again") from error
+            metadata = read_metadata(folder)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}; copy the checkpoint again") from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         entries = metadata.state_dict_metadata.items()
         self.tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from checkpoint_tools.console import follow, write_json
 from checkpoint_tools.folders import folder_bytes, new_folder
 from checkpoint_tools.frozen import FROZEN_FILE
+from checkpoint_tools.intact import check_files
 from checkpoint_tools.weights import McoreWeights
 from megatron_rl.runtime.files import written_atomically
-from model_providers.hf_checkpoint import INDEX_FILE
+from model_providers.hf_files import INDEX_FILE
 
 DTYPES = {"keep": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -27,6 +28,7 @@ def mcore_to_hf(
     folder: Path, out: Path, dtype: str = "keep", max_shard_size: str = "5GB", force: bool = False
 ) -> dict[str, object]:
     """Write `out` from the checkpoint in `folder`."""
+    check_files(folder)
     weights = McoreWeights(folder)
     weights.check()
     wanted = DTYPES[dtype]

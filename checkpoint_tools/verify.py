@@ -12,6 +12,7 @@ from torch import Tensor
 
 from checkpoint_tools.console import follow
 from checkpoint_tools.folders import HF_MARK
+from checkpoint_tools.intact import check_files
 from checkpoint_tools.weights import McoreWeights, different_bits
 from megatron_rl.errors import raise_all
 from model_providers.hf_checkpoint import HfCheckpoint
@@ -51,6 +52,7 @@ def verify(
     raise_all(_unknown(open_in), "verify")
     if not (hf / HF_MARK).is_file():
         raise ValueError(f"--hf={hf}: holds no {HF_MARK}; give the folder of a Hugging Face checkpoint")
+    check_files(mcore)
     checkpoint, weights = HfCheckpoint(hf), McoreWeights(mcore)
     differences = list(compare(checkpoint, weights))
     opened, gap = [], None

@@ -17,10 +17,9 @@ from checkpoint_tools.frozen import FROZEN_FILE
 from checkpoint_tools.mcore_file import McoreFile, Place, place_of
 from megatron_rl.errors import WeightMismatch
 from model_providers.hf_checkpoint import HfCheckpoint, load_shard
+from model_providers.hf_files import HEAD
 from model_providers.provider import open_provider
 from model_providers.weight_map import Entry, Shard, Vocab, WeightMap
-
-HEAD = "lm_head.weight"  # some checkpoints with tied embeddings hold the embedding a second time under this name
 
 
 def stored_entries(weight_map: WeightMap) -> list[Entry]:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import av
 import numpy as np
 
-from data.video.index_reader import cause, demux
+from data.video.container import cause, demux, open_media
 from data.video.index_store import index_video
+from data.video.whole_file import missing_bytes
 from megatron_rl.errors import VideoDecodeError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def decode_audio(path: str, span: tuple[float, float] = (0.0, math.inf), rate: i
     VideoDecodeError where there is no sound, or where the track is cut or damaged.
     """
     try:
-        with av.open(path) as container:
+        with open_media(path) as container:
             if not container.streams.audio:
                 raise VideoDecodeError(path, "has no audio track")
             origin = _first_picture(path, container)
@@ -146,6 +147,8 @@ def _joined(frames: list[av.AudioFrame]) -> np.ndarray:
 
 def _check_complete(path: str, container: InputContainer, end: float) -> None:
     """`end`: second at which the sound stopped."""
+    if num_bytes := missing_bytes(path):
+        raise VideoDecodeError(path, f"its sound is cut: {num_bytes:,} bytes that its container states are missing")
     stream = container.streams.audio[0]
     if container.format.name not in _STATES_DURATION or stream.duration is None:
         return

@@ -308,14 +308,20 @@ class PartsFunction(Protocol):
 
 
 class RewardFunction(Protocol):
-    """Scores one batch. An unparsable answer scores 0.0; an exception is a bug and propagates."""
+    """Scores one batch. An unparsable answer scores 0.0; an exception is a bug and propagates.
+
+    `completion.truncated` tells that a response was cut off at the length limit; `prompt.row.answer` is the text of the
+    file, of which rewards/grading.py takes the reference out.
+    """
 
     @property
     def name(self) -> str: ...
 
-    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
-        """One dict per completion: "overall" is the reward, every other key a part of it. Completions of one batch may
-        have different parts."""
+    def __call__(
+        self, prompts: Sequence[Prompt], completions: Sequence[Completion]
+    ) -> Sequence[Mapping[str, float | str]]:
+        """One dict per completion: "overall" is the reward, every other number a part of it, every text a note for the
+        log. Completions of one batch may have different parts."""
 
 
 class AdvantageEstimator(Protocol):

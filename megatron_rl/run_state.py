@@ -34,7 +34,8 @@ class SavePlan:
 
 
 class RunState:
-    """Logging and checkpoints of one run. `hf_source` is the folder whose configuration and tokenizer go with them.
+    """Logging and checkpoints of one run. `hf_source` is the folder whose configuration and tokenizer go with them,
+    `origin` what the run began with (checkpoint_tools.origin; only that of rank 0 counts).
 
     `best` is (value, step) of the metric that marks the best checkpoint; `pending` holds metrics measured between
     steps, logged with the next one; `stopped`: someone asked the job to stop (SIGTERM, SIGUSR1), it has saved and is
@@ -46,6 +47,7 @@ class RunState:
         run_dir: Path,
         num_steps: int,
         hf_source: str,
+        origin: Mapping[str, str],
         policy: Policy,
         mesh: ParallelMesh,
         plan: SavePlan,
@@ -54,13 +56,15 @@ class RunState:
         stop: StopFlag,
     ):
         self.run_dir, self.progress = run_dir, progress
-        self._num_steps, self._hf_source, self._policy, self._mesh = num_steps, hf_source, policy, mesh
+        self._num_steps, self._hf_source, self._origin = num_steps, hf_source, origin
+        self._policy, self._mesh = policy, mesh
         self._plan, self._log, self._stop = plan, log, stop
         self._loader: RowLoader | None = None
         self._place_in_rows: dict[str, Any] | None = None  # of a run that takes no rows: that of the checkpoint
         self.best: tuple[float, int] | None = None
         self.pending: dict[str, float] = {}
         self.stopped = False
+        self._resumed = 0
 
     @property
     def checkpoints(self) -> Path:
@@ -70,10 +74,15 @@ class RunState:
         """The step to go on from: that of the newest checkpoint of this run, or 0. The place of `loader` in its rows is
         restored now and saved later."""
         self._loader, steps = loader, checkpoint.list_steps(self.checkpoints)
+        if self._mesh.rank == 0:
+            checkpoint.remove_leftovers(self.checkpoints)
         if not (self._plan.resume and steps):
             self._log.resume_from(0)
             return 0
-        state = checkpoint.load(checkpoint.step_folder(self.checkpoints, steps[-1]), self._policy, self._mesh)
+        folder = checkpoint.step_folder(self.checkpoints, steps[-1])
+        state = checkpoint.load(folder, self._policy, self._mesh)
+        checkpoint.check_origin(folder, Path(self._hf_source), self._origin)
+        self._tell_if_finished(state["step"])
         self._place_in_rows = state["loader"]
         if loader is not None and self._place_in_rows is None:
             raise ValueError(
@@ -85,6 +94,14 @@ class RunState:
         self.best = tuple(state["best"]) if state["best"] else None
         self._log.resume_from(state["step"])
         return int(state["step"])
+
+    def _tell_if_finished(self, step: int) -> None:
+        """A run that has all its steps does nothing, and says so."""
+        self._resumed = step
+        if self._mesh.rank == 0 and step >= self._num_steps:
+            text = f"run_dir={self.run_dir}: has {step} steps, train.num_steps={self._num_steps} asks for no more"
+            console = Console(highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{text}; raise it to go on, or use a new run_dir")
 
     def end_step(self, step: int, metrics: Mapping[str, float], note: str) -> None:
         """Log step `step` (from 0) and save if it is time, or if the job was asked to stop."""
@@ -111,7 +128,7 @@ class RunState:
     def save(self, done: int) -> Path:
         """Write the checkpoint of `done` steps, then remove those that are no longer kept."""
         place = self._loader.state_dict() if self._loader is not None else self._place_in_rows
-        state: dict[str, Any] = {"best": self.best, "loader": place}
+        state: dict[str, Any] = {"best": self.best, "loader": place, "origin": self._origin}
         folder = checkpoint.save(self.checkpoints, done, self._policy, self._mesh, state, self._hf_source)
         if self._mesh.rank == 0:
             checkpoint.prune(self.checkpoints, self._plan.keep, self.best[1] if self.best else None)
@@ -138,7 +155,8 @@ class RunState:
         if self._mesh.rank != 0:
             return
         rows = read_metrics(self.run_dir / METRICS_FILE)
-        write_summary(self.run_dir, {"num_steps": self._num_steps, **summary, "seconds": _seconds(rows)})
+        num_steps = max(self._num_steps, self._resumed)
+        write_summary(self.run_dir, {"num_steps": num_steps, **summary, "seconds": _seconds(rows)})
         plot_curves(self.run_dir)
         if rollouts:
             Console().print(rollout_table(rollouts))

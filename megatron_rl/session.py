@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from checkpoint_tools.origin import origin_of
 from data.rows.loader import RowLoader
 from data.video.frame_files import FrameFilesDecoder
 from data.video.index_store import IndexStore
@@ -143,7 +144,16 @@ def _build_session(
         policy=policy,
         quarantine=quarantine,
         run_state=RunState(
-            Path(cfg.run_dir), cfg.train.num_steps, cfg.model.hf, policy, mesh, plan, log, progress, stop
+            Path(cfg.run_dir),
+            cfg.train.num_steps,
+            cfg.model.hf,
+            _origin(cfg, mesh),
+            policy,
+            mesh,
+            plan,
+            log,
+            progress,
+            stop,
         ),
     )
 
@@ -164,6 +174,8 @@ def build_media_encoder(cfg: CacheConfig, backend: Backend, provider: ModelProvi
     )
     trained = frozenset(() if cfg.model.freeze_vision else parts)
     tower = provider.build_encoder(backend, backend.local_device(parallel.local_rank()), trained)
+    if cfg.model.weights_from:
+        checkpoint.check_weights(cfg.model.weights_from)
     if cfg.model.weights_from and tower is not None:
         checkpoint.load_tower(cfg.model.weights_from, tower)
     return tower
@@ -209,6 +221,14 @@ def _build_policy(
     if cfg.model.weights_from:
         checkpoint.load_weights(cfg.model.weights_from, policy)
     return policy
+
+
+def _origin(cfg: JobConfig, mesh: ParallelMesh) -> dict[str, str]:
+    """What this run begins with; on rank 0."""
+    if mesh.rank != 0:
+        return {}
+    start = checkpoint.find_start(cfg.model.weights_from) if cfg.model.weights_from else None
+    return origin_of(Path(cfg.model.hf), start)
 
 
 def freeze(model: LanguageModel | ChunkedStage, patterns: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ def run(cfg: RlConfig) -> None:
     """The whole job on this rank."""
     from megatron_rl.loop import rl_step, sample_step
     from megatron_rl.observe.step_metrics import media_metrics
-    from megatron_rl.rewards.registry import load_reward
+    from megatron_rl.rewards.registry import open_reward
     from megatron_rl.rl_session import build_evaluation, build_source, open_colocated
     from megatron_rl.session import build_learner, build_loader, open_session
 
@@ -38,7 +38,8 @@ def run(cfg: RlConfig) -> None:
         run_state, learner = session.run_state, build_learner(cfg, session)
         loader = colocated = None
         if not cfg.rollout.replay_from:
-            reward = load_reward(cfg.reward.name, cfg.reward.terms)
+            scoring = cfg.reward
+            reward = stack.enter_context(open_reward(scoring.name, scoring.terms, scoring.missing_answer))
             colocated = stack.enter_context(open_colocated(cfg, session, learner, reward))
             loader = build_loader(cfg, session.quarantine)
         source = build_source(cfg, session, colocated, loader)

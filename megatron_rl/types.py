@@ -274,12 +274,13 @@ class Completion:
 @dataclass(frozen=True, slots=True)
 class Scored:
     """A completion with its reward. `parts` are the named components (accuracy, format ...); `reward` their
-    weighted sum.
-    Example: Scored(completion, 0.9, {"overall": 0.9, "accuracy": 1.0, "format": 0.0})"""
+    weighted sum; `notes` what the reward has to say in words, for the log.
+    Example: Scored(completion, 0.9, {"overall": 0.9, "accuracy": 1.0, "format": 0.0}, {"reason": "no reasoning"})"""
 
     completion: Completion
     reward: float
     parts: dict[str, float]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ usage() {
     cat <<'HELP'
 usage: bash scripts/launch.sh [options] MODULE [ARGUMENTS...]
 
-  MODULE      megatron_rl.train (RL) or megatron_rl.sft; ARGUMENTS are its recipe and key.path=value overrides
+  MODULE      megatron_rl.train (RL), megatron_rl.sft or megatron_rl.cache_videos
+  ARGUMENTS   its recipe and key.path=value overrides; --check only tells whether it could run
 
   --nproc N              processes on this node (default: number of GPUs, or 1 without any)
   --nnodes M             number of nodes (default: 1); the next two are then required
@@ -55,6 +56,10 @@ python="$(job_python)"
 if [[ "${2:-}" == "--help" || "${2:-}" == "-h" ]]; then
     exec "$python" -m "$@"
 fi
+case "$1" in
+    megatron_rl.train | megatron_rl.sft | megatron_rl.cache_videos) ;;
+    megatron_rl.*) fail "$1 is not a job for several processes; train, sft and cache_videos are" ;;
+esac
 if [[ -z "$nproc" ]]; then
     nproc="$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')"
 fi

@@ -29,7 +29,7 @@ from megatron_rl.protocols import ModelProvider
 from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
 from megatron_rl.runtime.device import choose_backend
 from megatron_rl.types import MediaItem, Prompt, Row
-from model_providers.hf_checkpoint import canonical_hf_name
+from model_providers.hf_files import canonical_hf_name
 from model_providers.provider import open_provider
 
 KV_CACHE_BYTES = 8 << 20

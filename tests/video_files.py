@@ -130,3 +130,43 @@ def turned(folder: Path, degrees: int) -> str:
                 packet.stream = stream
                 container.mux(packet)
     return str(path)
+
+
+def with_sound(picture: str, target: Path, codec: str, options: dict[str, str] | None = None) -> str:
+    """The pictures of a file and four seconds of a tone, in the order of their times as muxers write them."""
+    rate = 48_000 if codec != "wmav2" else 44_100
+    with av.open(picture) as given, av.open(str(target), "w", options=options or {}) as container:
+        film = container.add_stream_from_template(given.streams.video[0])
+        sound = container.add_stream(codec, rate=rate, layout="mono")
+        sound.bit_rate = 64_000
+        sound.codec_context.open()
+        samples = (np.sin(np.arange(4 * rate) / 30) * 20_000).astype(np.int16)[None]
+        tone = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        tone.sample_rate, tone.pts, tone.time_base = rate, 0, Fraction(1, rate)
+        resampler = av.AudioResampler(sound.codec_context.format, "mono", rate, sound.codec_context.frame_size or 1024)
+        frames = [*resampler.resample(tone), *resampler.resample(None), None]
+        packets = [packet for frame in frames for packet in sound.encode(frame)]
+        for packet in given.demux(given.streams.video[0]):
+            if packet.size:
+                packet.stream = film
+                packets.append(packet)
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            container.mux(packet)
+    return str(target)
+
+
+def with_cover(picture: str, target: Path) -> str:
+    """The same film and a cover picture, which stands first."""
+    frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24").reformat(format="yuvj420p")
+    with av.open(picture) as given, av.open(str(target), "w") as container:
+        still = container.add_stream("mjpeg", rate=25)
+        still.width, still.height, still.pix_fmt = 32, 32, "yuvj420p"
+        still.disposition = av.stream.Disposition.attached_pic
+        film = container.add_stream_from_template(given.streams.video[0])
+        container.mux(still.encode(frame))
+        container.mux(still.encode(None))
+        for packet in given.demux(given.streams.video[0]):
+            if packet.size:
+                packet.stream = film
+                container.mux(packet)
+    return str(target)

@@ -25,6 +25,7 @@ from megatron_rl.types import MediaKind
 Span = tuple[float, float]
 
 Rate = Callable[[], float | None]
+Where = tuple[object, Span | None, float | None]  # where a medium is, its own seconds, the rate of its pictures
 
 ALWAYS: Span = (0.0, math.inf)
 LONGEST_PATH = 4096
@@ -98,10 +99,7 @@ def _medium(value: object, name: str, kind: MediaKind, folders: Folders, fps: Ra
     return Medium(path, span)
 
 
-def _parts(
-    value: Mapping[str, object], name: str, kind: MediaKind, unused: set[str]
-) -> tuple[object, Span | None, float | None]:
-    """(where it is, its own seconds, the rate of its pictures) of a mapping."""
+def _parts(value: Mapping[str, object], name: str, kind: MediaKind, unused: set[str]) -> Where:
     stated = {key: item for key, item in value.items() if not is_missing(item)}
     unused.update(f"{name}.{key}" for key in stated if key not in (*_WHERE, *_SPAN, *_RATE, "bytes", "type", "format"))
     span = read_span([stated.get(key) for key in _SPAN], f"`{name}`") if any(key in stated for key in _SPAN) else None

@@ -130,9 +130,10 @@ class RowReader:
         last = len(turns) - 2
         if value is None or last < 0:
             return turns
-        check_answer(reference_answer(turns[-1][1]), read_options(value, column), "answer")
+        options = read_options(value, column)
+        check_answer(reference_answer(turns[-1][1]), [text for _, text in options], "answer")
         role, text = turns[last]
-        return (*turns[:last], (role, with_options(text, value, column)), turns[-1])
+        return (*turns[:last], (role, with_options(text, options)), turns[-1])
 
     def _media(self, conversation: Conversation | None) -> _Media:
         media: _Media = {}
@@ -194,6 +195,8 @@ def _cuts(turns: Sequence[Turn], every_answer: bool) -> Iterator[int]:
 def _media_until(media: _Media, turns: Sequence[Turn], cut: int) -> _Media:
     """The media whose marks stand before turn `cut`. A kind without marks stands first; where marks and media do not
     fit, all are kept, and the prompt is refused."""
+    if cut == len(turns) - 1:
+        return media
     taken: _Media = {}
     for kind, found in media.items():
         marks = [num_marks(text, kind) if role == "user" else 0 for role, text in turns]

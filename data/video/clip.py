@@ -15,10 +15,10 @@ from fractions import Fraction
 import av
 import numpy as np
 
+from data.video.container import cause
 from data.video.decode import OutOfStep, PacketReader
 from data.video.gop_plan import GopRun
 from data.video.index import VideoIndex
-from data.video.index_reader import cause
 from megatron_rl.errors import VideoDecodeError
 
 _TICK = 40  # milliseconds between pictures: the clip's own clock, every file's is different

@@ -15,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import av
+import numpy as np
 
+from data.video.container import cause, demux, open_media, stamp, video_stream
 from data.video.gop_plan import GopRun, earlier_start, plan_runs, split_runs
 from data.video.index import VideoIndex
-from data.video.index_reader import cause, decode_all, demux
+from data.video.index_reader import decode_all
 from megatron_rl.errors import VideoDecodeError
 
 Deliver = Callable[[int, av.VideoFrame], None]
@@ -158,7 +160,7 @@ def _take(index: VideoIndex, run: GopRun, reader: PacketReader, missing: dict[in
 
 
 class PacketReader:
-    """A container that gives the packets of the index by number, and its decoder."""
+    """A container that gives the packets of the index by number, and its decoder. Packets carry the index's times."""
 
     def __init__(self, index: VideoIndex):
         self._index = index
@@ -173,7 +175,7 @@ class PacketReader:
 
     def _open(self) -> None:
         self._container = _open_strict(self._index.path)
-        self.stream = self._container.streams.video[0]
+        self.stream = video_stream(self._index.path, self._container)
         self.reset()
 
     def reset(self) -> None:
@@ -191,8 +193,9 @@ class PacketReader:
         """(number, packet) of packets [start, stop) in decoding order, then (stop, None) to drain the decoder."""
         packet = self._find(start)
         for number in range(start, stop):
-            if packet is None or packet.pts != self._index.packet_pts[number]:
+            if packet is None or stamp(packet) != self._index.packet_stamp[number]:
                 raise OutOfStep("the packets are not where they were before (damaged, or the file has changed)")
+            packet.pts = int(self._index.packet_pts[number])
             yield number, packet
             self._next = number + 1
             packet = self._read() if number + 1 < stop else None
@@ -217,23 +220,35 @@ class PacketReader:
         return (self._seek(number) if self._seeks else None) or self._from_beginning(number)
 
     def _seek(self, number: int) -> av.Packet | None:
-        pts = int(self._index.packet_pts[number])
+        landmark = self._landmark(number)
+        if landmark is None:
+            return None
+        wanted = int(self._index.packet_stamp[landmark])
         for seconds_earlier in (0, 2, 10):
-            target = pts - int(seconds_earlier / self._index.time_base)
+            target = wanted - int(seconds_earlier / self._index.time_base)
             self._container.seek(target, stream=self.stream, backward=True)
             self._demux = demux(self._container, self.stream)
             packet = self._read()
             # A seek lands on a keyframe, or in some containers on any packet, before or behind the wanted one.
-            for _ in range(len(self._index.packet_pts)):
-                if packet is None or packet.pts == pts:
+            for _ in range(len(self._index.packet_stamp)):
+                if packet is None or stamp(packet) == wanted:
                     break
-                if packet.pts is not None and packet.is_keyframe and packet.pts > pts:
+                at = stamp(packet)
+                if at is not None and packet.is_keyframe and at > wanted:
                     packet = None
                     break
                 packet = self._read()
-            if packet is not None and packet.pts == pts:
-                return packet
+            if packet is not None and stamp(packet) == wanted:
+                return packet if number == landmark else self._skip(number - landmark - 1)
         return None
+
+    def _landmark(self, number: int) -> int | None:
+        """`number`, or the last keyframe before it whose timestamp no other packet has."""
+        stamps = self._index.packet_stamp
+        if (stamps == stamps[number]).sum() == 1:
+            return number
+        keys = np.flatnonzero(self._index.is_key[:number])[::-1].tolist()
+        return next((key for key in keys if (stamps == stamps[key]).sum() == 1), None)
 
     def _from_beginning(self, number: int) -> av.Packet | None:
         self._container.close()
@@ -250,8 +265,8 @@ class PacketReader:
 def _open_strict(path: str) -> av.container.InputContainer:
     """One decoder thread: libavcodec's own threads cost a third more CPU for little, and one that logs while PyAV frees
     its decoder waits for the interpreter's lock forever."""
-    container = av.open(path)
-    context = container.streams.video[0].codec_context
+    container = open_media(path)
+    context = video_stream(path, container).codec_context
     context.thread_count = 1
     context.options = _STRICT
     return container

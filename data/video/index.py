@@ -40,11 +40,13 @@ class VideoIndex(VideoHeader):
     """Packets in decoding order (P of them) and frames in presentation order (F)."""
 
     pts: np.ndarray
-    """int64 [F] of the shown frames, ascending."""
+    """int64 [F] of the shown frames, ascending: as in the file, made good where it repeats one or goes back."""
     packet_of_frame: np.ndarray
     """int64 [F] number of the packet that holds frame i."""
     packet_pts: np.ndarray
-    """int64 [P]"""
+    """int64 [P] of the picture in each packet, as in `pts`."""
+    packet_stamp: np.ndarray
+    """int64 [P] that the file gives each packet (`container.stamp`); any may occur twice."""
     is_key: np.ndarray
     """bool [P]: decoding can start here."""
     is_shown: np.ndarray

@@ -1,81 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """One pass over the packets of a video file -> VideoIndex; and every kind of bad file -> VideoDecodeError.
 
-Only one keyframe is decoded. Files whose packets have no usable timestamps are decoded through instead, to count.
+Only one keyframe is decoded. Files whose timestamps do not tell the order of their pictures are decoded through, once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import av
 import numpy as np
 
+from data.video.container import cause, demux, open_media, video_stream
 from data.video.index import VideoHeader, VideoIndex
 from data.video.packets import PacketParser
+from data.video.timestamps import NEVER_REORDERED, ascending, order_of_pictures, tells_order
+from data.video.whole_file import missing_bytes
 from megatron_rl.errors import VideoDecodeError
 
 # Less than this missing at the end is how some muxers round, not a cut file.
 _TRUNCATION_SECONDS, _TRUNCATION_FRACTION = 1.0, 0.02
 _CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 _IDENTITY = (1, 0, 0, 1)
+_DEFAULT_RATE = 25.0
+_NO_RATE = 1000.0  # frames a second; from here on it is the ticks of a clock that the header counts
 
 
 def read_index(path: str) -> VideoIndex:
     """The index of a file. Raises VideoDecodeError for one that is no whole, readable video."""
     try:
-        with av.open(path) as container:
-            return _read(path, container, _video_stream(path, container))
+        with open_media(path) as container:
+            return _read(path, container, video_stream(path, container))
     except (av.FFmpegError, UnicodeDecodeError, OSError) as error:
         raise VideoDecodeError(
             path, f"not a readable video (cut, damaged or another kind of file): {cause(error)}"
         ) from error
 
 
-def cause(error: Exception) -> str:
-    """An error in FFmpeg's own words, without the number that PyAV puts before them."""
-    if isinstance(error, UnicodeDecodeError):
-        return "text in its header is garbled"
-    return error.strerror if isinstance(error, av.FFmpegError | OSError) and error.strerror else str(error)
-
-
-def demux(container: av.container.InputContainer, stream: av.stream.Stream) -> Iterator[av.Packet]:
-    """The stream's packets that hold data, to the end of the file.
-
-    PyAV 18 ends with an IndexError where a damaged file brings up streams that its header did not name: at the end it
-    goes through all streams of libavformat, and has objects only for those of the header. And a generator of PyAV that
-    is dropped half-way without being closed keeps a few hundred bytes for good.
-    """
-    with closing(cast("Generator[av.Packet]", container.demux(stream))) as packets:
-        while True:
-            try:
-                packet = next(packets, None)
-            except IndexError:
-                return
-            if packet is None:
-                return
-            if packet.size and packet.stream is stream:
-                yield packet
-
-
-def _video_stream(path: str, container: av.container.InputContainer) -> av.VideoStream:
-    if container.format.name == "tty":  # FFmpeg plays text as a film of a terminal
-        raise VideoDecodeError(path, "a text file")
-    if not container.streams.video:
-        kinds = ", ".join(sorted({stream.type for stream in container.streams}))
-        raise VideoDecodeError(path, f"no video stream{f' (only {kinds})' if kinds else ''}")
-    stream = container.streams.video[0]
-    if stream.codec_context is None or stream.codec_context.width == 0:
-        raise VideoDecodeError(path, "unknown codec or picture size (damaged file?)")
-    return stream
-
-
 class _Packets:
-    """The columns of the index while they are read."""
+    """The columns of the index while they are read, and where all streams of the file end."""
 
     def __init__(self) -> None:
         self.pts: list[int | None] = []
@@ -83,8 +49,9 @@ class _Packets:
         self.is_key: list[bool] = []
         self.is_shown: list[bool] = []
         self.sublayer: list[int | None] = []
-        self.end = 0
-        self.cut = False
+        self.end = 0.0
+        self.end_of_all = 0.0
+        self.cut = self.cut_of_all = False  # what came last is cut short
 
     def add(self, packet: av.Packet, parser: PacketParser) -> None:
         self.pts.append(packet.pts)
@@ -93,9 +60,18 @@ class _Packets:
         data = memoryview(packet)
         self.is_shown.append(not packet.is_discard and parser.is_shown(data))
         self.sublayer.append(0 if packet.is_disposable else parser.sublayer(data))
+        self.end = max(self.end, _end(packet))
         self.cut = packet.is_corrupt
-        if packet.pts is not None:
-            self.end = max(self.end, packet.pts + (packet.duration or 0))
+
+    def see(self, packet: av.Packet) -> None:
+        """A packet of any stream."""
+        self.cut_of_all = packet.is_corrupt
+        self.end_of_all = max(self.end_of_all, _end(packet))
+
+
+def _end(packet: av.Packet) -> float:
+    """Second up to which it is shown or heard."""
+    return 0.0 if packet.pts is None else float((packet.pts + (packet.duration or 0)) * (packet.time_base or 0))
 
 
 def _read(path: str, container: av.container.InputContainer, stream: av.VideoStream) -> VideoIndex:
@@ -104,27 +80,72 @@ def _read(path: str, container: av.container.InputContainer, stream: av.VideoStr
     parser = PacketParser(codec, context.extradata)
     packets = _Packets()
     first: av.VideoFrame | None = None
-    for packet in demux(container, stream):
+    opening: av.Packet | None = None
+    for packet in demux(container):
+        packets.see(packet)
+        if packet.stream is not stream:
+            continue
         packets.add(packet, parser)
+        opening = opening or packet
         if packet.is_keyframe and first is None:
             first = _first_frame(path, packet)
+    if opening is not None and not any(packets.is_key):  # a container without flags
+        first = _first_frame(path, opening)
+        first = first if first is not None and first.key_frame and not first.is_corrupt else None
+        packets.is_key[0] = True
     if not packets.pts or first is None:
         raise VideoDecodeError(path, "no keyframe" if packets.pts else "no video frames")
-    time_base = float(stream.time_base or 0)
-    missing = _stated_end(container, stream) - packets.end * time_base
-    if packets.cut or missing > max(_TRUNCATION_SECONDS, _TRUNCATION_FRACTION * packets.end * time_base):
-        raise VideoDecodeError(path, f"truncated: the data ends after {packets.end * time_base:.1f} s of video")
+    _check_whole(path, container, stream, packets)
     rate = float(stream.average_rate or 0)
+    rate = rate if rate < _NO_RATE else 0.0
+    time_base = float(stream.time_base or 0)
     header = VideoHeader(path, codec, first.width, first.height, time_base, rate, _display(path, first), _matrix(first))
-    if all(packets.is_key) and None in packets.pts and None not in packets.dts:
-        packets.pts = packets.dts  # nothing is reordered where every picture stands alone
-    shown = [pts for pts, is_shown in zip(packets.pts, packets.is_shown, strict=True) if is_shown]
-    made_up = (
-        container.format.name == "avi" and context.has_b_frames and packets.pts == sorted(pts or 0 for pts in shown)
+    return _with_clock(header, packets, container.format.name == "avi" and context.has_b_frames)
+
+
+def _check_whole(path: str, container: av.container.InputContainer, stream: av.VideoStream, packets: _Packets) -> None:
+    """Raise VideoDecodeError where headers or containers state more than the file holds."""
+    stated, of_all = _stated_end(container, stream), 0.0
+    if not stated and packets.end_of_all and container.duration is not None:  # of the longest stream
+        of_all = (max(container.start_time or 0, 0) + container.duration) / av.time_base
+    missing = max(
+        promised - end - max(_TRUNCATION_SECONDS, _TRUNCATION_FRACTION * end)
+        for promised, end in ((stated, packets.end), (of_all, packets.end_of_all))
     )
-    if None in packets.pts or len(set(shown)) != len(shown) or made_up:  # AVI knows the order of decoding only
-        return _by_number(replace(header, average_fps=rate or 25.0, time_base=1 / (rate or 25.0)))
-    return _assemble(header, packets)
+    num_bytes = missing_bytes(path)
+    if packets.cut or packets.cut_of_all or missing > 0 or num_bytes:
+        lacks = f", and {num_bytes:,} bytes that its container states are missing" if num_bytes else ""
+        raise VideoDecodeError(path, f"truncated: the data ends after {packets.end:.1f} s of video{lacks}")
+
+
+def _with_clock(header: VideoHeader, packets: _Packets, in_decoding_order: bool) -> VideoIndex:
+    """The index, its times those of the file as far as they can be; `in_decoding_order`: the file's clock is one of
+    decoding, as that of AVI is."""
+    dts = [time for time in packets.dts if time is not None]
+    shown = np.flatnonzero(packets.is_shown)
+    if None in packets.pts:
+        if len(dts) < len(packets.pts):
+            return _by_number(header)
+        packets.pts, in_decoding_order = packets.dts, not all(packets.is_key)
+    times = np.asarray(packets.pts, np.int64)
+    clock = np.asarray(packets.dts, np.int64) if len(dts) == len(times) else times
+    steps = np.diff(times[shown])
+    if header.codec in NEVER_REORDERED or all(packets.is_key):
+        good, order = bool((steps > 0).all()), shown.tolist()
+        in_decoding_order = False
+    else:
+        in_decoding_order = in_decoding_order and bool((steps >= 0).all())
+        good = not in_decoding_order and dts == sorted(dts) and tells_order(times[shown])
+        order = [] if good else order_of_pictures(header.path)
+    if good:
+        return _assemble(header, packets, times)
+    made = ascending(np.sort(clock[order]) if in_decoding_order else times[order]) if order else None
+    if made is None:
+        return _by_number(header)
+    packets.is_shown = np.isin(np.arange(len(times)), order).tolist()
+    repaired = times.copy()
+    repaired[order] = made
+    return _assemble(header, packets, repaired)
 
 
 def _first_frame(path: str, keyframe: av.Packet) -> av.VideoFrame | None:
@@ -156,8 +177,9 @@ def _display(path: str, frame: av.VideoFrame) -> tuple[int, int, int, int]:
     return signs  # type: ignore[return-value]
 
 
-def _assemble(header: VideoHeader, packets: _Packets) -> VideoIndex:
-    pts, is_key = np.asarray(packets.pts, np.int64), np.asarray(packets.is_key)
+def _assemble(header: VideoHeader, packets: _Packets, pts: np.ndarray) -> VideoIndex:
+    """`pts` int64 [P]: those of the file, or what was made of them."""
+    is_key = np.asarray(packets.is_key)
     is_shown = np.asarray(packets.is_shown)
     first_key = int(np.flatnonzero(is_key)[0])
     # Before the first keyframe, in the file or on the screen, stand pictures whose references are not in the file.
@@ -172,6 +194,7 @@ def _assemble(header: VideoHeader, packets: _Packets) -> VideoIndex:
         pts=pts[order],
         packet_of_frame=order,
         packet_pts=pts,
+        packet_stamp=np.asarray(packets.pts, np.int64),
         is_key=is_key,
         is_shown=is_shown,
         is_droppable=np.asarray([layer == highest for layer in packets.sublayer]) & ~is_key,
@@ -180,15 +203,17 @@ def _assemble(header: VideoHeader, packets: _Packets) -> VideoIndex:
 
 def decode_all(container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
     """Every frame, from the first to the last."""
-    stream = container.streams.video[0]
+    stream = video_stream(container.name, container)
     for packet in demux(container, stream):
         yield from stream.codec_context.decode(packet)
     yield from stream.codec_context.decode(None)
 
 
 def _by_number(header: VideoHeader) -> VideoIndex:
-    """Count the frames by decoding all: raw streams, AVI with B-frames, repeated timestamps."""
-    with av.open(header.path) as container:
+    """Count the frames by decoding all: raw streams, and clocks that stand still."""
+    rate = header.average_fps or _DEFAULT_RATE
+    header = replace(header, average_fps=rate, time_base=1 / rate)
+    with open_media(header.path) as container:
         count = sum(1 for _ in decode_all(container))
     if not count:
         raise VideoDecodeError(header.path, "no video frames")
@@ -198,6 +223,7 @@ def _by_number(header: VideoHeader) -> VideoIndex:
         pts=numbers,
         packet_of_frame=numbers,
         packet_pts=numbers,
+        packet_stamp=numbers,
         is_key=numbers == 0,
         is_shown=yes,
         is_droppable=~yes,
@@ -216,6 +242,4 @@ def _stated_end(container: av.container.InputContainer, stream: av.VideoStream) 
         if not found:
             raise VideoDecodeError(container.name, f"garbled: its header says DURATION={tag!r}")
         return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
-    if container.duration is not None and len(container.streams) == 1:
-        return start + container.duration / av.time_base
     return 0.0

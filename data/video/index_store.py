@@ -23,13 +23,13 @@ import numpy as np
 
 from data.video.index import VideoHeader, VideoIndex
 from data.video.index_reader import read_index
-from megatron_rl.errors import VideoDecodeError
+from data.video.regular_file import regular_file
 from megatron_rl.runtime.files import write_atomically
 
 _NUM_REMEMBERED = 128  # a two-hour film takes 3 MB
-_FORMAT = 1
+_FORMAT = 2
 _ABOUT = (*(field.name for field in fields(VideoHeader) if field.name != "path"), "by_number")
-_NUMBERS = ("pts", "packet_of_frame", "packet_pts")
+_NUMBERS = ("pts", "packet_of_frame", "packet_pts", "packet_stamp")
 _FLAGS = ("is_key", "is_shown", "is_droppable")
 
 
@@ -72,12 +72,7 @@ class IndexStore:
 
 def index_video(path: str, store: IndexStore | None = None) -> VideoIndex:
     """The index of a file. Raises VideoDecodeError for a file that is no whole, readable video."""
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise VideoDecodeError(path, f"cannot be read: {error.strerror}") from error
-    if stat.st_size == 0:
-        raise VideoDecodeError(path, "the file is empty (0 bytes)")
+    stat = regular_file(path)
     return _index(path, (stat.st_size, stat.st_mtime_ns), store)
 
 

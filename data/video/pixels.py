@@ -32,14 +32,10 @@ class RgbConverter:
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """uint8 [height, width, 3] as shown: a view that is good until the frame goes."""
-        size = self._index.width, self._index.height
-        if (frame.width, frame.height) != size:
-            raise VideoDecodeError(
-                self._index.path, f"the picture changes from {size} to {(frame.width, frame.height)} inside the file"
-            )
+        """uint8 [height, width, 3] as shown, of the size of the first picture: a view, good until the frame goes."""
+        width, height = self._index.width, self._index.height  # a later picture may differ: scaled as FFmpeg does
         try:
-            rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            rgb = self._reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
         except av.FFmpegError as error:
             raise VideoDecodeError(
                 self._index.path, f"pictures of the format {frame.format.name} cannot be turned into RGB"

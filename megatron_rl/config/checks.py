@@ -25,7 +25,9 @@ from megatron_rl.errors import raise_all
 from megatron_rl.rewards.registry import load_reward
 from megatron_rl.runtime.grid import Grid
 from model_providers.family import Config, read_config, shape_and_weights, text_section
+from model_providers.hf_files import misfits, read_tensor_files, tied_copy_problem, tokenizer_problems
 from model_providers.shape import TransformerShape
+from model_providers.weight_map import WeightMap
 
 Job = Literal["rl", "sft", "cache"]
 
@@ -193,9 +195,9 @@ def _algorithm(cfg: RlConfig) -> Iterator[str]:
         why = f"is not below algorithm.filter_high={algorithm.filter_high}; no group could pass"
         yield _problem(cfg, "algorithm.filter_low", why)
     try:
-        load_reward(cfg.reward.name, cfg.reward.terms)
+        load_reward(cfg.reward.name, cfg.reward.terms, cfg.reward.missing_answer)
     except ValueError as error:
-        yield str(error)
+        yield from str(error).splitlines()
 
 
 def _files(cfg: JobConfig, job: Job) -> Iterator[str]:
@@ -257,6 +259,7 @@ def _fits_provider(cfg: JobConfig, hf: Config, job: Job) -> Iterator[str]:
         yield from str(error).splitlines()[1:] or [str(error)]
         return
     names = list(weights.entries)
+    yield from _fits_files(cfg, shape, weights)
     yield from _fits_sizes(cfg, shape, job)
     for pattern in cfg.model.freeze:
         if not fnmatch.filter(names, pattern):
@@ -264,6 +267,24 @@ def _fits_provider(cfg: JobConfig, hf: Config, job: Job) -> Iterator[str]:
     all_frozen = all(any(fnmatch.fnmatchcase(name, pattern) for pattern in cfg.model.freeze) for name in names)
     if all_frozen and cfg.model.freeze_vision:
         yield _problem(cfg, "model.freeze", "nothing is left to train; freeze less")
+
+
+def _fits_files(cfg: JobConfig, shape: TransformerShape, weights: WeightMap) -> Iterator[str]:
+    """Headers of the weights and the tokenizer's vocabulary, against config.json."""
+    folder = Path(cfg.model.hf)
+    for problem in tokenizer_problems(folder, shape.vocab_size):
+        yield f"model.hf={problem}"
+    try:
+        stored = read_tensor_files(folder)
+    except ValueError as error:
+        yield f"model.hf={error}"
+        return
+    for problem in misfits(stored, {tensor.name: tensor.shape for tensor in weights.hf_tensors().values()}):
+        yield f"model.hf={folder}: {problem}"
+    if shape.tied_embeddings:
+        embedding = weights["output_layer.weight"].hf[0].name
+        if problem := tied_copy_problem(folder, stored, embedding):
+            yield f"model.hf={problem}"
 
 
 def _fits_positions(cfg: JobConfig, longest: int) -> Iterator[str]:

@@ -15,6 +15,7 @@ import textwrap
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -26,6 +27,7 @@ from megatron_rl.config.schema import CacheConfig, JobConfig, RlConfig, SftConfi
 from megatron_rl.errors import PeerLost
 from megatron_rl.runtime.files import write_atomically
 from megatron_rl.runtime.quiet import quiet_libraries
+from megatron_rl.runtime.run_lock import held_run_folder
 
 EXIT_USAGE = 2
 JOBS: Mapping[type[CacheConfig], Job] = {RlConfig: "rl", SftConfig: "sft", CacheConfig: "cache"}
@@ -71,8 +73,24 @@ def run_job(
             sys.stdout.write(f"nothing stands in the way of this run on {world} rank{'s' if world > 1 else ''}\n")
         return
     quiet_libraries()
-    if rank == 0:
-        write_atomically(Path(cfg.run_dir) / "config.yaml", dump_config(cfg).encode())
+    with ExitStack() as stack:
+        if rank == 0:
+            _enter_run_folder(cfg, stack)
+        _run_body(cfg, body, rank)
+
+
+def _enter_run_folder(cfg: CacheConfig, stack: ExitStack) -> None:
+    """Hold the run folder until `stack` is left, and only then write into it."""
+    try:
+        stack.enter_context(held_run_folder(Path(cfg.run_dir)))
+    except ValueError as error:
+        _report(error, rank=0)
+        raise SystemExit(EXIT_USAGE) from None
+    write_atomically(Path(cfg.run_dir) / "config.yaml", dump_config(cfg).encode())
+
+
+def _run_body(cfg: C, body: Callable[[C], object], rank: int) -> None:
+    assert isinstance(cfg, CacheConfig)
     try:
         body(cfg)
     except ValueError as error:

@@ -210,6 +210,9 @@ class RewardConfig:
     """Weights of the reward's named parts in the overall reward; a part without one is only logged. Empty = the
     reward's own weights, {accuracy: 0.9, format: 0.1} for math and r1v, {accuracy: 1.0} for exact; a function of your
     own then returns `overall` itself."""
+    missing_answer: Literal["default", "wrong", "whole_response"] = "default"
+    """What a response without an <answer> span is for r1v and exact: wrong, or its whole text is the answer. default:
+    wrong for r1v, whole_response for exact."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -42,16 +44,28 @@ class MetricLog:
             self._tensorboard = _start_tensorboard(self.path.parent, purge_step=None)
 
     def resume_from(self, step: int) -> None:
-        """Forget what was logged for `step` and later (0: everything): those steps are about to be made again."""
+        """Forget what was logged for `step` and later (0: everything): those steps are about to be made again.
+
+        A run is not lost for its log: a damaged one is set aside, told, and its readable rows are kept.
+        """
         if self._file is None:
             return
         self._file.close()
-        kept = [row for row in read_metrics(self.path) if row["step"] < step]
+        kept = [row for row in self._readable_rows() if row["step"] < step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file = self.path.open("a", encoding="utf-8")
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = _start_tensorboard(self.path.parent, purge_step=step)
+
+    def _readable_rows(self) -> list[dict[str, float]]:
+        try:
+            return read_metrics(self.path)
+        except ValueError as error:
+            kept = _set_aside(self.path)
+            rows = [row for line in kept.read_bytes().split(b"\n")[:-1] if (row := _row(line)) is not None]
+            sys.stderr.write(f"{error}: kept as {kept.name}; its {len(rows)} readable lines stay in {self.path.name}\n")
+            return rows
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the metrics of one step to every sink."""
@@ -78,8 +92,30 @@ class MetricLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl in order; a last line that a crash cut short (no newline) is left out."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
+    """The rows of a metrics.jsonl in order; a last line that a crash cut short (no newline) is left out.
+
+    Raises ValueError that names the first line that is damaged.
+    """
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        if (row := _row(line)) is None:
+            raise ValueError(f"{path}: line {number} is damaged; mend or remove that line")
+        rows.append(row)
+    return rows
+
+
+def _row(line: bytes) -> dict[str, float] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _set_aside(path: Path) -> Path:
+    """Give a file a name of its own in its folder."""
+    number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.damaged-{n}").exists())
+    return path.rename(path.with_name(f"{path.name}.damaged-{number}"))
 
 
 def _start_tensorboard(run_dir: Path, purge_step: int | None) -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_rl.rewards.grading import last_answer_span, reference_answer
+from megatron_rl.rewards.grading import MissingAnswer, reference_answer
+from megatron_rl.rewards.tags import last_answer_span
 
 if TYPE_CHECKING:
     from megatron_rl.types import Completion, Prompt
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExactReward:
-    """The answer is the last `<answer>` span, or the whole response when there is none; outer blanks do not count."""
+    """The answer is the last `<answer>` span, or, by default, the whole response when there is none; outer blanks do
+    not count. No response can grow into the reference, so that one cut off at its end may be right."""
 
+    missing_answer: MissingAnswer = "whole_response"
     name: str = "exact"
 
     @property
@@ -24,8 +27,10 @@ class ExactReward:
         return {"accuracy": 1.0}
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, float]]:
-        return [self._parts(reference_answer(p.row.answer), c.text) for p, c in zip(prompts, completions, strict=True)]
+        return [self._parts(reference_answer(p.row.answer), c) for p, c in zip(prompts, completions, strict=True)]
 
-    def _parts(self, reference: str, response: str) -> dict[str, float]:
-        span = last_answer_span(response)
-        return {"accuracy": float((response if span is None else span).strip() == reference)}
+    def _parts(self, reference: str, completion: Completion) -> dict[str, float]:
+        answer = last_answer_span(completion.text, completion.truncated)
+        if answer is None and self.missing_answer == "whole_response":
+            answer = completion.text.strip()
+        return {"accuracy": float(answer == reference)}

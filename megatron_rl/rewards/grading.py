@@ -1,19 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a predicted answer the reference answer? As text, as a multiple-choice letter, or as a mathematical value."""
+"""What a response answers, what a row's reference is, and whether they are the same text or the same option.
+
+The rules are told in docs/rewards.md. Values are compared in values.py.
+"""
 
 from __future__ import annotations
 
 import re
-import threading
+import unicodedata
+from typing import Literal
 
-_LONGEST_VALUE = 300  # characters; a longer span is prose, and prose can keep a symbolic parser busy for minutes
-_TIMEOUT_SECONDS = 2
+from megatron_rl.rewards.tags import last_answer_span
 
+MissingAnswer = Literal["wrong", "whole_response"]
+"""What a response without a complete `<answer>` span answers: nothing, or all of its text."""
 
-def last_answer_span(response: str) -> str | None:
-    """The text of the last complete `<answer>...</answer>`, or None."""
-    spans = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
-    return spans[-1].strip() if spans else None
+_LONGEST_OPTION = 2000  # characters; longer text is no option of a question
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # as Chinese keyboards write ASCII
+_WRAPPED = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\{([^{}]*)\}")
+_LEAD_IN = re.compile(
+    r"(?:the )?(?:(?:correct|right|best|final) )?(?:answer|option|choice)(?: is)?:? ?(?:(?:option|choice) )?",
+    re.IGNORECASE,
+)
+_OPTION = re.compile(r"(?:[(\[]([A-Za-z])[)\]][.:,]?|([A-Za-z])(?:[.):,]|$))(.*)")
+_WHOLE_OPTION = re.compile(r"(?:\(([A-Z])\)[.:]?|([A-Z])[.):]) (.+)")
+_NEXT_OPTION = re.compile(r"(?<![^ (])[A-Z][.):](?: |$)")
 
 
 def reference_answer(text: str) -> str:
@@ -23,44 +34,57 @@ def reference_answer(text: str) -> str:
     return (text if span is None else span).strip()
 
 
-def last_boxed(response: str) -> str | None:
-    r"""The content of the last complete `\boxed{...}`, inner braces included, or None."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", response)]):
-        depth = 1
-        for position in range(start, len(response)):
-            depth += {"{": 1, "}": -1}.get(response[position], 0)
-            if depth == 0:
-                return response[start:position].strip()
-    return None
-
-
 def same_text(predicted: str, reference: str) -> bool:
-    """Equal up to case, spacing and a final full stop; a reference "B" also takes "(B)", "B." and "B. The red car"."""
-    left, right = _normalized(predicted), _normalized(reference)
-    if re.fullmatch(r"\(?[a-z]\)?", right):
-        choice = re.match(r"\(?([a-z])\)?(?:[.):,]|$)", left)
-        return choice is not None and choice.group(1) == right.strip("()")
-    return left == right and left != ""
+    """Equal up to case, spacing, a final full stop, and how an accent or a full-width character is encoded.
+
+    A reference that is an option, "B" or "(B)" or "B. The red car", also takes each way of naming it: "(B)", "**B**",
+    "Option B", "Answer: B"; "B. ..." with the text of the option where the reference tells it; that text itself.
+    """
+    left, right = normalized(predicted), normalized(reference)
+    if left and left.casefold() == right.casefold():
+        return True
+    wanted = _reference_option(right)
+    return wanted is not None and len(left) <= _LONGEST_OPTION and _names_option(left, *wanted)
 
 
-def same_value(predicted: str, reference: str) -> bool:
-    """Equal as mathematics (math-verify): 1/2 and 0.5, 1,234 and 1234, but not 3 and 3.14."""
-    from math_verify import parse, verify  # sympy takes half a second to import
+def normalized(text: str) -> str:
+    """Without outer blanks, outer "$" and a final full stop; spaces, accents and full-width characters in one form."""
+    text = unicodedata.normalize("NFC", text).translate(_FULL_WIDTH)
+    return " ".join(text.split()).strip("$ ").removesuffix(".").rstrip()
 
-    predicted = _normalized(predicted, fold_case=False)
-    if not predicted or len(predicted) > _LONGEST_VALUE:
+
+def _reference_option(reference: str) -> tuple[str, str] | None:
+    """(letter, text) of a reference that is an option; the text is empty where it is the letter alone."""
+    if letter := re.fullmatch(r"\(?([A-Za-z])\)?", reference):
+        return letter.group(1).casefold(), ""
+    whole = _WHOLE_OPTION.fullmatch(reference)
+    return None if whole is None else ((whole.group(1) or whole.group(2)).casefold(), _folded(whole.group(3)))
+
+
+def _names_option(answer: str, letter: str, text: str) -> bool:
+    """Whether an answer is the option with that letter, and no other beside it."""
+    for _ in range(3):  # \boxed{\text{B}}
+        answer = _WRAPPED.sub(r"\1", answer)
+    answer = re.sub(r"[*`]|^_+|_+$", "", answer).strip(" $\"'")
+    lead_in = _LEAD_IN.match(answer)
+    answer = answer[lead_in.end() :] if lead_in else answer
+    found = _OPTION.fullmatch(answer.rstrip(" .") if len(answer) > 2 else answer)
+    if found is None:
+        return text != "" and _folded(answer) == text
+    chosen, rest = found.group(1) or found.group(2), found.group(3)
+    if chosen.casefold() != letter:
         return False
-    # math-verify stops a runaway expression with SIGALRM, which Python allows in the main thread only.
-    limit = _TIMEOUT_SECONDS if threading.current_thread() is threading.main_thread() else None
-    gold, target = (parse(rf"\boxed{{{text}}}", parsing_timeout=limit) for text in (reference, predicted))
-    return bool(verify(gold, target, timeout_seconds=limit))
+    if rest.strip() and text:
+        return _folded(rest) == text
+    return not _is_list(chosen, rest) and _NEXT_OPTION.search(rest) is None
 
 
-def is_value(reference: str) -> bool:
-    """Whether a reference answer is a number or formula rather than words (LaTeX commands are no words)."""
-    return re.search(r"(?<!\\)\b[^\W\d_]{2,}", reference) is None
+def _is_list(chosen: str, rest: str) -> bool:
+    """Whether nothing but other letters follow: "B, C", "B. or C"."""
+    words = [word for word in re.findall(r"[^\W_]+", rest) if word.casefold() not in ("and", "or")]
+    alike = all(len(word) == 1 and word.isalpha() and word.isupper() == chosen.isupper() for word in words)
+    return alike and any(word != chosen for word in words)
 
 
-def _normalized(text: str, fold_case: bool = True) -> str:
-    text = " ".join(text.split()).strip("$ ").removesuffix(".").rstrip()
-    return text.casefold() if fold_case else text
+def _folded(text: str) -> str:
+    return normalized(text).casefold()

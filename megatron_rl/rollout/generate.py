@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_rl.protocols import RewardFunction, RolloutEngine, StepEncoder
 from megatron_rl.runtime.parallel import ParallelMesh, gather_lists
-from megatron_rl.types import Group, Prompt, Sampling, Scored
+from megatron_rl.types import Completion, Group, Prompt, Sampling, Scored
 
 
 def generate(
@@ -27,8 +27,15 @@ def generate(
     if mesh.speaks_for_replica and completions:  # a reward need not know what to make of none
         by_id = {prompt.prompt_id: prompt for prompt in mine}
         parts = reward([by_id[c.prompt_id] for c in completions], completions)
-        scored = [Scored(c, part["overall"], part) for c, part in zip(completions, parts, strict=True)]
+        scored = [_scored(c, part) for c, part in zip(completions, parts, strict=True)]
     by_prompt: dict[int, list[Scored]] = {}
     for item in gather_lists(scored):
         by_prompt.setdefault(item.completion.prompt_id, []).append(item)
     return [Group(prompt, tuple(by_prompt[prompt.prompt_id])) for prompt in prompts]
+
+
+def _scored(completion: Completion, parts: Mapping[str, float | str]) -> Scored:
+    """Numbers are parts of the reward, texts are notes."""
+    values = {name: part for name, part in parts.items() if not isinstance(part, str)}
+    notes = {name: part for name, part in parts.items() if isinstance(part, str)}
+    return Scored(completion, values["overall"], values, notes)

@@ -115,7 +115,7 @@ def _prompt(data: dict[str, Any]) -> Prompt:
 
 def _scored(data: dict[str, Any]) -> Scored:
     completion = Completion(**{k: _tuples(v) for k, v in data["completion"].items()})
-    return Scored(completion, data["reward"], data["parts"])
+    return Scored(completion, data["reward"], data["parts"], data.get("notes", {}))
 
 
 def _tuples(value: Any) -> Any:

@@ -182,7 +182,9 @@ def build_encoder(
     module = Qwen2_5_VisionTransformerPretrainedModel(config)
     state = module.state_dict()
     checkpoint.check({f"{HF_PREFIX}{name}": tuple(tensor.shape) for name, tensor in state.items()})
-    module.load_state_dict({name: checkpoint.tensor(f"{HF_PREFIX}{name}") for name in state})
+    loaded = {name: checkpoint.tensor(f"{HF_PREFIX}{name}") for name in state}
+    checkpoint.check_finite({f"{HF_PREFIX}{name}": tensor for name, tensor in loaded.items()})
+    module.load_state_dict(loaded)
     spec = specs.pictures
     assert isinstance(spec, QwenMediaSpec), "what `specs_of` makes"
     return QwenVisionEncoder(module, config, spec, backend, device, trained)

@@ -17,7 +17,7 @@ from megatron_rl.runtime.grid import Grid
 from megatron_rl.training.batch import pack
 from megatron_rl.training.policy import Policy
 from megatron_rl.types import TrainSample
-from model_providers.hf_checkpoint import canonical_hf_name
+from model_providers.hf_files import canonical_hf_name
 from model_providers.transformer import TokenPolicy, build_language_model
 from tests import tiny_policy as tp
 from tests.world import run_world

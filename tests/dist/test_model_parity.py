@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.losses import NllLoss
-from model_providers.hf_checkpoint import canonical_hf_name
+from model_providers.hf_files import canonical_hf_name
 from tests import tiny_policy as tp
 from tests.world import run_world
 

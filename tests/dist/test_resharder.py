@@ -36,7 +36,7 @@ from megatron_rl.types import SyncReport
 from megatron_rl.weight_sync.plan import Holder, ReshardPlan, Transfer, build_plan
 from megatron_rl.weight_sync.resharder import Resharder
 from megatron_rl.weight_sync.shape_check import check_fit
-from model_providers.hf_checkpoint import canonical_hf_name
+from model_providers.hf_files import canonical_hf_name
 from model_providers.provider import open_provider
 from model_providers.weight_map import Block
 from tests.rollout_parts import fill_with_hf_weights, open_plain_engine, small_config

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_rl.algorithms.losses import NllLoss
@@ -151,7 +153,7 @@ def test_a_checkpoint_from_before_the_first_update(tiny_checkpoint: Path, tmp_pa
 
 
 def _die_while_saving(folder: Path, root: Path, moment: str) -> None:
-    def die(*args: Any) -> None:
+    def die(*args: Any, **kwargs: Any) -> None:
         if moment == "half of the tensors written":
             (Path(args[1]) / "half.distcp").write_bytes(b"\0" * 1000)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -229,3 +231,61 @@ def test_sft_job_goes_on_where_it_was(tiny_checkpoint: Path, tiny_videos: Path, 
     assert [row["step"] for row in _metrics(straight)] == list(range(2 * N))
     state = json.loads((Path(resumed.run_dir) / "checkpoints" / f"step_{2 * N}" / checkpoint.STATE_FILE).read_text())
     assert state["step"] == 2 * N
+
+
+def _other_model(source: Path, target: Path, only: str) -> Path:
+    """The same folder with other values in the first tensor whose name begins so."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    name = next(name for name in sorted(tensors) if name.startswith(only))
+    save_file(tensors | {name: tensors[name] + 1}, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_a_run_does_not_go_on_with_another_model(tiny_checkpoint: Path, tiny_videos: Path, tmp_path: Path) -> None:
+    """Its frozen tower would encode, its weights be the reference of the KL term, and neither was what was trained."""
+    from megatron_rl import sft
+
+    cfg = _sft_config(tiny_checkpoint, tiny_videos, tmp_path / "run")
+    first = replace(cfg, train=replace(cfg.train, num_steps=N))
+    run_world(2, lambda _: sft.run(first))
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_checkpoint, moved)
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny_checkpoint, changed)
+    (changed / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    others = {
+        _other_model(tiny_checkpoint, tmp_path / "tower", "visual."): "visual.blocks.0.attn.proj.bias",
+        _other_model(tiny_checkpoint, tmp_path / "language", "model."): "weights of the language model",
+        changed: "chat_template.jinja",
+    }
+    for folder, what in others.items():
+        other = replace(cfg, model=replace(cfg.model, hf=str(folder)))
+        with pytest.raises(WorldFailed) as refused:
+            run_world(2, lambda _, other=other: sft.run(other), grace=20)
+        for rank in (0, 1):
+            why = f"model.hf={folder}: is not the model that this run began with (other: {what})"
+            assert why in refused.value.failures[rank]
+    start = replace(cfg, model=replace(cfg.model, weights_from=f"{cfg.run_dir}/checkpoints"))
+    with pytest.raises(WorldFailed, match="this run began with other weights .those of none."):
+        run_world(2, lambda _: sft.run(start), grace=20)
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [N]
+    (tmp_path / "run" / "checkpoints" / "step_9.partial").mkdir()
+    run_world(2, lambda _: sft.run(replace(cfg, model=replace(cfg.model, hf=str(moved)))))
+    assert [row["step"] for row in _metrics(cfg)] == list(range(2 * N)), "a folder may move"
+    assert not (tmp_path / "run" / "checkpoints" / "step_9.partial").exists(), "what a killed save has left"
+
+
+def test_a_finished_run_says_so(
+    tiny_checkpoint: Path, tiny_videos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_rl import sft
+
+    cfg = _sft_config(tiny_checkpoint, tiny_videos, tmp_path / "run")
+    run_world(2, lambda _: sft.run(cfg))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "asks for no more" not in capfd.readouterr().out
+    run_world(2, lambda _: sft.run(replace(cfg, train=replace(cfg.train, num_steps=1))))
+    said = f"run_dir={cfg.run_dir}: has {2 * N} steps, train.num_steps=1 asks for no more; raise it to go on"
+    assert capfd.readouterr().out.count(said) == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_steps"] == summary["num_steps"] == 2 * N

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from megatron_rl.config import checks
 from megatron_rl.config.checks import _RANGES, check
 from megatron_rl.config.io import keys_of, load_config
 from megatron_rl.config.schema import RlConfig, SftConfig
@@ -30,6 +31,12 @@ def no_wandb_login(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_BASE_URL", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch):
+    """The folders here hold a config.json alone; tests/unit/test_hf_files.py has whole ones."""
+    monkeypatch.setattr(checks, "_fits_files", lambda *_: ())
 
 
 @pytest.fixture

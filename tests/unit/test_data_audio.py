@@ -121,7 +121,10 @@ def test_a_pause_is_silent(tmp_path):
     assert np.abs(got[:breaks] - tone(RATE, 2.0)[:breaks]).max() < 1e-4
 
 
-@pytest.mark.parametrize(("name", "codec"), [("a.wav", "pcm_s16le"), ("a.flac", "flac"), ("a.m4a", "aac")])
+CUT = {"a.wav": "pcm_s16le", "a.flac": "flac", "a.m4a": "aac", "a.mka": "flac", "a.oga": "flac", "a.opus": "libopus"}
+
+
+@pytest.mark.parametrize(("name", "codec"), CUT.items())
 def test_a_cut_file_is_refused(tmp_path, name, codec):
     path = Path(write_sound(tmp_path / name, codec, 48000, tone(48000)[None]))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -21,7 +21,16 @@ from tests.unit.test_data_pixels import tagged
 from tests.video_files import NUM_FRAMES, full_decode, write_kind
 
 NATIVE = ["vp9.webm", "vp8.webm", "vp9_hidden.webm", "mjpeg.mkv", "vp9_odd.mp4"]
-OTHERS = ["h264_bframes.mp4", "h264_open_gop.mp4", "h264_open_gop.ts", "hevc_open_gop.mkv", "av1.mp4", "h264_vfr.mkv"]
+OTHERS = [
+    "h264_bframes.mp4",
+    "h264_open_gop.mp4",
+    "h264_open_gop.ts",
+    "hevc_open_gop.mkv",
+    "av1.mp4",
+    "h264_vfr.mkv",
+    "h264_bframes.avi",
+    "mpeg2.mpg",
+]
 LIKE_DALI = {"src_colorspace": 5, "dst_colorspace": 5, "interpolation": 2 | 0x2000 | 0x40000}
 
 

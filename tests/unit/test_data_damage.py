@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from data.rows.manifest import Manifest
-from data.video.index_reader import demux
+from data.video.container import demux
 from data.video.index_store import index_video
 from data.video.pixels import CpuVideoDecoder, read_frames
 from megatron_rl.errors import VideoDecodeError

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +54,77 @@ def test_sixteen_bits_are_scaled_and_numbers_without_a_range_refused(tmp_path):
             decode_image(saved(Image.new(mode, (64, 64)), tmp_path / "a.tiff"), 1, (64, 64))
 
 
+def transparent(mode: str) -> Image.Image:
+    """A black square on transparent black, or half transparent where the mode has room for that."""
+    alpha = np.zeros((40, 60), np.uint8)
+    alpha[10:30, 20:40] = 255
+    if mode == "P":
+        image = Image.fromarray(alpha // 255, "L").convert("P")
+        image.putpalette([0, 0, 0, 0, 0, 0])
+        image.info["transparency"] = 0
+        return image
+    if mode in ("L", "RGB"):  # one colour stands for nothing
+        image = Image.new(mode, (60, 40), 0)
+        image.paste(Image.new(mode, (20, 20), 7 if mode == "L" else (7, 7, 7)), (20, 10))
+        image.info["transparency"] = 0 if mode == "L" else (0, 0, 0)
+        return image
+    alpha[35:] = 128
+    image = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
+    image.putalpha(Image.fromarray(alpha))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.gif"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_white_stands_behind_what_is_transparent_as_when_served(tmp_path, mode, name):
+    if (mode in ("L", "RGB") and name != "a.png") or (name == "a.gif" and mode != "P"):
+        name = "b.png"
+    define_torchvision_operators()
+    from vllm.multimodal.image import convert_image_mode
+
+    image = transparent(mode)
+    how = {"lossless": True} if name == "a.webp" else {}
+    path = saved(image, tmp_path / name, **how)
+    frame = decode_image(path, 1, (40, 60))[0].permute(1, 2, 0).numpy()
+    with Image.open(path) as stored:
+        assert np.array_equal(frame, np.asarray(convert_image_mode(stored, "RGB")))
+    assert (frame[0, 0] == (0 if mode == "RGB" else 255)).all() and (frame[15, 25] <= 7).all()
+    if mode in ("RGBA", "LA"):
+        assert (frame[38, 5] == 127).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_a_huge_picture_is_resized_in_strips_bit_for_bit(tmp_path, monkeypatch, mode):
+    """Against one call of the resize on the whole."""
+    rng = np.random.default_rng(1)
+    image = Image.fromarray(rng.integers(0, 256, (237, 310, 4), dtype=np.uint8), "RGBA").convert(mode)
+    path = saved(image, tmp_path / "a.png")
+    for size_hw in ((56, 84), (237, 84), (112, 310), (252, 336)):
+        whole = decode_image(path, 1, size_hw)
+        monkeypatch.setattr("data.video.images._STRIP_PIXELS", 310 * 50)
+        assert torch.equal(decode_image(path, 1, size_hw), whole)
+        monkeypatch.undo()
+
+
+def test_a_huge_grey_picture_takes_little_memory(tmp_path):
+    """13,300 x 13,300 in a file of 200 KB: the picture itself, and not ten times that."""
+    path = saved(Image.new("L", (13_300, 13_300), 9), tmp_path / "a.png", compress_level=9)
+    assert os.path.getsize(path) < 250_000
+    code = (
+        "import resource, sys; import torch; from data.video.images import decode_image; torch.set_num_threads(1);"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
+        f"frame = decode_image({path!r}, 1, (448, 448)); assert (frame == 9).all(); print((peak() - before) // 1024)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
+    assert int(run.stdout) < 500  # MiB
+
+
+def test_no_other_program_is_started_for_a_picture(tmp_path, noise):
+    path = saved(noise, tmp_path / "a.eps")
+    with pytest.raises(VideoDecodeError, match="not a readable image: cannot identify"):
+        probe_image(path)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_turns_the_picture_upright(tmp_path, noise, orientation):
     exif = Image.Exif()
@@ -90,7 +165,8 @@ def test_bad_images_name_their_reason(tmp_path, noise):
     (tmp_path / "empty.png").touch()
     assert probe_image(whole).width == 110
     for name in ("cut.png", "text.png", "empty.png", "gone.png"):
-        with pytest.raises(VideoDecodeError, match="not a readable image: ") as refused:
+        why = {"empty.png": "empty", "gone.png": "No such file"}.get(name, "not a readable image: ")
+        with pytest.raises(VideoDecodeError, match=why) as refused:
             decode_image(str(tmp_path / name), 2, (28, 28))
         assert refused.value.source == str(tmp_path / name)
 

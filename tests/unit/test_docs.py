@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 
 from megatron_rl.config.io import keys_of
 from megatron_rl.config.schema import RlConfig, SftConfig
+from megatron_rl.rewards.registry import load_reward
+from megatron_rl.types import Completion, Prompt, Row
 
 REPO = Path(__file__).parents[2]
 DOCUMENTS = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md")])
@@ -114,3 +117,15 @@ def test_no_metric_is_described_that_is_gone() -> None:
     source = "\n".join(path.read_text(encoding="utf-8") for path in REPO.glob("megatron_rl/**/*.py"))
     words = set(re.findall(r"\w+", source))
     assert sorted(name for name in described_metrics() if name.rpartition("/")[2] not in words) == []
+
+
+def test_the_reward_in_contributing_scores_answers(tmp_path: Path) -> None:
+    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = re.search(r"^    def score\(.*?\n\n", text, re.MULTILINE | re.DOTALL)
+    assert code is not None and "reward.terms: {accuracy: 0.9, short: 0.1}" in text
+    (tmp_path / "reward.py").write_text(textwrap.dedent(code[0]))
+    reward = load_reward(f"{tmp_path}/reward.py:score", {"accuracy": 0.9, "short": 0.1})
+    prompts = [Prompt(i, Row(f"rows.jsonl:{i}", "?", answer), (1,)) for i, answer in enumerate("AB")]
+    said = [(0, " A", 65), (0, "B", 64), (1, "B\n", 64)]
+    completions = [Completion(p, 0, (1,) * length, (0.0,) * length, text, False) for p, text, length in said]
+    assert [parts["overall"] for parts in reward(prompts, completions)] == [0.9, 0.1, 1.0]

@@ -47,7 +47,7 @@ ONLY_IN = {
     "nvidia.dali": ("data/video/dali.py",),
     "wandb": ("megatron_rl/observe/metric_log.py",),
     "matplotlib": ("megatron_rl/observe/report.py",),
-    "math_verify": ("megatron_rl/rewards/grading.py",),
+    "math_verify": ("megatron_rl/rewards/value_worker.py",),
     "megatron.core.parallel_state": ("megatron_rl/runtime/parallel.py", "model_providers/"),
     "megatron.training": (),
 }

@@ -47,6 +47,29 @@ def test_a_resume_forgets_the_steps_it_makes_again(tmp_path):
     assert [(row["step"], row["a"]) for row in read_metrics(log.path)] == [(0, 0), (1, 1), (2, 2), (3, 33)]
 
 
+DAMAGED = (b'{"step": 1, "a', b"[1]", b'{"a": 1.0}', b"\xff\xfe", b"")
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_line_costs_no_run(tmp_path, capsys, damage):
+    log = open_log(tmp_path)
+    for step in range(4):
+        log.log(step, {"a": step})
+    log.close()
+    lines = log.path.read_bytes().split(b"\n")
+    damaged = b"\n".join([lines[0], damage, *lines[2:]])
+    log.path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"metrics.jsonl: line 2 is damaged; mend or remove that line"):
+        read_metrics(log.path)
+    log = open_log(tmp_path)
+    log.resume_from(3)
+    log.close()
+    assert [row["step"] for row in read_metrics(log.path)] == [0, 2]
+    assert (tmp_path / "metrics.jsonl.damaged-1").read_bytes() == damaged
+    said = capsys.readouterr().err
+    assert f"{log.path}: line 2 is damaged" in said and "kept as metrics.jsonl.damaged-1; its 3 readable" in said
+
+
 def test_a_fresh_start_forgets_everything(tmp_path):
     for _ in range(2):
         log = open_log(tmp_path)

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Mapping
 
 import pytest
 
-from megatron_rl.rewards.grading import is_value, last_answer_span, last_boxed, same_text, same_value
+from megatron_rl.rewards.grading import same_text
 from megatron_rl.rewards.registry import REWARDS, load_reward
+from megatron_rl.rewards.tags import last_answer_span, last_boxed
+from megatron_rl.rewards.values import is_value, same_value
 from megatron_rl.types import Completion, Prompt, Row
 
 
@@ -51,7 +51,7 @@ def test_same_text(predicted, reference, expected):
         ("1,234", "1234", True),
         ("1+x^2", "x^2+1", True),
         ("$7$", "7", True),
-        ("12 apples", "12", True),
+        ("12 apples", "12", False),
         ("11, 12, 13", "12", False),
         ("", "12", False),
         ("12 " + "and so on " * 100, "12", False),
@@ -62,22 +62,8 @@ def test_same_value(predicted, reference, expected):
 
 
 def test_values_are_told_from_words():
-    assert [is_value(text) for text in ("12", "-3.5", r"\frac{1}{2}", "x^2+1", "12:30")] == [True] * 5
-    assert [is_value(text) for text in ("left", "3 men", "été")] == [False] * 3
-
-
-def test_a_runaway_expression_is_wrong_within_seconds():
-    start = time.monotonic()
-    assert same_value("10^{10^{10}}", "1") is False
-    assert time.monotonic() - start < 10
-
-
-def test_grading_works_off_the_main_thread():
-    results = []
-    thread = threading.Thread(target=lambda: results.append(same_value("1/2", "0.5")))
-    thread.start()
-    thread.join()
-    assert results == [True]
+    assert [is_value(text) for text in ("12", "-3.5", r"\frac{1}{2}", "x^2+1")] == [True] * 4
+    assert [is_value(text) for text in ("left", "3 men", "été", "12:30")] == [False] * 4
 
 
 def test_spans_and_boxes_are_the_last_complete_ones():
@@ -93,7 +79,7 @@ def test_spans_and_boxes_are_the_last_complete_ones():
         ("B", "<think>the sky</think>\n<answer>B</answer>", 1, 1),
         ("B", "<think>line\nline</think><answer>C</answer>", 0, 1),
         ("B", "<answer>B</answer>", 1, 0),
-        ("B", "B", 1, 0),
+        ("B", "B", 0, 0),
         ("3.14", "<think>a</think><answer>3.14</answer>", 1, 1),
         ("3.14", "<think>a</think><answer>3</answer>", 0, 1),
         ("3", "<think>a</think><answer>3.14</answer>", 0, 1),
@@ -110,7 +96,7 @@ def test_r1v(answer, response, accuracy, form):
 
 
 def test_terms_weigh_the_parts():
-    assert score("r1v", "B", "B", {"accuracy": 0.5, "format": 0.5})["overall"] == 0.5
+    assert score("r1v", "B", "<answer>B</answer>", {"accuracy": 0.5, "format": 0.5})["overall"] == 0.5
     assert score("math", "2", r"<think>x</think> \boxed{3}", {"format": 0.25, "accuracy": 3.0})["overall"] == 0.25
     only_accuracy = score("r1v", "B", "<think>a</think><answer>C</answer>", {"accuracy": 1.0})
     assert only_accuracy == {"overall": 0.0, "accuracy": 0.0, "format": 1.0}, "a part without a weight is still told"
@@ -256,7 +242,10 @@ def test_what_a_users_function_returns_beside_terms(user_file, body, parts, expe
         ("[1.0]", "returned 1.0 for one completion; return a dict of its parts"),
         ("[{'score': 1}]", "return a dict with the key 'overall'"),
         ("[{'overall': math.nan}]", "overall=nan; return finite numbers"),
-        ("[{'overall': 1, 'why': 'x'}]", "why='x'; return finite numbers"),
+        ("[{'overall': 'x'}]", "overall='x', a text; return a number as overall"),
+        ("[{'overall': None}]", "return a dict with the key 'overall'"),
+        ("[{'overall': 1, 'why': ['x']}]", "why=['x']; return finite numbers, or text for the log"),
+        ("[{'overall': 10**400, 'a': 1j}]", "a=1j; return finite numbers"),
     ],
 )
 def test_a_users_reward_that_returns_nonsense(user_file, body, expected):

@@ -181,6 +181,7 @@ def test_scripts_explain_themselves(script: str) -> None:
         ((), "no module given"),
         (("--nproc", "0", "some.module"), "'0' is not a positive number"),
         (("--nprocs", "2", "some.module"), "--nprocs: no such option"),
+        (("--nproc", "1", "megatron_rl.evaluate", "r.yaml"), "megatron_rl.evaluate is not a job for several processes"),
         (("--nproc", "1", "--nnodes", "2", "some.module"), "--node-rank must be 0 to 1"),
         (("--nproc", "1", "--nnodes", "2", "--node-rank", "1", "some.module"), "--master must be HOST:PORT"),
     ],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.runtime.device import define_torchvision_operators
-from model_providers.hf_checkpoint import canonical_hf_name
+from model_providers.hf_files import canonical_hf_name
 from model_providers.qwen2_5_vl.weights import weight_map
 from model_providers.shape import RopeSettings, TransformerShape
 from model_providers.weight_map import (
