@@ -29,7 +29,8 @@ Where = tuple[object, Span | None, float | None]  # where a medium is, its own s
 
 ALWAYS: Span = (0.0, math.inf)
 LONGEST_PATH = 4096
-_SHORTEST_BASE64 = 512  # shorter text is a path
+_SHORTEST_BASE64 = 512  # shorter text is a path, unless it begins as a picture does
+_PICTURES = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # PNG, JPEG, GIF, WebP
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?[^,]{0,100}?;base64,", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _VIDEO_FILES = frozenset(".mp4 .mkv .webm .avi .mov .m4v .ts .mpg .mpeg .flv .wmv .ogv .3gp .h264 .hevc".split())
@@ -144,11 +145,15 @@ def _file(value: object, name: str, folders: Folders) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise _no_medium(name)
     text = whole(value, name)
-    if (header := _DATA_URL.match(text)) or (len(text) >= _SHORTEST_BASE64 and _BASE64.fullmatch(text)):
+    if (header := _DATA_URL.match(text)) or _is_base64(text):
         suffix = mimetypes.guess_extension(header[1]) if header and header[1] else None
         content = _from_base64(text[header.end() :] if header else text, name)
         return str(write_out(content, f"medium{suffix or ''}", folders.embedded))
     return _path(text, name, folders)
+
+
+def _is_base64(text: str) -> bool:
+    return (len(text) >= _SHORTEST_BASE64 or text.startswith(_PICTURES)) and _BASE64.fullmatch(text) is not None
 
 
 def _from_base64(text: str, name: str) -> bytes:

@@ -43,7 +43,7 @@ def with_options(problem: str, options: Sequence[tuple[str, str]]) -> str:
 def check_answer(answer: str, options: Sequence[str], name: str) -> None:
     """Raise ValueError for a number, or a letter, that is none of the options: an index would be learned as text."""
     wanted = answer.strip()
-    if wanted in options or not re.fullmatch(r"\d+|[A-Z]", wanted) or wanted in _letters(len(options)):
+    if wanted in options or not re.fullmatch(r"-?\d+|[A-Z]", wanted) or wanted in _letters(len(options)):
         return
     raise ValueError(f"`{name}` {wanted} is none of the {len(options)} options; write the letter of the option")
 

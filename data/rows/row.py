@@ -99,6 +99,8 @@ class RowReader:
         if conversation is None:
             column, problem = record.find("problem")
             if problem is None:
+                if named := [name for name in record.columns_of("messages") if record.peek(name) is not None]:
+                    raise ValueError(f"`{named[0]}` holds no list of turns, and there is no `problem`")
                 raise record.missing("problem")
             user: Turn = ("user", as_text(problem, column))
             return user, ("assistant", self._answer(required=True))

@@ -151,6 +151,11 @@ def test_turns_that_cannot_be_used(tmp_path, turns, expected):
     assert expected in reason(tmp_path, {"messages": turns})
 
 
+@pytest.mark.parametrize("value", [{"role": "user"}, ["x"], [{"role": "user", "content": "q"}, "x"], "no turns"])
+def test_a_column_of_turns_that_holds_none(tmp_path, value):
+    assert reason(tmp_path, {"messages": value, "answer": "a"}).startswith("`messages` holds no list of turns")
+
+
 def test_a_system_column_and_keys_of_turns_that_nothing_uses(tmp_path):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning": "long", "name": None}]
     found = read(tmp_path, {"messages": turns, "system": "s"}, {"messages": turns})
@@ -258,7 +263,7 @@ def test_an_answer_that_is_one_of_the_options(tmp_path, answer):
     assert row_of(tmp_path, {"problem": "Q?", "options": ["cat", "dog"], "answer": answer}).answer == answer
 
 
-@pytest.mark.parametrize("answer", [1, "1", "F", "<answer>C</answer>"])
+@pytest.mark.parametrize("answer", [1, -1, "1", "F", "<answer>C</answer>"])
 def test_an_index_or_a_letter_beyond_the_options_is_no_answer(tmp_path, answer):
     found = reason(tmp_path, {"problem": "Q?", "options": ["cat", "dog"], "answer": answer})
     assert "is none of the 2 options; write the letter" in found
@@ -301,6 +306,7 @@ def test_pictures_as_text_and_bytes(tmp_path):
     paths = row_of(tmp_path, record).images
     assert [Path(path).read_bytes() for path in paths] == [png(), png(size=(300, 200)) * 3, png()]
     assert paths[0].endswith(".png")
+    assert Path(row_of(tmp_path, PLAIN | {"images": {"type": "base64", "data": text}}).images[0]).read_bytes() == png()
     assert Path(row_of(tmp_path, PLAIN | {"images": [png()]}, name="a.parquet").images[0]).read_bytes() == png()
 
 
