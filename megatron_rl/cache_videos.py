@@ -48,8 +48,10 @@ def fill_cache(cfg: CacheConfig) -> dict[str, float]:
 
     backend = choose_backend(cfg.device, cfg.model.dtype)
     alone = Grid(parallel.world_size())  # every rank encodes by itself
-    mesh = parallel.initialize(backend, alone, alone)
-    with watch_world():
+    parallel.join_world(backend)
+    with watch_world(60 * cfg.max_phase_minutes) as watchdog:
+        mesh = parallel.initialize(backend, alone, alone)
+        watchdog.set_phase(0, "model")
         provider = build_provider(cfg)
         decoder = build_decoder(cfg, backend)
         builder = build_prompt_builder(cfg.data, load_tokenizer(cfg.model.hf), provider.specs, decoder)
@@ -59,6 +61,7 @@ def fill_cache(cfg: CacheConfig) -> dict[str, float]:
         rows = [row for part in datasets for row in part]
         starts = range(0, len(rows), cfg.train.prompts_per_step)
         for start in follow(starts, len(starts), "encoding") if mesh.rank == 0 else starts:
+            watchdog.set_phase(start // cfg.train.prompts_per_step, "encode")
             pairs = list(enumerate(rows))[start : start + cfg.train.prompts_per_step]
             prompts, bad_rows = build_prompts(pairs, builder, mesh)
             _, bad_videos = encode_media(prompts, encoder)
@@ -72,7 +75,7 @@ def fill_cache(cfg: CacheConfig) -> dict[str, float]:
 
 
 def _report(cfg: CacheConfig, num_rows: int, counts: dict[str, float], num_bad: int) -> str:
-    encoded, cached = int(counts["vision/encoded_patches"]), int(counts["vision/cached_patches"])
+    encoded, cached = (int(counts.get(f"vision/{name}_patches", 0)) for name in ("encoded", "cached"))
     text = f"{cfg.data.cache_dir}: videos of {num_rows} rows; {encoded} patches encoded, {cached} were there"
     return f"{text}; {num_bad} rows set aside, see {cfg.run_dir}/{FOLDER}/quarantine.jsonl" if num_bad else text
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+EXIT_USAGE = 2  # status of a process that a user's mistake ended, and that has said which
+
 
 class BadSample(Exception):
     """One sample cannot be used (missing video, malformed row ...). The loop quarantines it and goes on."""

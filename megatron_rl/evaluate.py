@@ -39,7 +39,7 @@ class EvaluationPlan:
 
 
 class Evaluation:
-    """Runs the held-out set when it is due, writes the answers to `answers`, keeps the last ones.
+    """Runs the held-out set when it is due, says the accuracy, writes the answers to `answers`, keeps the last ones.
 
     Without an engine or rows nothing is ever due. `name` is that of the data set, for messages. Every method is
     collective.
@@ -63,22 +63,34 @@ class Evaluation:
         self.groups: list[Group] = []
 
     def at_start(self) -> dict[str, float]:
-        """Accuracy before the first step."""
+        """Accuracy before the first step, if it is due; the answers are kept as those of step 0."""
         if not self._plan.at_start or self._colocated is None or not self._rows:
             return {}
         groups, metrics = self._run(self._colocated, 0, blind=False)
+        self._answers.save(0, groups)
+        self._say("before the first step", groups)
         return {"eval/start_accuracy": accuracy(groups), **metrics}
+
+    def is_due(self, step: int) -> bool:
+        """After step `step`."""
+        return self._plan.is_due(step) and self._colocated is not None and bool(self._rows)
 
     def after_step(self, step: int) -> dict[str, float]:
         """Accuracy after step `step`, if it is due; {} otherwise."""
-        if not self._plan.is_due(step) or self._colocated is None or not self._rows:
+        if self._colocated is None or not self.is_due(step):
             return {}
         self.groups, metrics = self._run(self._colocated, step, blind=False)
         self._answers.save(step + 1, self.groups)
+        self._say(f"after step {step + 1}", self.groups)
         results = {"eval/accuracy": accuracy(self.groups), "eval/num_prompts": float(len(self.groups))}
         if self._plan.blind and self._plan.is_last(step):
-            results["eval/blind_accuracy"] = accuracy(self._run(self._colocated, step, blind=True)[0])
+            blind = self._run(self._colocated, step, blind=True)[0]
+            self._say(f"after step {step + 1}, with the media blanked", blind)
+            results["eval/blind_accuracy"] = accuracy(blind)
         return results | metrics
+
+    def _say(self, when: str, groups: Sequence[Group]) -> None:
+        self._progress.say(f"held-out accuracy {when}: {accuracy(groups):.1%} of {len(groups)} rows of {self._name}")
 
     def _run(self, colocated: ColocatedEngine, step: int, blind: bool) -> tuple[list[Group], dict[str, float]]:
         """One greedy response per row, scored, and the metrics of the weight sync that it took."""

@@ -227,8 +227,8 @@ class StepEncoder(Protocol):
     def blanked(self) -> StepEncoder:
         """Another one over the same encoder, whose input is black frames and silence."""
 
-    def take_counts(self) -> EncoderCounts:
-        """What this rank did since the last call."""
+    def take_counts(self) -> EncoderCounts | None:
+        """What this rank did since the last call; None where the model has no encoder."""
 
     def close(self) -> None:
         """Nothing more will be encoded."""

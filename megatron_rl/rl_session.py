@@ -16,9 +16,12 @@ from megatron_rl.evaluate import Evaluation, EvaluationPlan
 from megatron_rl.protocols import GroupSource, RewardFunction
 from megatron_rl.reading.inputs import usable_rows
 from megatron_rl.rollout.colocated import ColocatedEngine, ColocatedRollouts, GroupFilter
+from megatron_rl.rollout.kv_cache import cache_bytes, kv_bytes
 from megatron_rl.rollout.replayed import ReplayedRollouts
 from megatron_rl.rollout.store import RolloutStore
 from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine
+from megatron_rl.runtime.device import host_memory
+from megatron_rl.runtime.parallel import local_world_size
 from megatron_rl.session import Session
 from megatron_rl.training.token_learner import TokenLearner
 from megatron_rl.types import Sampling
@@ -123,7 +126,7 @@ def build_engine(cfg: RlConfig, session: Session) -> tuple[VllmEngine, Resharder
         tensor=cfg.rollout.tensor,
         max_model_len=cfg.max_model_len,
         max_num_seqs=cfg.rollout.max_num_seqs,
-        kv_cache_bytes=int(cfg.rollout.kv_cache_gib * 2**30),
+        kv_cache_bytes=int(cfg.rollout.kv_cache_gib * 2**30) or _derived_cache_bytes(cfg, session),
         gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
         enforce_eager=cfg.rollout.enforce_eager,
     )
@@ -141,6 +144,17 @@ def build_engine(cfg: RlConfig, session: Session) -> tuple[VllmEngine, Resharder
     check_fit(provider.weight_map, mesh.trainer, mesh.engine, mesh.rank, source, target)
     frozen = frozen_in_engine(provider.weight_map, cfg.model.freeze)
     return engine, Resharder(plan, mesh.rank, source, target, cfg.rollout.sync_buffer_mib * 2**20, frozen)
+
+
+def _derived_cache_bytes(cfg: RlConfig, session: Session) -> int:
+    """0 where vLLM measures what is free."""
+    backend, rollout = session.backend, cfg.rollout
+    if backend.measures_kv_cache:
+        return 0
+    assert backend.kv_block_size is not None
+    share = int(rollout.gpu_memory_utilization * host_memory() / local_world_size())
+    per_token = kv_bytes(session.provider.shape, rollout.tensor, backend.dtype.itemsize)
+    return cache_bytes(per_token, cfg.max_model_len, rollout.max_num_seqs, backend.kv_block_size, share)
 
 
 def frozen_in_engine(weights: WeightMap, patterns: Sequence[str]) -> frozenset[str]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from data.rows.loader import RowLoader
+from megatron_rl.observe.advice import StepAdvice
 from megatron_rl.observe.metric_log import METRICS_FILE, MetricLog, read_metrics
 from megatron_rl.observe.progress import Progress
 from megatron_rl.observe.report import SampleRollout, plot_curves, rollout_table, write_summary
@@ -19,6 +20,8 @@ from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.runtime.signals import StopFlag
 from megatron_rl.training import checkpoint
 from megatron_rl.training.policy import Policy
+
+STOP_ADVICE = "run the same command again to resume"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,9 @@ class RunState:
     `origin` what the run began with (checkpoint_tools.origin; only that of rank 0 counts).
 
     `best` is (value, step) of the metric that marks the best checkpoint; `pending` holds metrics measured between
-    steps, logged with the next one; `stopped`: someone asked the job to stop (SIGTERM, SIGUSR1), it has saved and is
-    about to leave. Every method but `close` is collective.
+    steps, logged with the next one; `stopped`: someone asked the job to stop (SIGTERM, SIGUSR1), and it leaves as soon
+    as it has saved. `owes_evaluation`: that of the newest checkpoint was left out, to leave sooner. Every method but
+    `close` is collective.
     """
 
     def __init__(
@@ -61,10 +65,28 @@ class RunState:
         self._plan, self._log, self._stop = plan, log, stop
         self._loader: RowLoader | None = None
         self._place_in_rows: dict[str, Any] | None = None  # of a run that takes no rows: that of the checkpoint
+        self._advice = StepAdvice()
         self.best: tuple[float, int] | None = None
         self.pending: dict[str, float] = {}
-        self.stopped = False
+        self.stopped = self.owes_evaluation = False
         self._resumed = 0
+
+    def asked_to_stop(self, step: int) -> bool:
+        """Whether to leave after step `step` (from 0; -1 before the first): not after the last one, which ends well."""
+        self.stopped = self.stopped or (self._stop.agreed() and step + 1 < self._num_steps)
+        return self.stopped
+
+    def leaves_before(self, step: int) -> bool:
+        """Whether to leave before step `step`, with nothing to save."""
+        if self.asked_to_stop(step - 1):
+            self.progress.say(f"asked to stop before step {step + 1}: {STOP_ADVICE}")
+        return self.stopped
+
+    def make_up(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add what an evaluation tells that was left out: it belongs to `step`, which was logged last."""
+        self.owes_evaluation = False
+        self._is_best(metrics.get(self._plan.best_metric), step + 1)
+        self._log.extend(metrics)
 
     @property
     def checkpoints(self) -> Path:
@@ -80,8 +102,9 @@ class RunState:
             self._log.resume_from(0)
             return 0
         folder = checkpoint.step_folder(self.checkpoints, steps[-1])
-        state = checkpoint.load(folder, self._policy, self._mesh)
-        checkpoint.check_origin(folder, Path(self._hf_source), self._origin)
+        with self.progress.starting("load_checkpoint"):
+            state = checkpoint.load(folder, self._policy, self._mesh)
+            checkpoint.check_origin(folder, Path(self._hf_source), self._origin)
         self._tell_if_finished(state["step"])
         self._place_in_rows = state["loader"]
         if loader is not None and self._place_in_rows is None:
@@ -92,6 +115,7 @@ class RunState:
         if loader is not None and self._place_in_rows is not None:
             loader.load_state_dict(self._place_in_rows)
         self.best = tuple(state["best"]) if state["best"] else None
+        self.owes_evaluation = state.get("owes_evaluation", False)
         self._log.resume_from(state["step"])
         return int(state["step"])
 
@@ -109,16 +133,21 @@ class RunState:
         self.pending = {}
         done = step + 1
         is_best, is_last = self._is_best(values.get(self._plan.best_metric), done), done == self._num_steps
-        self.stopped = self._stop.agreed() and not is_last
+        self.asked_to_stop(step)
         due = (self._plan.every and done % self._plan.every == 0) or (is_last and self._plan.at_end)
         learned = self._policy.version > 0  # rollouts alone change nothing that could be saved
-        note += "; asked to stop: run the same command again to resume" if self.stopped else ""
+        note += f"; asked to stop: {STOP_ADVICE}" if self.stopped else ""
         values |= self.progress.end_step(step, note)
+        for advice in self._advice.look(values):
+            self.progress.say(f"step {done}: {advice}")
         # Before the save: a resume forgets rows of steps that will be made again, but cannot invent one.
         self._log.log(step, values)
         if learned and (due or (is_best and self._plan.every) or self.stopped):
             with self.progress.phase(step, "save_checkpoint"):
                 self.save(done)
+            self._log.extend(self.progress.extend_step("save_checkpoint"))
+            if not self.stopped and self.asked_to_stop(step):
+                self.progress.say(f"asked to stop; step {done} is saved: {STOP_ADVICE}")
 
     def _is_best(self, metric: float | None, done: int) -> bool:
         if metric is not None and (self.best is None or metric > self.best[0]):
@@ -128,7 +157,12 @@ class RunState:
     def save(self, done: int) -> Path:
         """Write the checkpoint of `done` steps, then remove those that are no longer kept."""
         place = self._loader.state_dict() if self._loader is not None else self._place_in_rows
-        state: dict[str, Any] = {"best": self.best, "loader": place, "origin": self._origin}
+        state: dict[str, Any] = {
+            "best": self.best,
+            "loader": place,
+            "origin": self._origin,
+            "owes_evaluation": self.owes_evaluation,
+        }
         folder = checkpoint.save(self.checkpoints, done, self._policy, self._mesh, state, self._hf_source)
         if self._mesh.rank == 0:
             checkpoint.prune(self.checkpoints, self._plan.keep, self.best[1] if self.best else None)
@@ -139,14 +173,15 @@ class RunState:
         from checkpoint_tools.mcore_to_hf import mcore_to_hf
 
         target = self.run_dir / "hf"
-        if self._mesh.rank == 0:
-            steps = checkpoint.list_steps(self.checkpoints)
-            if not steps:
-                raise ValueError(
-                    "checkpoint.export_hf=true: no update was made, so there is nothing to export; set it to false"
-                )
-            mcore_to_hf(checkpoint.step_folder(self.checkpoints, steps[-1]), target, force=True)
-        dist.barrier()
+        with self.progress.phase(self._num_steps - 1, "export_hf"):
+            if self._mesh.rank == 0:
+                steps = checkpoint.list_steps(self.checkpoints)
+                if not steps:
+                    raise ValueError(
+                        "checkpoint.export_hf=true: no update was made, so there is nothing to export; set it to false"
+                    )
+                mcore_to_hf(checkpoint.step_folder(self.checkpoints, steps[-1]), target, force=True)
+            dist.barrier()
         return str(target)
 
     def close(self, summary: Mapping[str, Any], rollouts: list[SampleRollout]) -> None:
@@ -154,10 +189,11 @@ class RunState:
         self._log.close()
         if self._mesh.rank != 0:
             return
-        rows = read_metrics(self.run_dir / METRICS_FILE)
-        num_steps = max(self._num_steps, self._resumed)
-        write_summary(self.run_dir, {"num_steps": num_steps, **summary, "seconds": _seconds(rows)})
-        plot_curves(self.run_dir)
+        with self.progress.phase(self._num_steps - 1, "summary"):
+            rows = read_metrics(self.run_dir / METRICS_FILE)
+            num_steps = max(self._num_steps, self._resumed)
+            write_summary(self.run_dir, {"num_steps": num_steps, **summary, "seconds": _seconds(rows)})
+            plot_curves(self.run_dir)
         if rollouts:
             Console().print(rollout_table(rollouts))
 

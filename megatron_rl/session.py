@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
 from checkpoint_tools.origin import origin_of
 from data.rows.loader import RowLoader
@@ -55,7 +56,7 @@ from megatron_rl.runtime.device import Backend, choose_backend
 from megatron_rl.runtime.grid import Grid
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.runtime.signals import StopFlag
-from megatron_rl.runtime.watchdog import Watchdog, watch_world
+from megatron_rl.runtime.watchdog import watch_world
 from megatron_rl.training import checkpoint
 from megatron_rl.training.answers import AnswerSource
 from megatron_rl.training.policy import Hyperparameters, Policy, Reference
@@ -92,14 +93,21 @@ def open_session(cfg: JobConfig, temperature: float) -> Iterator[Session]:
     `temperature` is that at which the policy scores tokens: the one they are sampled at. Whatever happens in the block,
     the logs are closed. A rank that dies inside it stops the others with a message that names it and its phase.
     """
-    stop = StopFlag()
     backend = choose_backend(cfg.device, cfg.model.dtype)
     world = parallel.world_size()
     trainer = trainer_grid(cfg.parallel, world)
     engine = Grid(world, tensor=cfg.rollout.tensor if isinstance(cfg, RlConfig) else 1)
-    mesh = parallel.initialize(backend, trainer, engine, cfg.parallel.context_comm)
-    with watch_world() as watchdog, ExitStack() as stack:
-        yield _build_session(cfg, temperature, backend, mesh, watchdog, stop, stack)
+    parallel.join_world(backend)
+    with watch_world(60 * cfg.max_phase_minutes) as watchdog, ExitStack() as stack:
+        stop = StopFlag()  # not before: without a watchdog, a signal must end the survivors of a rank that died
+        progress = Progress(
+            cfg.train.num_steps, dist.get_rank() == 0, on_phase=watchdog.set_phase, synchronize=backend.synchronize
+        )
+        with progress.starting("groups"):
+            mesh = parallel.initialize(backend, trainer, engine, cfg.parallel.context_comm)
+        with progress.starting("model"):
+            session = _build_session(cfg, temperature, backend, mesh, progress, stop, stack)
+        yield session
     parallel.shut_down()
 
 
@@ -108,7 +116,7 @@ def _build_session(
     temperature: float,
     backend: Backend,
     mesh: ParallelMesh,
-    watchdog: Watchdog,
+    progress: Progress,
     stop: StopFlag,
     stack: ExitStack,
 ) -> Session:
@@ -124,9 +132,6 @@ def _build_session(
     encoder = stack.enter_context(closing(build_step_encoder(cfg, tower, provider, decoder)))
     quarantine = Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction)
     log = stack.enter_context(closing(_open_log(cfg, mesh)))
-    progress = Progress(
-        cfg.train.num_steps, enabled=mesh.rank == 0, on_phase=watchdog.set_phase, synchronize=backend.synchronize
-    )
     plan = SavePlan(
         every=cfg.checkpoint.every,
         at_end=cfg.checkpoint.save_at_end,

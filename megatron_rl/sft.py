@@ -26,9 +26,15 @@ def run(cfg: SftConfig) -> None:
     from megatron_rl.session import build_answer_learner, build_answers, build_loader, open_session
 
     with open_session(cfg, temperature=1.0) as session:
-        run_state, loader = session.run_state, build_loader(cfg, session.quarantine)
+        run_state = session.run_state
+        with run_state.progress.starting("rows"):
+            loader = build_loader(cfg, session.quarantine)
         learner, answers = build_answer_learner(cfg, session), build_answers(cfg, session, loader)
-        for step in range(run_state.resume(loader), cfg.train.num_steps):
+        start = run_state.resume(loader)
+        if run_state.leaves_before(start):
+            return
+        run_state.pending |= run_state.progress.begin_steps()
+        for step in range(start, cfg.train.num_steps):
             metrics = learner.learn_answers(answers.next_batch(step), step)
             metrics |= session.quarantine.metrics() | media_metrics(session.encoder.take_counts())
             run_state.end_step(step, metrics, note=f"nll {metrics.get('sft/nll', float('nan')):.3f}")

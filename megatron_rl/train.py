@@ -40,19 +40,31 @@ def run(cfg: RlConfig) -> None:
         if not cfg.rollout.replay_from:
             scoring = cfg.reward
             reward = stack.enter_context(open_reward(scoring.name, scoring.terms, scoring.missing_answer))
-            colocated = stack.enter_context(open_colocated(cfg, session, learner, reward))
-            loader = build_loader(cfg, session.quarantine)
+            with run_state.progress.starting("engine"):
+                colocated = stack.enter_context(open_colocated(cfg, session, learner, reward))
+            with run_state.progress.starting("rows"):
+                loader = build_loader(cfg, session.quarantine)
         source = build_source(cfg, session, colocated, loader)
-        evaluation = build_evaluation(cfg, session, colocated)
+        with run_state.progress.starting("rows"):
+            evaluation = build_evaluation(cfg, session, colocated)
         start = run_state.resume(loader)
+        if run_state.leaves_before(start):
+            return
         if start == 0:
             run_state.pending |= evaluation.at_start()
+        elif run_state.owes_evaluation:
+            run_state.make_up(start - 1, evaluation.after_step(start - 1))
+        run_state.pending |= run_state.progress.begin_steps()
         for step in range(start, cfg.train.num_steps):
             if cfg.rollout.only:
                 _, metrics = sample_step(source, session.quarantine, step)
             else:
                 metrics = rl_step(source, learner, session.quarantine, step)
-            metrics |= media_metrics(session.encoder.take_counts()) | evaluation.after_step(step)
+            metrics |= media_metrics(session.encoder.take_counts())
+            if run_state.asked_to_stop(step):
+                run_state.owes_evaluation = evaluation.is_due(step)
+            else:
+                metrics |= evaluation.after_step(step)
             run_state.end_step(step, metrics, note=f"reward {metrics.get('critic/score/mean', float('nan')):.3f}")
             if run_state.stopped:
                 return

@@ -6,7 +6,6 @@ PYTORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
 
 export PYTHONSAFEPATH=1 # `data` is a common name: never import it from the current folder
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 export TOKENIZERS_PARALLELISM=false
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron-core's sequence parallelism overlaps only then

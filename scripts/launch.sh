@@ -72,5 +72,5 @@ else
 fi
 # A mistake in the recipe ends here, in a fraction of a second and without torchrun's report about its children.
 [[ "$1" != megatron_rl.* ]] || WORLD_SIZE=$((nproc * nnodes)) "$python" -m "$@" --check >/dev/null
-exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$nproc" --shutdown-timeout "$grace" \
+exec "$python" -m megatron_rl.runtime.launcher "${rendezvous[@]}" --nproc-per-node "$nproc" --shutdown-timeout "$grace" \
     --module "$@"

@@ -29,6 +29,7 @@ run_dir=runs/quickstart
 for override in "$@"; do
     [[ "$override" == *=* ]] || die "'$override' is not key.path=value; see bash scripts/quickstart.sh --help"
     [[ "$override" != run_dir=* ]] || run_dir="${override#run_dir=}"
+    [[ "$run_dir" != "~/"* ]] || run_dir="$HOME/${run_dir:2}" # as the jobs read it
 done
 
 ensure_venv cpu

@@ -19,6 +19,7 @@ HELP
 fi
 
 source "$(dirname "$0")/common.sh"
+export HF_HUB_OFFLINE=1 # no test downloads anything
 cd "$ROOT"
 
 tier=(-m "not full")

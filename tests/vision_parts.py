@@ -26,10 +26,10 @@ class MadeFrames:
 
     def decode(self, path: str, frame_indices: Sequence[int], size_hw: tuple[int, int]) -> Tensor:
         self.num_decoded += len(frame_indices)
-        return torch.stack([_noise(path, index, size_hw) for index in frame_indices])
+        return torch.stack([made_frame(path, index, size_hw) for index in frame_indices])
 
 
-def _noise(path: str, index: int, size_hw: tuple[int, int]) -> Tensor:
+def made_frame(path: str, index: int, size_hw: tuple[int, int]) -> Tensor:
     seed = int.from_bytes(path.encode(), "big") % 2**31 + index
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (3, *size_hw), generator=generator, dtype=torch.uint8)

@@ -6,6 +6,7 @@ Everything that can be known before a GPU is touched is said here, in one messag
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import netrc
 import os
@@ -46,7 +47,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
     (
         "at least 0",
         lambda value: value >= 0,
-        "data.total_pixels data.prefetch_mib "
+        "data.total_pixels data.prefetch_mib max_phase_minutes "
         "seed data.num_frames data.fps rollout.max_model_len rollout.kv_cache_gib algorithm.kl_coef eval.every "
         "eval.show train.optimizer.lr train.optimizer.weight_decay train.optimizer.warmup_steps checkpoint.every",
     ),
@@ -65,6 +66,14 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (  # what a value 
 )
 
 
+_METRICS = (
+    "eval/accuracy eval/start_accuracy eval/blind_accuracy eval/num_prompts critic/score/mean critic/score/max "
+    "critic/score/min sft/nll sft/num_samples sft/num_tokens reward/* actor/* rollout/* response_length/* "
+    "prompt_length/* sync/* vision/* eval_vision/* data/* timing_s/*"
+)
+"""Names of the metrics of a step; those with a * have more behind it, some of the user's own."""
+
+
 def check(cfg: JobConfig, world_size: int, job: Job, require_files: bool = True) -> None:
     """Raise one ValueError with every problem; `require_files=False` checks the numbers only. The job "cache" takes the
     recipe of another job."""
@@ -73,6 +82,7 @@ def check(cfg: JobConfig, world_size: int, job: Job, require_files: bool = True)
         *_data(cfg),
         *(_cache(cfg) if job == "cache" else _parallel(cfg, world_size)),
         *_lengths(cfg),
+        *_best_metric(cfg),
         *_log(cfg),
     ]
     if job == "rl":
@@ -164,6 +174,16 @@ def _lengths(cfg: JobConfig) -> Iterator[str]:
     if cfg.train.updates_per_step > 0 and cfg.train.prompts_per_step % cfg.train.updates_per_step:
         why = f"is not a multiple of train.updates_per_step={cfg.train.updates_per_step}; make it one"
         yield _problem(cfg, "train.prompts_per_step", why)
+
+
+def _best_metric(cfg: JobConfig) -> Iterator[str]:
+    """A name that no step has would make nothing the best, without a word."""
+    name, names = cfg.checkpoint.best_metric, _METRICS.split()
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in names):
+        return
+    close = difflib.get_close_matches(name, names, n=1)
+    guess = f"did you mean {close[0]}?" if close else f"take one of {', '.join(names)}"
+    yield _problem(cfg, "checkpoint.best_metric", f"no step has a metric of that name; {guess}")
 
 
 def _checkpoints(cfg: JobConfig) -> Iterator[str]:

@@ -12,6 +12,7 @@ import inspect
 import os
 import sys
 import textwrap
+import time
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +25,11 @@ from megatron_rl.config import schema as schema_module
 from megatron_rl.config.checks import Job, check
 from megatron_rl.config.io import C, dump_config, is_required, load_config, sections_of, show, type_name
 from megatron_rl.config.schema import CacheConfig, JobConfig, RlConfig, SftConfig
-from megatron_rl.errors import PeerLost
+from megatron_rl.errors import EXIT_USAGE, PeerLost
 from megatron_rl.runtime.files import write_atomically
 from megatron_rl.runtime.quiet import quiet_libraries
 from megatron_rl.runtime.run_lock import held_run_folder
 
-EXIT_USAGE = 2
 JOBS: Mapping[type[CacheConfig], Job] = {RlConfig: "rl", SftConfig: "sft", CacheConfig: "cache"}
 _HELP_OF_KEYS: Mapping[Job, str] = {
     "rl": "keys of a recipe",
@@ -76,6 +76,7 @@ def run_job(
     with ExitStack() as stack:
         if rank == 0:
             _enter_run_folder(cfg, stack)
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {cfg.run_dir}: {world} ranks; loading libraries ...\n")
         _run_body(cfg, body, rank)
 
 
@@ -112,7 +113,8 @@ def _keep_traceback(cfg: CacheConfig, rank: int) -> None:
     """A ValueError is usually the user's to mend; where it is a library's, its traceback is wanted after all."""
     path = Path(cfg.run_dir) / f"error_rank{rank}.txt"
     write_atomically(path, traceback.format_exc().encode())
-    sys.stderr.write(f"rank {rank}: stopped by an error; where it was raised stands in {path}\n")
+    if rank == 0:  # the others usually raise the same one, and what rank 0 says is to be the last on the screen
+        sys.stderr.write(f"stopped by an error; where it was raised stands in {path}\n")
 
 
 def _check_data_package() -> None:

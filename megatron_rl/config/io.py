@@ -2,13 +2,14 @@
 """Recipes on disk <-> the dataclasses of schema.py: strict keys and types, `key.path=value` overrides.
 
 Every problem of a recipe is reported in one message. YAML is read by its 1.2 rules, so that `off` is a word and
-`1e-6` a number; what `dump_config` writes loads back to an equal object.
+`1e-6` a number; what `dump_config` writes loads back to an equal object. An override of a text field is taken as it is.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
@@ -23,6 +24,12 @@ from megatron_rl.config.schema import CacheConfig, JobConfig, RlConfig, SftConfi
 from megatron_rl.errors import raise_all
 
 C = TypeVar("C", bound=CacheConfig)
+
+PATHS = frozenset(
+    "run_dir model.hf model.weights_from data.train data.eval data.media_root data.format_prompt data.manifest "
+    "data.cache_dir rollout.save_to rollout.replay_from reward.name".split()
+)
+"""Text fields that name files or folders: `~` is the home folder there."""
 
 # ---------------------------------------------------------------------------------------------------------------- YAML
 
@@ -76,15 +83,17 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], text: str, mappings: Collection[str]) -> Iterator[str]:
+def _apply_override(
+    tree: dict[str, Any], text: str, mappings: Collection[str], texts: Collection[str]
+) -> Iterator[str]:
     """Set one `key.path=value` in the tree; yields a problem when that cannot be done. The keys in `mappings` take a
-    whole `{name: value}` as well."""
+    whole `{name: value}` as well, those in `texts` whatever stands there."""
     path, equals, raw = text.partition("=")
     if not equals or not path:
         yield f"{text}: not an override; write key.path=value"
         return
     try:
-        value = yaml.load(raw, Loader=_Loader) if raw else ""
+        value = _unquoted(raw) if path in texts else yaml.load(raw, Loader=_Loader) if raw else ""
     except yaml.YAMLError as error:
         yield f"{text}: the value is not readable as YAML ({_one_line(error)}); quote it"
         return
@@ -102,6 +111,17 @@ def _apply_override(tree: dict[str, Any], text: str, mappings: Collection[str]) 
     tree[key] = value
 
 
+def _unquoted(raw: str) -> str:
+    """The text itself (YAML would cut it at ` #`), without the quotes of a text that is quoted as a whole."""
+    if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\"":
+        try:
+            value = yaml.load(raw, Loader=_Loader)
+        except yaml.YAMLError:
+            return raw
+        return value if isinstance(value, str) else raw
+    return raw
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -115,7 +135,8 @@ def load_config(recipe: str, schema: type[C], overrides: Sequence[str] = ()) -> 
     `schema` is that of the job. With CacheConfig the recipe is one for RL or SFT, and is read as such.
     """
     tree = _read_recipe(recipe)
-    problems = [problem for text in overrides for problem in _apply_override(tree, text, _mappings())]
+    mappings, texts = _keys_that_are(dict), _keys_that_are(str)
+    problems = [problem for text in overrides for problem in _apply_override(tree, text, mappings, texts)]
     job = _job_of(tree) if schema is CacheConfig else schema
     config = _build(job, job, tree, "", problems)
     raise_all(problems, f"recipe {recipe}")
@@ -123,10 +144,12 @@ def load_config(recipe: str, schema: type[C], overrides: Sequence[str] = ()) -> 
     return config
 
 
-def _mappings() -> list[str]:
-    """Keys whose value is a mapping of its own; only RL has any."""
-    hints = ((path, get_type_hints(section)) for path, section in sections_of(RlConfig))
-    return [join(path, name) for path, kinds in hints for name, kind in kinds.items() if get_origin(kind) is dict]
+def _keys_that_are(kind: type) -> list[str]:
+    """Keys of any job whose value is a text (str), or a mapping of its own (dict)."""
+    jobs = (RlConfig, SftConfig)
+    hints = [(path, get_type_hints(section)) for job in jobs for path, section in sections_of(job)]
+    found = [join(path, name) for path, hint in hints for name, of in hint.items() if (get_origin(of) or of) is kind]
+    return list(dict.fromkeys(found))
 
 
 def _job_of(tree: dict[str, Any]) -> type[JobConfig]:
@@ -194,11 +217,25 @@ def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         number = _finite(value)
         if number is not None:
             return number
+    elif isinstance(value, str) and kind is str and path in PATHS:
+        return _with_home(value, path, problems)
     elif type(value) is kind:
         return value
     found = "not a choice" if get_origin(kind) is Literal and isinstance(value, str) else _kind_of(value)
     problems.append(f"{path}={show(value)}: {found}; expected {type_name(kind)}")
     return value
+
+
+def _with_home(value: str, path: str, problems: list[str]) -> str:
+    """The value with `~` and `~name` replaced by the home folders; data sets have commas between."""
+    parts = []
+    for part in value.split(",") if path in ("data.train", "data.eval") else [value]:
+        name = part.lstrip()
+        expanded = os.path.expanduser(name)
+        if expanded.startswith("~"):
+            problems.append(f"{path}={value}: there is no home folder of that name; write ./{name} for a name in here")
+        parts.append(part[: len(part) - len(name)] + expanded)
+    return ",".join(parts)
 
 
 def _finite(value: int | float | str) -> float | None:

@@ -151,11 +151,13 @@ class RolloutConfig:
     max_num_seqs: int = 256
     """Sequences decoded together by one replica."""
     kv_cache_gib: float = 0.0
-    """KV-cache memory of one rank in GiB; 0 = let vLLM take `gpu_memory_utilization`."""
+    """KV-cache memory of one rank in GiB; 0 = on a GPU vLLM takes what `gpu_memory_utilization` leaves, on a CPU what
+    `max_num_seqs` sequences of `max_model_len` tokens need, within this rank's share of that part of the memory."""
     gpu_memory_utilization: float = 0.6
-    """Part of the device memory vLLM may use while awake."""
+    """Part of the device memory (on a CPU: of the memory of all ranks there) that vLLM may use while awake."""
     enforce_eager: bool = False
-    """No compilation, no CUDA graphs: slower generation, faster start."""
+    """No compilation, no CUDA graphs: slower generation, faster start. On a CPU it is always so: compiling gains
+    nothing there."""
     sync_buffer_mib: int = 256
     """Bound on the extra memory of one weight sync."""
     verify_sync: bool = False
@@ -311,6 +313,9 @@ class CacheConfig:
     """Folder of this run: resolved config, metrics, checkpoints, plots."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = the GPUs if there are any."""
+    max_phase_minutes: float = 0.0
+    """A phase of a step that lasts longer ends the job, with the stack of each rank: something is stuck. 0 = never;
+    what is unusually long is told once in any case."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     train: BatchConfig

@@ -60,6 +60,13 @@ class _Step:
     """Of the encoder that made `made`."""
 
 
+def what_is_wrong(frames: Tensor) -> str:
+    """Whether the input of an encoder or the encoder itself is to blame for embeddings that are not finite."""
+    if frames.is_floating_point() and not bool(frames.isfinite().all()):
+        return "what was read from the file is not finite"
+    return "the file was read well: the encoder's weights are damaged or its numbers overflow"
+
+
 class ParallelEncoder:
     """Embeddings of the current step (protocol StepEncoder).
 
@@ -169,6 +176,9 @@ class ParallelEncoder:
         for chunk in chunks:
             embeds, num_damaged = self._store.read(item, chunk.start, chunk.stop)
             self.counts.damaged_entries += num_damaged
+            if embeds is not None and not bool(embeds.isfinite().all()):
+                self.counts.damaged_entries += 1  # written before such embeddings were refused
+                embeds = None
             if embeds is not None:
                 found[chunk] = embeds.to(self._encoder.device)
                 self.counts.cached_patches += num_patches(item, chunk)
@@ -181,20 +191,23 @@ class ParallelEncoder:
         for request, chunks in work:
             try:
                 frames = self._frames.take(request)
+                if error is None:
+                    self._encode_chunks(item, chunks, torch.zeros_like(frames) if self._blank else frames)
             except VideoDecodeError as found:
                 error = error or found
-                continue
-            if error is None:
-                self._encode_chunks(item, chunks, torch.zeros_like(frames) if self._blank else frames)
         if error is not None:
             raise error
 
     def _encode_chunks(self, item: MediaItem, chunks: Sequence[EncodeChunk], frames: Tensor) -> None:
-        """`frames` are those of all the chunks, one behind the other."""
+        """`frames` are those of all the chunks, one behind the other. Raises VideoDecodeError where an embedding is not
+        finite: the engine would sample from it without complaint, and the store would keep it."""
         ranges = [item.frames_of(chunk.start, chunk.stop) for chunk in chunks]
         for chunk, part in zip(chunks, frames.split([last - first for first, last in ranges]), strict=True):
-            self._step.made[chunk] = embeds = self._encoder.encode(part, item.kind)
+            embeds = self._encoder.encode(part, item.kind)
             self.counts.encoded_patches += num_patches(item, chunk)
+            if not bool(embeds.isfinite().all()):
+                raise VideoDecodeError(item.path, f"its embeddings are not finite ({what_is_wrong(part)})")
+            self._step.made[chunk] = embeds
             if self._encoder.is_trained:
                 self._step.frames[chunk] = part.cpu()
             if self._store is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_rl.media.encoder import EncoderCounts
 from megatron_rl.media.routes import WantedTokens
 from megatron_rl.types import EncodedMedia, MediaEmbeds, MediaItem
 
@@ -50,9 +49,8 @@ class NoMedia:
         """Itself."""
         return self
 
-    def take_counts(self) -> EncoderCounts:
-        """All zero."""
-        return EncoderCounts()
+    def take_counts(self) -> None:
+        """There is nothing to count."""
 
     def close(self) -> None:
         """Nothing is being read."""

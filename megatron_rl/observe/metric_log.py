@@ -32,12 +32,13 @@ class MetricLog:
     ):
         self.path = Path(run_dir) / METRICS_FILE
         self._file: TextIO | None = None
+        self._last: tuple[int, dict[str, float]] = (0, {})
         self._wandb: Any = None
         self._tensorboard: Any = None
         if not rank0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._open(None)
         if wandb != "off":
             self._wandb = _start_wandb(self.path.parent, wandb, project, config)
         if tensorboard:
@@ -52,11 +53,17 @@ class MetricLog:
             return
         self._file.close()
         kept = [row for row in self._readable_rows() if row["step"] < step]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._file = self.path.open("a", encoding="utf-8")
+        write_atomically(self.path, "".join(_line(row) for row in kept).encode())
+        self._open(kept[-1] if kept else None)
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = _start_tensorboard(self.path.parent, purge_step=step)
+
+    def _open(self, last: Mapping[str, float] | None) -> None:
+        """`last` is the row at the end of the file, if it may be extended."""
+        self._file = self.path.open("a", encoding="utf-8")
+        row = dict(last) if last else {}
+        self._last = (self._file.tell() - len(_line(row)) if row else 0, row)
 
     def _readable_rows(self) -> list[dict[str, float]]:
         try:
@@ -72,10 +79,30 @@ class MetricLog:
         if self._file is None:
             return
         numbers = {name: float(value) for name, value in sorted(values.items())}
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._last = (self._file.tell(), {"step": step, **numbers})
+        self._file.write(_line(self._last[1]))
         self._file.flush()
+        self._send(step, numbers)
+
+    def extend(self, values: Mapping[str, float]) -> None:
+        """More metrics of the step that was logged last, or better ones."""
+        start, row = self._last
+        if self._file is None or not row:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        step = int(row["step"])
+        rest = {name: value for name, value in {**row, **numbers}.items() if name != "step"}
+        old = self.path.stat().st_size - start
+        self._last = (start, {"step": step, **dict(sorted(rest.items()))})
+        with self.path.open("r+b") as file:  # one write: a process that dies leaves the old row or the new one
+            file.seek(start)
+            file.write(_line(self._last[1], at_least=old).encode())
+        self._file.seek(0, 2)
+        self._send(step, numbers)
+
+    def _send(self, step: int, numbers: Mapping[str, float]) -> None:
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            self._wandb.log(dict(numbers), step=step)
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -89,6 +116,11 @@ class MetricLog:
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._file = self._wandb = self._tensorboard = None
+
+
+def _line(row: Mapping[str, float], at_least: int = 0) -> str:
+    """`at_least` characters long, with blanks at the end."""
+    return json.dumps(row).ljust(at_least - 1) + "\n"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:

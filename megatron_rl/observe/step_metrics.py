@@ -94,9 +94,11 @@ def sync_metrics(report: SyncReport | None) -> dict[str, float]:
     }
 
 
-def media_metrics(counts: EncoderCounts, prefix: str = "vision") -> dict[str, float]:
+def media_metrics(counts: EncoderCounts | None, prefix: str = "vision") -> dict[str, float]:
     """What all ranks together encoded, read from the cache and received; `vision/max_encoded_patches` is the most that
-    one rank encoded. Collective."""
+    one rank encoded. {} where the model has no encoder (None, on all ranks). Collective."""
+    if counts is None:
+        return {}
     everyone: list[EncoderCounts] = [counts] * dist.get_world_size()
     dist.all_gather_object(everyone, counts)
     totals = {f"{prefix}/{f.name}": float(sum(getattr(c, f.name) for c in everyone)) for f in fields(counts)}

@@ -14,6 +14,7 @@ from megatron_rl.planner.gpus import GIB, Gpu
 from megatron_rl.planner.layout import BYTES
 from megatron_rl.planner.model import PlannedModel, engine_params
 from megatron_rl.planner.workload import Workload
+from megatron_rl.rollout.kv_cache import kv_bytes
 from megatron_rl.runtime.chunks import GPU_PREFILL_TOKENS
 from model_providers.shape import TransformerShape
 
@@ -40,11 +41,6 @@ class EngineNeed:
             ("KV cache", self.kv_cache),
             ("encoder cache", self.encoder_cache),
         )
-
-
-def kv_bytes(shape: TransformerShape, tensor: int, element: int) -> int:
-    """A token's keys and values in all layers of one rank."""
-    return shape.num_layers * 2 * max(1, shape.num_groups // tensor) * shape.head_dim * element
 
 
 def engine_need(cfg: RlConfig, model: PlannedModel, gpu: Gpu, work: Workload) -> EngineNeed:

@@ -232,7 +232,7 @@ def _build(settings: EngineSettings, backend: Backend) -> LLM:
         enable_chunked_prefill=backend.chunked_prefill,
         kv_cache_memory_bytes=settings.kv_cache_bytes or None,
         gpu_memory_utilization=settings.gpu_memory_utilization,
-        enforce_eager=settings.enforce_eager,
+        enforce_eager=settings.enforce_eager or not backend.engine_compiles,
         enable_sleep_mode=backend.engine_sleeps,
         enable_mm_embeds=True,
         limit_mm_per_prompt=NO_MEDIA,

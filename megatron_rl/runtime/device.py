@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ class Backend:
     """vLLM takes a seeded request's noise back after each chunk of its prompt, which only CUDA generators can do."""
     prefill_tokens: int
     """Prompt tokens that vLLM prefills at a time; where it does not chunk, a longer prompt alone."""
+    engine_compiles: bool
+    """Whether compiling the engine's model gains anything over running it as it is."""
+    measures_kv_cache: bool
+    """Whether vLLM measures what its KV cache may take; else every rank would take a part of the host's memory."""
     kv_block_size: int | None
     """Tokens of a block of vLLM's KV cache; only whole blocks of a prompt are shared. None: vLLM's own choice."""
     mcore_scope: Callable[[], AbstractContextManager[None]]
@@ -86,6 +91,8 @@ def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
             engine_owns_weights=True,
             chunked_prefill=True,
             prefill_tokens=GPU_PREFILL_TOKENS,
+            engine_compiles=True,
+            measures_kv_cache=True,
             kv_block_size=None,
             mcore_scope=nullcontext,
         )
@@ -102,9 +109,19 @@ def choose_backend(device: str = "auto", dtype: str = "auto") -> Backend:
         engine_owns_weights=False,
         chunked_prefill=False,
         prefill_tokens=16384,
+        engine_compiles=False,
+        measures_kv_cache=False,
         kv_block_size=32,  # vLLM's 128 would compute up to 127 tokens of a prompt once per response
         mcore_scope=redirect_cuda_to_cpu,
     )
+
+
+def host_memory() -> int:
+    """Bytes of memory that the processes of this machine (or container) may use together."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    stated = limit.read_text().strip() if limit.is_file() else "max"
+    return physical if stated == "max" else min(physical, int(stated))
 
 
 def define_torchvision_operators() -> None:

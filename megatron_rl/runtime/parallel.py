@@ -92,12 +92,17 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size())))
+
+
 def initialize(backend: Backend, trainer: Grid, engine: Grid, context_comm: str = "all_gather") -> ParallelMesh:
-    """Join the world that torchrun started (or a world of one) and build Megatron-core's groups on the trainer's ranks.
+    """Join the world, if that is not done yet, and build Megatron-core's groups on the trainer's ranks.
 
     Where the engine has ranks of its own, each of its replicas and the trainer become worlds of their own.
     """
-    _join_world(backend)
+    join_world(backend)
     rank, link = dist.get_rank(), None
     mesh = ParallelMesh(rank, trainer, engine, context_comm)
     assert mesh.world == dist.get_world_size(), f"{dist.get_world_size()} ranks; the grids have {mesh.world}"
@@ -111,7 +116,8 @@ def initialize(backend: Backend, trainer: Grid, engine: Grid, context_comm: str 
     return mesh
 
 
-def _join_world(backend: Backend) -> None:
+def join_world(backend: Backend) -> None:
+    """Join the world that torchrun started, or a world of one, without any group in it; once. Collective."""
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_PORT=os.environ.get("MASTER_PORT", "0"))

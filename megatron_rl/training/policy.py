@@ -8,6 +8,7 @@ while the engine works; the state stays in host memory until the optimizer's ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ class Policy:
         if backend.optimizer == "adamw":
             install_group_step_adamw()
         ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=True
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            check_for_nan_in_grad=False,  # see _check_gradient
         )
         with backend.mcore_scope():
             chunks = list(model) if isinstance(model, ChunkedStage) else [model]
@@ -103,7 +106,7 @@ class Policy:
         """One update. Where the tower is trained, `backward_vision` takes the gradients of `embeds` through it.
 
         Returns local sums {metric: (numerator, denominator)}; those of the optimizer have
-        denominator 1."""
+        denominator 1. Raises ValueError where the gradient is not finite, with the weights as they were."""
         assert self.tower_training is None or backward_vision is not None, "a trained tower must get its gradients"
         self._backward_vision = backward_vision
         for part in self._ddp_parts:
@@ -114,9 +117,9 @@ class Policy:
             group["lr"] = lr
         outputs = self._run([b.batch for b in batches], embeds, partial(_loss, loss, batches), forward_only=False)
         with self.optimizer_at_hand():
+            self._check_gradient(step)
             updated, grad_norm, _ = self.optimizer.step()
-        if not updated:
-            raise FloatingPointError(f"step {step}: gradient norm {grad_norm} is not finite; lower the learning rate")
+        assert updated, "only a loss scaler refuses an update, and there is none"
         self.version += 1
         if self.tower_training is not None:
             self.tower_training.stepped()
@@ -124,6 +127,19 @@ class Policy:
         if self.mesh.is_last_stage and self.mesh.here.tp == 0:
             metrics |= _sum_metrics(outputs)
         return metrics
+
+    def _check_gradient(self, step: int) -> None:
+        """Raise ValueError, on all ranks alike, before a gradient that is not finite reaches the weights.
+
+        Megatron-core's own check names a bucket of one rank; its optimizer looks only where it scales the loss.
+        """
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"train.optimizer.lr={self.hyper.lr}: step {step + 1}: gradient norm {norm} is not finite; lower the "
+                "learning rate, or warm up (train.optimizer.warmup_steps); the weights are those before this update"
+            )
 
     @property
     def _ddp_parts(self) -> list[DistributedDataParallel]:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from megatron_rl.rollout import vllm_engine
 from megatron_rl.rollout.requests import engine_input
-from megatron_rl.rollout.vllm_engine import VllmEngine, prompt_seed
-from megatron_rl.types import Completion, EncodedMedia, Prompt, Sampling
+from megatron_rl.rollout.vllm_engine import EngineSettings, VllmEngine, prompt_seed
+from megatron_rl.runtime.device import choose_backend
+from megatron_rl.types import Completion, EncodedMedia, EngineModel, Prompt, Sampling
 from model_providers.provider import open_provider
 from tests.rollout_parts import fill_with_hf_weights, join_world, open_plain_engine, text_prompt, video_prompt
 from tests.world import run_world
@@ -296,3 +297,14 @@ def test_a_video_of_16k_tokens_is_accepted_and_one_over_the_limit_is_named(
     [(completions, message)] = run_world(1, _long_videos, folder, timeout=300)
     assert len(completions) == 2 and all(c.token_ids for c in completions)
     assert "17925" in message and "17000" in message
+
+
+def test_nothing_is_compiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, object]] = []
+    monkeypatch.setattr("vllm.LLM", lambda **arguments: given.append(arguments))
+    cpu = choose_backend("cpu", "float32")
+    for backend in (cpu, replace(cpu, engine_compiles=True)):
+        for eager in (False, True):
+            settings = EngineSettings(EngineModel("folder"), 1, 64, 4, 1 << 20, 0.5, eager)
+            vllm_engine._build(settings, backend)
+            assert given.pop()["enforce_eager"] == (eager or backend is cpu)

@@ -102,6 +102,8 @@ def test_rl_resumes_replays_and_reports(tiny_checkpoint: Path, tiny_videos: Path
     assert summary["num_heldout"] == 4 and summary["sync_bytes_over_minimum"] == 1.0
     assert (tmp_path / "whole/curves.png").stat().st_size > 10_000
     assert sorted(p.name for p in (tmp_path / "whole/checkpoints").iterdir())[-1] == "step_2"
+    answers = [tmp_path / f"whole/eval/step_{step}.jsonl" for step in (0, 2)]
+    assert [len(path.read_text().splitlines()) for path in answers] == [4, 4]
     (pairs,) = run_world(1, transformers_answer, Path(summary["hf_export"]), tmp_path / "whole/eval/step_2.jsonl")
     assert len(pairs) == 4 and all(vllm == transformers for vllm, transformers in pairs), pairs
 
@@ -235,5 +237,7 @@ def test_dull_groups_end_the_run_with_a_reason(tiny_checkpoint: Path, tiny_video
     cfg = rl_config(tiny_checkpoint, tiny_videos, tmp_path / "run")
     algorithm = AlgorithmConfig(filter_groups=True, filter_high=0.02, max_filter_rounds=2)  # no reward is that low
     cfg = replace(cfg, algorithm=algorithm, eval=EvalConfig(at_start=False, at_end=False))
+    # As a recipe that names neither: on a CPU the cache is derived, and nothing is compiled.
+    cfg = replace(cfg, rollout=replace(cfg.rollout, kv_cache_gib=0.0, enforce_eager=False))
     with pytest.raises(WorldFailed, match="algorithm.max_filter_rounds=2: only 0 of 2 groups were informative"):
         run_world(2, train, cfg)

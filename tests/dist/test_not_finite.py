@@ -19,10 +19,13 @@ def _update_on_nan(rank: int, folder: Path) -> Any:
     trainer = open_trainer(folder, join(tensor=2))
     samples = mixed_samples(trainer.provider)
     before = snapshot(trainer.policy)
-    nan = torch.tensor(float("nan"))
-    not_a_number = [ScoredBatch(b, advantages=nan.expand(b.num_response_tokens)) for b in trainer.pack(samples)]
-    with pytest.raises(RuntimeError, match="NaN|nan"):
-        trainer.policy.train(not_a_number, random_embeds(samples), PpoClip(), step=0)
+    for value in (float("nan"), float("inf"), 1e38):
+        bad = torch.tensor(value)
+        batches = [ScoredBatch(b, advantages=bad.expand(b.num_response_tokens)) for b in trainer.pack(samples)]
+        with pytest.raises(
+            ValueError, match=r"^train.optimizer.lr=\S+: step 4: gradient norm (nan|inf) is not finite; "
+        ):
+            trainer.policy.train(batches, random_embeds(samples), PpoClip(), step=3)
     return all(torch.equal(before[name], tensor) for name, tensor in snapshot(trainer.policy).items())
 
 

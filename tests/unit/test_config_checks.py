@@ -65,6 +65,8 @@ def problems(cfg, world_size=1, job="rl", require_files=True) -> list[str]:
 def test_the_defaults_pass(make):
     assert problems(make()) == []
     assert problems(make(schema=SftConfig), job="sft") == []
+    for name in ("reward/my part", "critic/score/mean", "eval/blind_accuracy", "sft/nll"):
+        assert problems(make(f"checkpoint.best_metric={name}")) == []
     assert problems(make("parallel.tensor=2", "parallel.pipeline=2", "rollout.tensor=4"), world_size=8) == []
 
 
@@ -92,6 +94,12 @@ def test_the_defaults_pass(make):
         ("train.updates_per_step=3", "train.prompts_per_step=128: is not a multiple of train.updates_per_step=3"),
         ("data.frames_per_chunk=0", "data.frames_per_chunk=0: out of range; it must be at least 1"),
         ("data.cache_gib=0", "data.cache_gib=0.0: out of range; it must be above 0"),
+        ("max_phase_minutes=-1", "max_phase_minutes=-1.0: out of range; it must be at least 0"),
+        (
+            "checkpoint.best_metric=eval/acuracy",
+            "checkpoint.best_metric=eval/acuracy: no step has a metric of that name; did you mean eval/accuracy?",
+        ),
+        ("checkpoint.best_metric=x", "no step has a metric of that name; take one of eval/accuracy, "),
         ("rollout.only=true", "rollout.only=true: the rollouts would be lost; set rollout.save_to"),
         ("rollout.num_samples=1", "algorithm.advantage=grpo compares the responses of a prompt; use 2 or more"),
         ("algorithm.clip_low=1", "algorithm.clip_low=1.0: out of range; it must be between 0 and 1"),

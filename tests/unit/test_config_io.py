@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import pytest
 
 from megatron_rl.config.command_line import describe, parse_args
-from megatron_rl.config.io import dump_config, keys_of, load_config
+from megatron_rl.config.io import PATHS, dump_config, join, keys_of, load_config, sections_of
 from megatron_rl.config.schema import CacheConfig, RlConfig, SftConfig
 
 MINIMAL = "run_dir: runs/a\nmodel: {hf: some/model}\ntrain: {num_steps: 3}\n"
@@ -72,12 +73,11 @@ def test_empty_section_is_all_defaults(recipe):
     [
         ("data.num_frame=8", "data.num_frame=8: no such key; did you mean 'num_frames'?"),
         ("num_frames=8", "num_frames=8: no such key; did you mean 'data.num_frames'?"),
-        ("zzz=8", "zzz=8: no such key; known here: run_dir, device, model"),
+        ("zzz=8", "zzz=8: no such key; known here: run_dir, device, max_phase_minutes, model"),
         ("seed=true", "seed=true: true/false; expected integer"),
         ("seed=010", "seed=010: text; expected integer"),
         ("seed=1.5", "seed=1.5: a number; expected integer"),
         ("seed=null", "seed=: empty; expected integer"),
-        ("run_dir=7", "run_dir=7: an integer; expected text"),
         ("data.shuffle=1", "data.shuffle=1: an integer; expected true | false"),
         ("data.fps=.inf", "data.fps=.inf: text; expected number"),
         ("rollout.temperature=nan", "rollout.temperature=nan: text; expected number"),
@@ -89,7 +89,7 @@ def test_empty_section_is_all_defaults(recipe):
         ("data=x", "data=x: is a section"),
         ("data={fps: 1}", "write data.<key>=value"),
         ("seed.a=1", "seed.a=1: 'seed' is a value, not a section"),
-        ("data.train=[", "the value is not readable as YAML"),
+        ("model.freeze=[", "the value is not readable as YAML"),
         ("data.train", "data.train: not an override; write key.path=value"),
     ],
 )
@@ -118,12 +118,46 @@ def test_files_that_are_no_recipe(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["off", "1e-6", "12", "true", "~", "2024-01-01", "", "a: b", "ü #x", "[x]", "010", "1:30"]
+    "name", ["off", "1e-6", "12", "true", "null", "2024-01-01", "", "a: b", "ü #x", "[x]", "010", "1:30"]
 )
 def test_a_dump_loads_back_equal(recipe, name):
     base = load_config(recipe(), RlConfig, ["train.optimizer.lr=1e-6", "data.fps=0.1", "log.wandb=off"])
     cfg = dataclasses.replace(base, run_dir=name)
     assert load_config(recipe(dump_config(cfg)), RlConfig) == cfg
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["/data/a b #1", "two\nlines", "7", "yes", "null", "[", "a: b", "it's", '"a" or "b"', " x", "#", "{fps: 1}"],
+)
+def test_a_text_on_the_command_line_is_taken_as_it_is(recipe, value):
+    """YAML would cut it at ` #`: the run would go to another folder, and resume what is there."""
+    overrides = [f"run_dir={value}", f"log.project={value}", f"reward.name={value}"]
+    cfg = load_config(recipe(), RlConfig, overrides)
+    assert cfg.run_dir == cfg.log.project == cfg.reward.name == value
+
+
+def test_quotes_around_a_whole_text_are_not_part_of_it(recipe):
+    cfg = load_config(recipe(), RlConfig, ["run_dir='a #1'", 'data.media_root="a\\tb"', "data.eval=''"])
+    assert (cfg.run_dir, cfg.data.media_root, cfg.data.eval) == ("a #1", "a\tb", "")
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(recipe, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    no_paths = {"log.project", "checkpoint.best_metric"}
+    for job in (RlConfig, SftConfig):
+        hints = {path: typing.get_type_hints(section) for path, section in sections_of(job)}
+        texts = {join(path, name) for path, hint in hints.items() for name, kind in hint.items() if kind is str}
+        texts = {path for path in texts if not path.startswith("data.columns.")}
+        assert texts - no_paths == PATHS & set(keys_of(job)), "a new text field: is it a path?"
+    cfg = load_config(recipe(), RlConfig, [f"{path}=~/x" for path in PATHS])
+    assert cfg.run_dir == cfg.model.hf == cfg.data.cache_dir == cfg.reward.name == "/home/me/x"
+    assert load_config(recipe(), RlConfig, ["data.train=~/a, ~/b@test,c/~d"]).data.train == (
+        "/home/me/a, /home/me/b@test,c/~d"
+    )
+    assert load_config(recipe(MINIMAL.replace("run_dir: ", "run_dir: ~/")), RlConfig).run_dir.startswith("/home/me/")
+    message = problems_of(recipe(), "run_dir=~nobody-here/x")
+    assert "run_dir=~nobody-here/x: there is no home folder of that name; write ./~nobody-here/x" in message
 
 
 def test_a_mapping_is_set_whole_or_key_by_key(recipe):

@@ -133,6 +133,7 @@ def test_a_log_file_gets_plain_lines_and_announces_long_phases_only(monkeypatch)
     # start, then three times: phase from/to, end_step
     now = iter([0.0, 1.0, 9.0, 10.0, 10.0, 21.0, 22.0, 22.0, 24.0, 25.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(time, "strftime", lambda form: f"<{form}>")
     stream = io.StringIO()
     progress = Progress(3, enabled=True, stream=stream)
     for step in range(3):
@@ -140,15 +141,17 @@ def test_a_log_file_gets_plain_lines_and_announces_long_phases_only(monkeypatch)
             pass
         progress.end_step(step, note="reward 0.5")
     assert stream.getvalue().splitlines() == [
-        "step 1/3 rollout ...",
-        "step 1/3 [20 s left] reward 0.5; 10.0 s (rollout 8.0)",
-        "step 2/3 [12 s left] reward 0.5; 12.0 s (rollout 11.0)",
-        "step 3/3 [12 s left] rollout ...",
-        "step 3/3 reward 0.5; 3.0 s (rollout 2.0)",
+        "<%H:%M:%S> step 1/3 rollout ...",
+        "<%H:%M:%S> step 1/3 [20 s left] reward 0.5; 10.0 s (rollout 8.0)",
+        "<%H:%M:%S> step 2/3 [12 s left] reward 0.5; 12.0 s (rollout 11.0)",
+        "<%H:%M:%S> step 3/3 [12 s left] rollout ...",
+        "<%H:%M:%S> step 3/3 reward 0.5; 3.0 s (rollout 2.0)",
     ]
 
 
-def test_a_terminal_gets_one_line_that_rewrites_itself():
+def test_a_terminal_gets_one_line_that_rewrites_itself(monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda form: "12:00:01")
+
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -156,9 +159,56 @@ def test_a_terminal_gets_one_line_that_rewrites_itself():
     stream = Terminal()
     progress = Progress(1, enabled=True, stream=stream)
     with progress.phase(0, "rollout"):
-        assert stream.getvalue() == "\r\x1b[2Kstep 1/1 rollout ..."
+        assert stream.getvalue() == "\r\x1b[2K12:00:01 step 1/1 rollout ..."
     progress.end_step(0)
     assert stream.getvalue().count("\n") == 1 and stream.getvalue().endswith("\n")
+
+
+def test_what_comes_before_the_first_step_and_after_a_step_is_booked_where_it_belongs(monkeypatch):
+    # job begins; engine 1 to 41; steps begin at 50; gen 50 to 53, step ends at 54; save 54 to 64, booked at 65; step 2
+    now = iter([0.0, 1.0, 41.0, 50.0, 50.0, 53.0, 54.0, 54.0, 64.0, 65.0, 65.0, 67.0, 68.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(time, "strftime", lambda form: "12:00")
+    stream, told = io.StringIO(), []
+    progress = Progress(2, enabled=True, stream=stream, on_phase=lambda step, name: told.append((step, name)))
+    with progress.starting("engine"):
+        pass
+    assert progress.begin_steps() == {"timing_s/startup": 50.0}
+    with progress.phase(0, "gen"):
+        pass
+    assert progress.end_step(0) == {"timing_s/gen": 3.0, "timing_s/step": 4.0}
+    with progress.phase(0, "save_checkpoint"):
+        pass
+    assert progress.extend_step("save_checkpoint") == {"timing_s/save_checkpoint": 10.0, "timing_s/step": 15.0}
+    with progress.phase(1, "gen"):
+        pass
+    assert progress.end_step(1) == {"timing_s/gen": 2.0, "timing_s/step": 3.0}
+    assert told == [(0, "engine"), (0, "gen"), (0, "save_checkpoint"), (1, "gen")]
+    assert stream.getvalue().splitlines()[:3] == [
+        "12:00 start engine ...",
+        "12:00 start 50.0 s (engine 40.0)",
+        "12:00 step 1/2 gen ...",
+    ]
+
+
+def test_a_row_is_extended_in_place(tmp_path):
+    log = open_log(tmp_path)
+    log.extend({"ignored": 1})  # there is no row yet
+    log.log(0, {"a": 1})
+    log.log(1, {"timing_s/step": 1.25, "b": 2})
+    log.extend({"timing_s/step": 9.0, "timing_s/save": 3.5})
+    log.extend({"timing_s/save": 3})
+    log.log(2, {"a": 3})
+    log.close()
+    rows = [{"step": 0, "a": 1}, {"step": 1, "b": 2, "timing_s/save": 3, "timing_s/step": 9}, {"step": 2, "a": 3}]
+    assert read_metrics(log.path) == rows
+
+    log = open_log(tmp_path)  # an evaluation that was left out is made up after a resume
+    log.resume_from(2)
+    log.extend({"eval/accuracy": 0.5})
+    log.log(2, {"a": 4})
+    log.close()
+    assert read_metrics(log.path) == [rows[0], {**rows[1], "eval/accuracy": 0.5}, {"step": 2, "a": 4}]
 
 
 def test_durations_read_well():

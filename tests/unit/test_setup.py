@@ -208,6 +208,12 @@ signal.signal(signal.SIGTERM, save)
 (out / f"rank{rank}.json").write_text(json.dumps(facts))
 if "fail" in sys.argv:
     sys.exit(7)
+if "usage" in sys.argv or "lost" in sys.argv:
+    if rank == "0":
+        print("data.train=x: why; fix", file=sys.stderr)
+    sys.exit(2 if "usage" in sys.argv else 75)
+if "kill" in sys.argv:
+    os.kill(os.getpid(), signal.SIGKILL) if rank == "0" else time.sleep(120)
 if "wait" in sys.argv:
     time.sleep(120)
 """
@@ -236,7 +242,30 @@ def test_launch_starts_every_rank_and_passes_arguments_on(job: dict[str, str], t
 
 
 def test_launch_reports_failure(job: dict[str, str], tmp_path: Path) -> None:
-    assert _run("scripts/launch.sh", "--nproc", "1", "tiny_job", str(tmp_path), "fail", **job).returncode != 0
+    result = _run("scripts/launch.sh", "--nproc", "1", "tiny_job", str(tmp_path), "fail", **job)
+    assert result.returncode == 1
+    assert re.fullmatch(r"rank 0 \(pid \d+\) ended with status 7; what it said stands above", result.stderr.strip())
+
+
+@pytest.mark.parametrize(("how", "status"), [("usage", 2), ("lost", 1)])
+def test_what_a_rank_says_is_the_last_on_the_screen(how: str, status: int, job: dict[str, str], tmp_path: Path) -> None:
+    result = _run("scripts/launch.sh", "--nproc", "2", "tiny_job", str(tmp_path), how, **job)
+    assert result.returncode == status
+    assert result.stderr.splitlines() == ["data.train=x: why; fix"]
+
+
+def test_a_rank_that_is_killed_is_named(job: dict[str, str], tmp_path: Path) -> None:
+    result = _run("scripts/launch.sh", "--nproc", "2", "tiny_job", str(tmp_path), "kill", **job)
+    assert result.returncode == 1
+    assert re.fullmatch(r"rank 0 \(pid \d+\) was ended by SIGKILL; was memory short\?.*", result.stderr.strip())
+
+
+def test_the_hub_is_not_closed_to_users(job: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    (tmp_path / "tiny_job.py").write_text("import os; print(os.environ.get('HF_HUB_OFFLINE'))")
+    assert _run("scripts/launch.sh", "--nproc", "1", "tiny_job", **job).stdout.split() == ["None"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert _run("scripts/launch.sh", "--nproc", "1", "tiny_job", **job).stdout.split() == ["1"]
 
 
 FAKE_SLURM = {
