@@ -100,6 +100,15 @@ def test_parquet_with_the_pictures_in_it(tmp_path, recipe):
     assert status == 0 and Path(item["path"]).parent == tmp_path / "run/media" and not (tmp_path / "run").exists()
 
 
+def test_configuration_and_tokenizer_are_enough(tmp_path, tiny_checkpoint, recipe):
+    (tmp_path / "bare").mkdir()
+    for path in tiny_checkpoint.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
+    status, found = inspect(recipe(PLAIN), tmp_path, f"model.hf={tmp_path}/bare")
+    assert status == 0 and found["usable"] == 1
+
+
 def test_what_is_set_aside_and_when_the_job_would_stop(tmp_path, recipe, capsys):
     bad = [{"answer": "no problem"}, PLAIN | {"videos": "gone.mp4"}, PLAIN | {"problem": "long " * 200}]
     good = [PLAIN] * 9
