@@ -153,7 +153,7 @@ def test_check_reads_the_rows(tmp_path, recipe, job, module, capsys):
     module.main([recipe(PLAIN, PLAIN, PLAIN | {"extra": 1}, job=job), "--check"])
     done = capsys.readouterr()
     assert done.out.splitlines()[-1] == "nothing stands in the way of this run on 1 rank"
-    assert "columns that nothing uses: extra" in done.err.replace("\n", " ")
+    assert "columns that nothing uses: extra" in done.out
     with pytest.raises(SystemExit):
         module.main([recipe({"frage": "q", "antwort": "a"}, job=job), "--check"])
     lines = capsys.readouterr().err.splitlines()
@@ -184,5 +184,5 @@ def test_check_calls_the_reward_once(tmp_path, recipe):
 def test_a_batch_larger_than_the_data_set_is_said(tmp_path, recipe, capsys):
     train.main([recipe(PLAIN), "--check"])
     assert "data.train has 1 usable rows, so that a batch holds rows more than once" in " ".join(
-        capsys.readouterr().err.split()
+        capsys.readouterr().out.split()
     )
