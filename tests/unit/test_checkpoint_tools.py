@@ -220,7 +220,7 @@ def test_a_tied_copy_that_differs_is_refused(
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     source = _rewrite(tied_checkpoint, tmp_path / "source", tensors)
     assert _run("hf-to-mcore", "--hf", source, "--out", tmp_path / "out") == 2
-    assert "lm_head.weight differs from model.embed_tokens.weight" in capsys.readouterr().err
+    assert "(model.safetensors) differs from model.embed_tokens.weight; set tie" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

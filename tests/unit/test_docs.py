@@ -20,6 +20,7 @@ from megatron_rl.types import Completion, Prompt, Row
 REPO = Path(__file__).parents[2]
 DOCUMENTS = sorted([*REPO.glob("*.md"), *REPO.glob("docs/*.md")])
 SOURCES = r"[\w./*-]+\.(?:py|sh|sbatch|lock|jinja)"
+MADE_BY_A_RUN = {"run.lock"}
 ROOTS = ("", "megatron_rl/", "tests/unit/")
 KEYS = set(keys_of(RlConfig)) | set(keys_of(SftConfig))
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
@@ -38,7 +39,7 @@ def _missing_files(document: Path) -> list[str]:
         if re.fullmatch(r"(megatron_rl|model_providers|data|checkpoint_tools|scripts|tests)/(?:[\w/]*/)?", name):
             folder = REPO / name
             missing += [] if folder.exists() else [name]
-        if not re.fullmatch(SOURCES, name) or name.startswith("path/"):
+        if not re.fullmatch(SOURCES, name) or name.startswith("path/") or name in MADE_BY_A_RUN:
             continue
         if "/" in name:
             found = [path for root in ROOTS for path in REPO.glob(root + name)]

@@ -30,6 +30,7 @@ class Checkpoints:
         self.state: dict[str, Any] = {}
         monkeypatch.setattr(checkpoint, "save", self.save)
         monkeypatch.setattr(checkpoint, "load", lambda *_: self.state)
+        monkeypatch.setattr(checkpoint, "check_origin", lambda *_: None)
 
     def save(
         self, root: Path, step: int, policy: object, mesh: object, state: Mapping[str, Any], hf_source: str
@@ -49,7 +50,7 @@ def run(folder: Path, rows: RowLoader | None, until: int) -> None:
     log = MetricLog(folder, rank0=False, wandb="off", project="", tensorboard=False, config={})
     plan = SavePlan(every=0, at_end=True, best_metric="", keep=9, resume=True)
     progress = Progress(until, enabled=False)
-    state = RunState(folder, until, "", NOT_ASKED, MESH, plan, log, progress, StopFlag())
+    state = RunState(folder, until, "", {}, NOT_ASKED, MESH, plan, log, progress, StopFlag())
     for _ in range(state.resume(rows), until):
         if rows is not None:
             rows.next_batch()
@@ -78,6 +79,6 @@ def test_rows_do_not_begin_anew_behind_replayed_rollouts(tmp_path: Path, monkeyp
 def test_an_export_without_a_checkpoint_says_why(tmp_path: Path) -> None:
     log = MetricLog(tmp_path, rank0=False, wandb="off", project="", tensorboard=False, config={})
     plan = SavePlan(every=0, at_end=True, best_metric="", keep=1, resume=True)
-    state = RunState(tmp_path, 1, "", NOT_ASKED, MESH, plan, log, Progress(1, enabled=False), StopFlag())
+    state = RunState(tmp_path, 1, "", {}, NOT_ASKED, MESH, plan, log, Progress(1, enabled=False), StopFlag())
     with pytest.raises(ValueError, match=r"checkpoint\.export_hf=true: no update was made"):
         state.export_hf()

@@ -86,11 +86,11 @@ def test_a_refused_job_touches_nothing(
     holder = _holder(run_dir)
     try:
         with pytest.raises(SystemExit) as stopped:
-            command_line.run_job([str(recipe)], SftConfig, "sft", "", ran.append)
+            command_line.run_job([str(recipe)], SftConfig, "sft", "", ran.append, lambda *_: None)
         assert stopped.value.code == 2 and not ran
         assert [path.name for path in run_dir.iterdir()] == [LOCK_FILE]
         assert f"process {holder.pid}" in capsys.readouterr().err
     finally:
         holder.communicate("go\n", timeout=30)
-    command_line.run_job([str(recipe)], SftConfig, "sft", "", ran.append)
+    command_line.run_job([str(recipe)], SftConfig, "sft", "", ran.append, lambda *_: None)
     assert len(ran) == 1 and [path.name for path in run_dir.iterdir()] == ["config.yaml"]
