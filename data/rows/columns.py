@@ -88,7 +88,7 @@ class Record:
 
     def _filled(self, pattern: str) -> str | None:
         """`pattern` with columns in place of their names in braces; None where all of them are missing."""
-        values = {name: self.take(name) for name in _IN_BRACES.findall(pattern)}
+        values = {name: self.take(name) for name in columns_in(pattern)}
         if all(value is None for value in values.values()):
             return None
         texts = {name: as_text(value, name) for name, value in values.items()}
@@ -102,6 +102,11 @@ class Record:
         shown = ", ".join(name[:40] for name in self.columns[:20]) or "no column"
         name = self._named.get(field) or field
         return ValueError(f"`{name}` is missing; the row has {shown}; name its column with data.columns.{field}")
+
+
+def columns_in(name: str) -> list[str]:
+    """The columns that a recipe names: one, or those in braces."""
+    return _IN_BRACES.findall(name) or [name]
 
 
 def is_missing(value: object) -> bool:

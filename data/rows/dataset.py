@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from data.rows.columns import columns_in
 from data.rows.media import Folders
 from data.rows.records import decoded, read_records
 from data.rows.row import RowReader
@@ -31,6 +32,7 @@ class RowFormat:
 class DataSet:
     """One data set as it was read. `unused_columns`: those from which nothing was taken in any record.
 
+    absent: columns that the recipe names and no usable record has, as "videos=clip"
     num_plain_marks: rows without media whose text has marks such as <video>, which are words there
     is_whole: False where a limit left records unread
     """
@@ -39,6 +41,7 @@ class DataSet:
     rows: list[Row]
     bad: list[BadRow]
     unused_columns: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
     num_plain_marks: int = 0
     is_whole: bool = True
 
@@ -48,6 +51,7 @@ class DataSet:
         if self.unused_columns:
             shown = ", ".join(self.unused_columns)
             found.append(f"{self.name}: columns that nothing uses: {shown} (data.columns names columns)")
+        found += [f"{self.name}: data.columns.{named}: no record has it" for named in self.absent]
         if self.num_plain_marks:
             what = "rows without media whose text has marks such as <video>, which are words there"
             found.append(f"{self.name}: {what}: {self.num_plain_marks}")
@@ -117,4 +121,8 @@ class _Reader:
 
     def data_set(self, name: str) -> DataSet:
         unused = tuple(column for column, is_used in self._columns.items() if not is_used)
-        return DataSet(name, self._rows, self._bad, unused, self._num_plain_marks, self._is_whole)
+        named = self._form.columns if self._rows else {}
+        absent = tuple(
+            f"{field}={text}" for field, text in named.items() if not self._columns.keys() & set(columns_in(text))
+        )
+        return DataSet(name, self._rows, self._bad, unused, absent, self._num_plain_marks, self._is_whole)

@@ -32,6 +32,8 @@ def split_at_marks(text: str, kinds: Collection[MediaKind]) -> list[tuple[MediaK
 
 
 def num_marks(text: str, kind: MediaKind) -> int:
+    if MARKS[kind] not in text:  # as most are
+        return 0
     return sum(found is not None for found, _ in split_at_marks(text, (kind,)))
 
 

@@ -25,10 +25,12 @@ from megatron_rl.types import MediaKind
 Span = tuple[float, float]
 
 Rate = Callable[[], float | None]
+Where = tuple[object, Span | None, float | None]  # where a medium is, its own seconds, the rate of its pictures
 
 ALWAYS: Span = (0.0, math.inf)
 LONGEST_PATH = 4096
-_SHORTEST_BASE64 = 512  # shorter text is a path
+_SHORTEST_BASE64 = 512  # shorter text is a path, unless it begins as a picture does
+_PICTURES = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # PNG, JPEG, GIF, WebP
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)?[^,]{0,100}?;base64,", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
 _VIDEO_FILES = frozenset(".mp4 .mkv .webm .avi .mov .m4v .ts .mpg .mpeg .flv .wmv .ogv .3gp .h264 .hevc".split())
@@ -53,10 +55,12 @@ class Medium:
     span: Span | None = None
 
 
-def read_media(value: object, name: str, kind: MediaKind, folders: Folders, fps: Rate) -> list[Medium]:
-    """The media of a column: one, or a list. `fps` gives the rate of a video that is a list of pictures. Raises
-    ValueError."""
-    return [] if is_missing(value) else [_medium(item, name, kind, folders, fps) for item in as_list(value)]
+def read_media(
+    value: object, name: str, kind: MediaKind, folders: Folders, fps: Rate, unused: set[str]
+) -> list[Medium]:
+    """The media of a column: one, or a list. `fps` gives the rate of a video that is a list of pictures; what nothing
+    uses in mappings is added to `unused` as "column.key". Raises ValueError."""
+    return [] if is_missing(value) else [_medium(item, name, kind, folders, fps, unused) for item in as_list(value)]
 
 
 def read_span(values: Sequence[object], name: str) -> Span:
@@ -79,10 +83,10 @@ def read_fps(value: object, name: str) -> float | None:
     return fps
 
 
-def _medium(value: object, name: str, kind: MediaKind, folders: Folders, fps: Rate) -> Medium:
+def _medium(value: object, name: str, kind: MediaKind, folders: Folders, fps: Rate, unused: set[str]) -> Medium:
     span, own_fps = None, None
     if isinstance(value, dict):
-        value, span, own_fps = _parts(value, name, kind)
+        value, span, own_fps = _parts(value, name, kind, unused)
     if isinstance(value, list):
         if kind != "video" or not value:
             raise _no_medium(name)
@@ -96,12 +100,9 @@ def _medium(value: object, name: str, kind: MediaKind, folders: Folders, fps: Ra
     return Medium(path, span)
 
 
-def _parts(value: Mapping[str, object], name: str, kind: MediaKind) -> tuple[object, Span | None, float | None]:
-    """(where it is, its own seconds, the rate of its pictures) of a mapping."""
+def _parts(value: Mapping[str, object], name: str, kind: MediaKind, unused: set[str]) -> Where:
     stated = {key: item for key, item in value.items() if not is_missing(item)}
-    unknown = set(stated) - {*_WHERE, *_SPAN, *_RATE, "bytes", "type", "format"}
-    if unknown:
-        raise ValueError(f"`{name}` has a medium with {', '.join(sorted(map(str, unknown)))}, which nothing uses here")
+    unused.update(f"{name}.{key}" for key in stated if key not in (*_WHERE, *_SPAN, *_RATE, "bytes", "type", "format"))
     span = read_span([stated.get(key) for key in _SPAN], f"`{name}`") if any(key in stated for key in _SPAN) else None
     if span and kind != "video":
         raise ValueError(f"`{name}` has {' and '.join(_SPAN)} of its own, which only videos may have")
@@ -110,7 +111,9 @@ def _parts(value: Mapping[str, object], name: str, kind: MediaKind) -> tuple[obj
     found = [stated[key] for key in _WHERE if key in stated]
     if len(found) != 1:
         raise _no_medium(name)
-    where, inner_span, fps = _parts(found[0], name, kind) if isinstance(found[0], dict) else (found[0], None, None)
+    where, inner_span, fps = (
+        _parts(found[0], name, kind, unused) if isinstance(found[0], dict) else (found[0], None, None)
+    )
     rates = [read_fps(stated[key], key) for key in _RATE if key in stated]
     if rates and kind != "video":
         raise ValueError(f"`{name}` has a rate of its own, which only a list of frames may have")
@@ -142,11 +145,15 @@ def _file(value: object, name: str, folders: Folders) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise _no_medium(name)
     text = whole(value, name)
-    if (header := _DATA_URL.match(text)) or (len(text) >= _SHORTEST_BASE64 and _BASE64.fullmatch(text)):
+    if (header := _DATA_URL.match(text)) or _is_base64(text):
         suffix = mimetypes.guess_extension(header[1]) if header and header[1] else None
         content = _from_base64(text[header.end() :] if header else text, name)
         return str(write_out(content, f"medium{suffix or ''}", folders.embedded))
     return _path(text, name, folders)
+
+
+def _is_base64(text: str) -> bool:
+    return (len(text) >= _SHORTEST_BASE64 or text.startswith(_PICTURES)) and _BASE64.fullmatch(text) is not None
 
 
 def _from_base64(text: str, name: str) -> bytes:

@@ -9,7 +9,7 @@ letter, are not repeated.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from data.rows.columns import as_text, unwritten
 
@@ -17,35 +17,12 @@ _LABEL = re.compile(r"\s*\(?([A-Z])[.):]\s*")
 _MOST = 26
 
 
-def read_options(value: object, name: str) -> tuple[str, ...]:
-    """The text of each option without its letter: of a list, or of {"A": ..., "B": ...}. Raises ValueError."""
-    return tuple(text for _, text in _options(value, name))
-
-
-def with_options(problem: str, value: object, name: str) -> str:
-    """The problem and its options below it. Raises ValueError."""
-    options = _options(value, name)
-    if all(_stands(letter, text, problem) for letter, (_, text) in zip(_letters(len(options)), options, strict=True)):
-        return problem
-    return "\n".join([problem, *(line for line, _ in options)])
-
-
-def check_answer(answer: str, options: Sequence[str], name: str) -> None:
-    """Raise ValueError for a number, or a letter, that is none of the options: an index would be learned as text."""
-    wanted = answer.strip()
-    if wanted in options or not re.fullmatch(r"\d+|[A-Z]", wanted) or wanted in _letters(len(options)):
-        return
-    raise ValueError(f"`{name}` {wanted} is none of the {len(options)} options; write the letter of the option")
-
-
-def _options(value: object, name: str) -> list[tuple[str, str]]:
-    """(line of the prompt, text without its letter) of each option."""
+def read_options(value: object, name: str) -> list[tuple[str, str]]:
+    """(line of the prompt, text without its letter) of each option: of a list, or of {"A": ..., "B": ...}. Raises
+    ValueError."""
     value = unwritten(value)
     if isinstance(value, dict):
-        found = {str(label): as_text(text, name) for label, text in value.items() if text is not None}
-        if list(found) != _letters(len(found)):
-            raise ValueError(f"`{name}` must have the keys A, B, C ...; found {', '.join(found)[:60]}")
-        return [(f"{label}. {text}", text) for label, text in found.items()]
+        return _of_mapping(value, name)
     if not isinstance(value, list) or not 1 <= len(value) <= _MOST:
         raise ValueError(f"`{name}` must be a list of 1 to {_MOST} options")
     texts = [as_text(text, name) for text in value]
@@ -56,9 +33,33 @@ def _options(value: object, name: str) -> list[tuple[str, str]]:
     return [(f"{letter}. {text}", text.strip()) for letter, text in zip(letters, texts, strict=True)]
 
 
+def with_options(problem: str, options: Sequence[tuple[str, str]]) -> str:
+    """The problem and its options, as `read_options` gives them, below it."""
+    if all(_stands(letter, text, problem) for letter, (_, text) in zip(_letters(len(options)), options, strict=True)):
+        return problem
+    return "\n".join([problem, *(line for line, _ in options)])
+
+
+def check_answer(answer: str, options: Sequence[str], name: str) -> None:
+    """Raise ValueError for a number, or a letter, that is none of the options: an index would be learned as text."""
+    wanted = answer.strip()
+    if wanted in options or not re.fullmatch(r"-?\d+|[A-Z]", wanted) or wanted in _letters(len(options)):
+        return
+    raise ValueError(f"`{name}` {wanted} is none of the {len(options)} options; write the letter of the option")
+
+
+def _of_mapping(value: Mapping[object, object], name: str) -> list[tuple[str, str]]:
+    found = {str(label): as_text(text, name) for label, text in value.items() if text is not None}
+    if list(found) != _letters(len(found)):
+        raise ValueError(f"`{name}` must have the keys A, B, C ...; found {', '.join(found)[:60]}")
+    return [(f"{label}. {text}", text) for label, text in found.items()]
+
+
 def _letters(count: int) -> list[str]:
     return [chr(ord("A") + number) for number in range(count)]
 
 
 def _stands(letter: str, text: str, problem: str) -> bool:
+    if text not in problem:  # as most are
+        return False
     return re.search(rf"(?<![A-Za-z]){letter}\s*[.):]\s*{re.escape(text)}", problem) is not None

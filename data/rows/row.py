@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from data.rows.columns import Record, as_text
+from data.rows.columns import Record, as_text, whole
 from data.rows.conversation import Conversation, is_conversation, read_conversation
 from data.rows.marks import MARKS, num_marks, unescaped, with_marks_of
 from data.rows.media import Folders, Medium, Span, data_type_of, read_fps, read_media, read_span
@@ -24,7 +24,7 @@ class RowReader:
 
     def __init__(self, values: Mapping[str, object], named: Mapping[str, str], folders: Folders):
         self._record, self._folders = Record(values, named), folders
-        self._unused_keys: frozenset[str] = frozenset()
+        self._unused_keys: set[str] = set()
         self.has_plain_marks = False
 
     @property
@@ -45,7 +45,7 @@ class RowReader:
             raise ValueError(f"`{conversation.name}` has places for media, but the row names none")
         turns = self._with_marks(turns, media)
         span = read_span([self._record.find(name)[1] for name in ("video_start", "video_end")], "the row")
-        _, problem_type = self._record.find("problem_type")
+        label = self._label()
         rows = []
         for number, cut in enumerate(_cuts(turns, every_answer), start=1):
             taken, history = _media_until(media, turns, cut), turns[: cut - 1]
@@ -59,7 +59,7 @@ class RowReader:
                     problem=problem,
                     answer=answer,
                     videos=tuple(medium.path for medium in videos),
-                    problem_type="" if problem_type is None else as_text(problem_type, "problem_type"),
+                    problem_type=label,
                     images=tuple(medium.path for medium in taken["image"]),
                     span=span,
                     audios=tuple(medium.path for medium in taken["audio"]),
@@ -70,12 +70,18 @@ class RowReader:
             )
         return rows
 
+    def _label(self) -> str:
+        column, value = self._record.find("problem_type")
+        if value is None:
+            return ""
+        return as_text(value, column) if isinstance(value, float) else whole(str(value), column)
+
     def _conversation(self) -> Conversation | None:
         for column in self._record.columns_of("messages"):
             if is_conversation(value := self._record.peek(column)):
                 self._record.used.add(column)
                 found = read_conversation(value, column)
-                self._unused_keys = found.unused
+                self._unused_keys |= found.unused
                 return found
         return None
 
@@ -93,6 +99,8 @@ class RowReader:
         if conversation is None:
             column, problem = record.find("problem")
             if problem is None:
+                if named := [name for name in record.columns_of("messages") if record.peek(name) is not None]:
+                    raise ValueError(f"`{named[0]}` holds no list of turns, and there is no `problem`")
                 raise record.missing("problem")
             user: Turn = ("user", as_text(problem, column))
             return user, ("assistant", self._answer(required=True))
@@ -124,9 +132,10 @@ class RowReader:
         last = len(turns) - 2
         if value is None or last < 0:
             return turns
-        check_answer(reference_answer(turns[-1][1]), read_options(value, column), "answer")
+        options = read_options(value, column)
+        check_answer(reference_answer(turns[-1][1]), [text for _, text in options], "answer")
         role, text = turns[last]
-        return (*turns[:last], (role, with_options(text, value, column)), turns[-1])
+        return (*turns[:last], (role, with_options(text, options)), turns[-1])
 
     def _media(self, conversation: Conversation | None) -> _Media:
         media: _Media = {}
@@ -137,8 +146,11 @@ class RowReader:
                 if value is not None:
                     raise ValueError(f"`{conversation.name}` and `{column}` both name media; keep one of them")
                 column, value = conversation.name, inline
-            media[kind] = [] if value is None else read_media(value, column, kind, self._folders, self._fps)
+            media[kind] = [] if value is None else self._read_media(value, column, kind)
         return media
+
+    def _read_media(self, value: object, column: str, kind: MediaKind) -> list[Medium]:
+        return read_media(value, column, kind, self._folders, self._fps, self._unused_keys)
 
     def _column_of(self, kind: MediaKind) -> tuple[str, object]:
         """(column, value) of the media of one kind."""
@@ -185,6 +197,8 @@ def _cuts(turns: Sequence[Turn], every_answer: bool) -> Iterator[int]:
 def _media_until(media: _Media, turns: Sequence[Turn], cut: int) -> _Media:
     """The media whose marks stand before turn `cut`. A kind without marks stands first; where marks and media do not
     fit, all are kept, and the prompt is refused."""
+    if cut == len(turns) - 1:
+        return media
     taken: _Media = {}
     for kind, found in media.items():
         marks = [num_marks(text, kind) if role == "user" else 0 for role, text in turns]

@@ -25,7 +25,7 @@ from megatron_rl.config.sizes import rank_problems, size_problems, trainer_grid
 from megatron_rl.errors import raise_all
 from megatron_rl.rewards.registry import load_reward
 from megatron_rl.runtime.grid import Grid
-from model_providers.family import Config, read_config, shape_and_weights, text_section
+from model_providers.family import Config, family_of, read_config, shape_and_weights, text_section
 from model_providers.hf_files import misfits, read_tensor_files, tied_copy_problem, tokenizer_problems
 from model_providers.shape import TransformerShape
 from model_providers.weight_map import WeightMap
@@ -94,9 +94,9 @@ def check(cfg: JobConfig, world_size: int, job: Job, require_files: bool = True)
 
 
 def check_inputs(cfg: JobConfig) -> None:
-    """Raise one ValueError with every problem of what a job reads; layouts, rewards and the like are not looked at."""
+    """Raise one ValueError with every problem of what a job reads. Weights, layouts, rewards are not looked at."""
     job: Job = "rl" if isinstance(cfg, RlConfig) else "sft"
-    raise_all([*_ranges(cfg), *_data(cfg), *_files(cfg, job), *_model(cfg, 0, job)], f"configuration of {cfg.run_dir}")
+    raise_all([*_ranges(cfg), *_data(cfg), *_files(cfg, job), *_family(cfg)], f"configuration of {cfg.run_dir}")
 
 
 def range_problems(cfg: JobConfig) -> list[str]:
@@ -238,6 +238,14 @@ def _files(cfg: JobConfig, job: Job) -> Iterator[str]:
 
 
 # ------------------------------------------------------------------------------------- the model's own configuration
+
+
+def _family(cfg: JobConfig) -> Iterator[str]:
+    """Whether the model's configuration can be read, and is of a family that is known."""
+    try:
+        family_of(read_config(cfg.model.hf), cfg.model.hf)
+    except ValueError as error:
+        yield str(error)
 
 
 def _model(cfg: JobConfig, world_size: int, job: Job) -> Iterator[str]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoint_tools.console import note, say, write_json
+from checkpoint_tools.console import say, write_json
 from megatron_rl.config.checks import check_inputs
 from megatron_rl.config.command_line import EXIT_USAGE
 from megatron_rl.config.io import load_config
@@ -77,7 +77,7 @@ def check_data(cfg: JobConfig, num_records: int | None) -> None:
     limits = ReadLimits(prompts=NUM_OPENED) if num_records is None else ReadLimits(records=num_records)
     inspection = inspect_inputs(cfg, limits)
     for text in inspection.notes:
-        note(f"note: {text}")
+        say(f"note: {text}")  # on stdout, which launch.sh hides: the job says it again
     raise_all(inspection.problems, "data")
     if isinstance(cfg, RlConfig) and inspection.first:
         try_reward(cfg, inspection.first)

@@ -55,8 +55,8 @@ def as_text(inspection: Inspection) -> str:
     lines += [f"  {row.source} [{row.kind}]: {row.reason}" for row in inspection.set_aside[:NUM_LISTED]]
     if len(inspection.set_aside) > NUM_LISTED:
         lines.append(f"  ... and {len(inspection.set_aside) - NUM_LISTED} more; --json lists all")
-    lines += [f"columns not used: {', '.join(inspection.unused_columns) or 'none'}"]
-    lines += [f"note: {text}" for text in inspection.notes]
+    lines += [] if inspection.unused_columns else ["columns that nothing uses: none"]
+    lines += [f"note: {text}" for text in inspection.notes]  # with the columns
     lines += histogram(inspection.lengths)
     return "\n".join(lines)
 

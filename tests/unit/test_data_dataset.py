@@ -104,7 +104,7 @@ def test_relative_roots_become_absolute(tmp_path, monkeypatch):
         ({"problem": "p", "answer": "a", "problem_type": "\ud800"}, "`problem_type` holds half a surrogate"),
         (b"[" * 100_000, "nested too deeply"),
         ({"problem": "p", "answer": "a", "videos": [3]}, "`videos` must be"),
-        ({"problem": "p", "answer": "a", "videos": {"uri": "x"}}, "`videos` has a medium with uri"),
+        ({"problem": "p", "answer": "a", "videos": {"uri": "x"}}, "`videos` must be"),
     ],
 )
 def test_bad_line_is_named_and_the_others_are_kept(tmp_path, line, reason):

@@ -151,6 +151,11 @@ def test_turns_that_cannot_be_used(tmp_path, turns, expected):
     assert expected in reason(tmp_path, {"messages": turns})
 
 
+@pytest.mark.parametrize("value", [{"role": "user"}, ["x"], [{"role": "user", "content": "q"}, "x"], "no turns"])
+def test_a_column_of_turns_that_holds_none(tmp_path, value):
+    assert reason(tmp_path, {"messages": value, "answer": "a"}).startswith("`messages` holds no list of turns")
+
+
 def test_a_system_column_and_keys_of_turns_that_nothing_uses(tmp_path):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning": "long", "name": None}]
     found = read(tmp_path, {"messages": turns, "system": "s"}, {"messages": turns})
@@ -211,6 +216,26 @@ def test_unused_columns_and_marks_without_media_are_noted(tmp_path):
     )
 
 
+def test_keys_of_media_that_nothing_uses_are_named(tmp_path):
+    found = read(
+        tmp_path, PLAIN | {"videos": [{"video": "a.mp4", "nframes": 8}], "image": {"path": "a.png", "width": 3}}
+    )
+    assert found.unused_columns == ("image.width", "videos.nframes") and found.rows
+
+
+def test_a_column_that_is_named_and_not_there_is_noted(tmp_path):
+    names = {"videos": "clpi", "images": "{folder}/{name}.png"}
+    found = read(tmp_path, PLAIN | {"clip": "a.mp4", "name": "x", "folder": "y"}, columns=names)
+    assert found.absent == ("videos=clpi",) and found.rows[0].images == (str(tmp_path / "y/x.png"),)
+    assert found.notes()[1].endswith("a.jsonl: data.columns.videos=clpi: no record has it")
+
+
+def test_labels_may_be_anything(tmp_path):
+    labels = ["a", 3.0, ["b"], True, None]
+    found = read(tmp_path, *[PLAIN | {"problem_type": label} for label in labels])
+    assert [row.problem_type for row in found.rows] == ["a", "3", "['b']", "True", ""]
+
+
 # ------------------------------------------------------------------------------------------------------------- options
 
 
@@ -238,7 +263,7 @@ def test_an_answer_that_is_one_of_the_options(tmp_path, answer):
     assert row_of(tmp_path, {"problem": "Q?", "options": ["cat", "dog"], "answer": answer}).answer == answer
 
 
-@pytest.mark.parametrize("answer", [1, "1", "F", "<answer>C</answer>"])
+@pytest.mark.parametrize("answer", [1, -1, "1", "F", "<answer>C</answer>"])
 def test_an_index_or_a_letter_beyond_the_options_is_no_answer(tmp_path, answer):
     found = reason(tmp_path, {"problem": "Q?", "options": ["cat", "dog"], "answer": answer})
     assert "is none of the 2 options; write the letter" in found
@@ -281,6 +306,7 @@ def test_pictures_as_text_and_bytes(tmp_path):
     paths = row_of(tmp_path, record).images
     assert [Path(path).read_bytes() for path in paths] == [png(), png(size=(300, 200)) * 3, png()]
     assert paths[0].endswith(".png")
+    assert Path(row_of(tmp_path, PLAIN | {"images": {"type": "base64", "data": text}}).images[0]).read_bytes() == png()
     assert Path(row_of(tmp_path, PLAIN | {"images": [png()]}, name="a.parquet").images[0]).read_bytes() == png()
 
 
@@ -292,7 +318,6 @@ def test_pictures_as_text_and_bytes(tmp_path):
         ("http://x.org/" + "a" * 5000, "too long for a path"),
         ("https://x.org/a.png", "is an address, https://x.org/a.png; download"),
         ("file://other/a.png", "a file of the machine other"),
-        ({"path": "a.png", "max_pixels": 3}, "a medium with max_pixels, which nothing uses here"),
         ({"path": "a.png", "image": "b.png"}, "must be a path"),
         ([["a.png", "b.png"]], "must be a path"),
     ],

@@ -75,7 +75,7 @@ def test_a_video_row(tmp_path, tiny_checkpoint, tiny_videos, recipe, capsys):
     assert row["num_tokens"] == len(tokenizer.encode(expected, add_special_tokens=False)) + 7  # 8 tokens for one place
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "nothing in the data stands in the way of the job"
-    assert "columns not used: id" in out and not (tmp_path / "run").exists()
+    assert "columns that nothing uses: id" in out and not (tmp_path / "run").exists()
 
 
 def test_system_turns_frames_and_images_reach_the_prompt(tmp_path, recipe):
@@ -98,6 +98,15 @@ def test_parquet_with_the_pictures_in_it(tmp_path, recipe):
     status, found = inspect(recipe(train=str(tmp_path / "a.parquet")), tmp_path)
     [item] = found["rows"][0]["media"]
     assert status == 0 and Path(item["path"]).parent == tmp_path / "run/media" and not (tmp_path / "run").exists()
+
+
+def test_configuration_and_tokenizer_are_enough(tmp_path, tiny_checkpoint, recipe):
+    (tmp_path / "bare").mkdir()
+    for path in tiny_checkpoint.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / "bare" / path.name).write_bytes(path.read_bytes())
+    status, found = inspect(recipe(PLAIN), tmp_path, f"model.hf={tmp_path}/bare")
+    assert status == 0 and found["usable"] == 1
 
 
 def test_what_is_set_aside_and_when_the_job_would_stop(tmp_path, recipe, capsys):
@@ -144,7 +153,7 @@ def test_check_reads_the_rows(tmp_path, recipe, job, module, capsys):
     module.main([recipe(PLAIN, PLAIN, PLAIN | {"extra": 1}, job=job), "--check"])
     done = capsys.readouterr()
     assert done.out.splitlines()[-1] == "nothing stands in the way of this run on 1 rank"
-    assert "columns that nothing uses: extra" in done.err.replace("\n", " ")
+    assert "columns that nothing uses: extra" in done.out
     with pytest.raises(SystemExit):
         module.main([recipe({"frage": "q", "antwort": "a"}, job=job), "--check"])
     lines = capsys.readouterr().err.splitlines()
@@ -175,5 +184,5 @@ def test_check_calls_the_reward_once(tmp_path, recipe):
 def test_a_batch_larger_than_the_data_set_is_said(tmp_path, recipe, capsys):
     train.main([recipe(PLAIN), "--check"])
     assert "data.train has 1 usable rows, so that a batch holds rows more than once" in " ".join(
-        capsys.readouterr().err.split()
+        capsys.readouterr().out.split()
     )
