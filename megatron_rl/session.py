@@ -123,13 +123,13 @@ def _build_session(
     """What must be closed at the end goes onto `stack`."""
     torch.manual_seed(cfg.seed)
     provider = build_provider(cfg)
-    tower = build_media_encoder(cfg, backend, provider)
-    policy = _build_policy(cfg, temperature, backend, mesh, provider, tower)
+    media_encoder = build_media_encoder(cfg, backend, provider)
+    policy = _build_policy(cfg, temperature, backend, mesh, provider, media_encoder)
     decoder = build_decoder(cfg, backend)
     tokenizer = load_tokenizer(cfg.model.hf)
     builder = build_prompt_builder(cfg.data, tokenizer, provider.specs, decoder)
     # Closed, or the interpreter would finish decoding before it ends.
-    encoder = stack.enter_context(closing(build_step_encoder(cfg, tower, provider, decoder)))
+    encoder = stack.enter_context(closing(build_step_encoder(cfg, media_encoder, provider, decoder)))
     quarantine = Quarantine(cfg.run_dir, mesh.rank == 0, cfg.data.max_bad_fraction)
     log = stack.enter_context(closing(_open_log(cfg, mesh)))
     plan = SavePlan(
@@ -178,27 +178,29 @@ def build_media_encoder(cfg: CacheConfig, backend: Backend, provider: ModelProvi
         ("tower", "projector") if cfg.model.train_vision == "all" else (cfg.model.train_vision,)
     )
     trained = frozenset(() if cfg.model.freeze_vision else parts)
-    tower = provider.build_encoder(backend, backend.local_device(parallel.local_rank()), trained)
+    media_encoder = provider.build_encoder(backend, backend.local_device(parallel.local_rank()), trained)
     if cfg.model.weights_from:
         checkpoint.check_weights(cfg.model.weights_from)
-    if cfg.model.weights_from and tower is not None:
-        checkpoint.load_tower(cfg.model.weights_from, tower)
-    return tower
+    if cfg.model.weights_from and media_encoder is not None:
+        checkpoint.load_encoder(cfg.model.weights_from, media_encoder)
+    return media_encoder
 
 
 def build_step_encoder(
-    cfg: CacheConfig, tower: MediaEncoder | None, provider: ModelProvider, decoder: VideoDecoder
+    cfg: CacheConfig, media_encoder: MediaEncoder | None, provider: ModelProvider, decoder: VideoDecoder
 ) -> StepEncoder:
     """What encodes the media of a step, and what their embeddings are kept in."""
-    if tower is None:
+    if media_encoder is None:
         return NoMedia()
     store = None
     if cfg.data.cache_dir:
         max_bytes = int(cfg.data.cache_gib * 2**30)
-        store = DiskStore(cfg.data.cache_dir, max_bytes, tower.fingerprint(), tower.dtype, tower.width)
+        store = DiskStore(
+            cfg.data.cache_dir, max_bytes, media_encoder.fingerprint(), media_encoder.dtype, media_encoder.width
+        )
     sound = provider.specs.sound
     frames = FramePrefetcher(decoder, cfg.data.prefetch_mib << 20, cfg.data.decode_threads, sound)
-    return ParallelEncoder(tower, frames, frames_per_chunk=cfg.data.frames_per_chunk, store=store)
+    return ParallelEncoder(media_encoder, frames, frames_per_chunk=cfg.data.frames_per_chunk, store=store)
 
 
 def _build_policy(
@@ -207,7 +209,7 @@ def _build_policy(
     backend: Backend,
     mesh: ParallelMesh,
     provider: ModelProvider,
-    tower: MediaEncoder | None,
+    media_encoder: MediaEncoder | None,
 ) -> Policy:
     model = provider.build_language(backend, mesh, temperature, cfg.model.recompute)
     provider.load_language(model, mesh)
@@ -222,7 +224,7 @@ def _build_policy(
         max_grad_norm=optimizer.max_grad_norm,
         offload=cfg.train.offload_optimizer,
     )
-    policy = Policy(model, backend, mesh, hyper, tower)
+    policy = Policy(model, backend, mesh, hyper, media_encoder)
     if cfg.model.weights_from:
         checkpoint.load_weights(cfg.model.weights_from, policy)
     return policy

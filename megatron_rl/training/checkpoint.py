@@ -38,8 +38,8 @@ from megatron_rl.protocols import MediaEncoder
 from megatron_rl.runtime.files import write_atomically
 from megatron_rl.runtime.parallel import ParallelMesh, gather_lists
 from megatron_rl.training.checkpoint_writer import RankSave, bytes_to_write
+from megatron_rl.training.encoder_training import encoder_state, load_encoder_state
 from megatron_rl.training.policy import Policy
-from megatron_rl.training.tower import load_tower_state, tower_state
 
 OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 STATE_FILE = "state.json"
@@ -71,7 +71,7 @@ def save(
     """
     final = step_folder(root, step)
     partial = final.with_name(final.name + ".partial")
-    vision = {"vision": vision_of(policy.tower)} if holds_tower(policy.tower) else {}
+    vision = {"vision": vision_of(policy.media_encoder)} if holds_encoder(policy.media_encoder) else {}
     whole = {"step": step, "version": policy.version, **vision, **state}
     try:
         _save(final, partial, policy, mesh, whole, Path(hf_source))
@@ -110,7 +110,7 @@ def _save(
 def _save_tensors(final: Path, partial: Path, policy: Policy) -> dict[str, FileDigest]:
     """Model and optimizer; returns the digests of the files that this rank has written. Collective."""
     writer = RankSave()
-    with policy.optimizer_at_hand():
+    with policy.optimizer_on_device():
         for part in policy.optimizer.chained_optimizers:
             # Moments exist from the first update on (none is made with rollout.only), but are always written.
             part.init_state_fn(part.optimizer, part.config)
@@ -163,12 +163,12 @@ def load(folder: str | Path, policy: Policy, mesh: ParallelMesh) -> dict[str, An
     if problems:
         raise ValueError(_not_read(folder, problems))
     state = json.loads((folder / STATE_FILE).read_text())
-    _check_same_vision(state.pop("vision", None), policy.tower)
-    with policy.optimizer_at_hand():
+    _check_same_vision(state.pop("vision", None), policy.media_encoder)
+    with policy.optimizer_on_device():
         loaded = _load_tensors(_sharded_state(policy, is_loading=True), folder)
         policy.language_model.load_state_dict(loaded["model"])
-        if "tower" in loaded and policy.tower is not None:
-            load_tower_state(policy.tower, loaded["tower"])
+        if "tower" in loaded and policy.media_encoder is not None:
+            load_encoder_state(policy.media_encoder, loaded["tower"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
     rng = folder / "rng" / f"rank_{mesh.rank}.safetensors"
     if rng.is_file():  # a larger world has ranks that were not there; nothing they draw is used across a resume
@@ -205,18 +205,18 @@ def check_origin(folder: Path, hf: Path, origin: Mapping[str, str]) -> None:
     raise_all(gather_lists(problems), f"resume from {folder}")
 
 
-def vision_of(tower: MediaEncoder | None) -> list[str] | None:
+def vision_of(media_encoder: MediaEncoder | None) -> list[str] | None:
     """What a checkpoint says of the tower that it holds: the parts that were trained."""
-    return sorted(tower.trained) if holds_tower(tower) else None
+    return sorted(media_encoder.trained) if holds_encoder(media_encoder) else None
 
 
-def holds_tower(tower: MediaEncoder | None) -> TypeGuard[MediaEncoder]:
+def holds_encoder(media_encoder: MediaEncoder | None) -> TypeGuard[MediaEncoder]:
     """Whether a checkpoint must hold the tower: the Hugging Face folder has other weights."""
-    return tower is not None and not tower.is_original
+    return media_encoder is not None and not media_encoder.is_original
 
 
-def _check_same_vision(saved: list[str] | None, tower: MediaEncoder | None) -> None:
-    ours = vision_of(tower)
+def _check_same_vision(saved: list[str] | None, media_encoder: MediaEncoder | None) -> None:
+    ours = vision_of(media_encoder)
     if saved != ours:
         was, now = (
             f"its own tower, of which {v or 'nothing'} is trained" if v is not None else "that of model.hf"
@@ -252,11 +252,11 @@ def load_weights(folder: str | Path, policy: Policy) -> None:
     policy.optimizer.reload_model_params()
 
 
-def load_tower(folder: str | Path, tower: MediaEncoder) -> None:
+def load_encoder(folder: str | Path, media_encoder: MediaEncoder) -> None:
     """As `load_weights`, for the vision tower; it stays that of `model.hf` where the checkpoint holds none."""
-    path, state = find_start(folder), tower_state(tower)
+    path, state = find_start(folder), encoder_state(media_encoder)
     if state.keys() <= dist_checkpointing.load_tensors_metadata(str(path)).keys():
-        load_tower_state(tower, _load_tensors({"tower": state}, path)["tower"])
+        load_encoder_state(media_encoder, _load_tensors({"tower": state}, path)["tower"])
 
 
 def find_start(folder: str | Path) -> Path:
@@ -286,8 +286,8 @@ def _remove(folder: Path) -> None:
 
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {"model": policy.language_model.sharded_state_dict()}
-    if holds_tower(policy.tower):
-        state["tower"] = tower_state(policy.tower)
+    if holds_encoder(policy.media_encoder):
+        state["tower"] = encoder_state(policy.media_encoder)
     optimizer = policy.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=OPTIMIZER_FORMAT)
     return {**state, "optimizer": optimizer}
 

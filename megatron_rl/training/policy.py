@@ -25,9 +25,9 @@ from megatron_rl.protocols import MediaEncoder, PolicyLoss
 from megatron_rl.runtime.device import Backend
 from megatron_rl.runtime.parallel import ParallelMesh
 from megatron_rl.training.batch import ScoredBatch
+from megatron_rl.training.encoder_training import EncoderTraining
 from megatron_rl.training.microbatch import MicroBatch, gather_embeds
 from megatron_rl.training.optimizer import install_group_step_adamw
-from megatron_rl.training.tower import TowerTraining
 from megatron_rl.types import LossInputs
 from model_providers.attention.core import BatchLayout
 from model_providers.transformer import ChunkedStage, LanguageModel
@@ -61,10 +61,10 @@ class Policy:
         backend: Backend,
         mesh: ParallelMesh,
         hyper: Hyperparameters,
-        tower: MediaEncoder | None = None,
+        media_encoder: MediaEncoder | None = None,
     ):
         self.backend, self.mesh, self.hyper = backend, mesh, hyper
-        self.language_model, self.tower = model, tower
+        self.language_model, self.media_encoder = model, media_encoder
         self.device = next(model.parameters()).device
         self.version = 0
         if backend.optimizer == "adamw":
@@ -79,12 +79,12 @@ class Policy:
             self.chunks = [DistributedDataParallel(model.config, ddp, chunk) for chunk in chunks]
             settings = _optimizer_config(hyper, backend)
             self.optimizer = get_megatron_optimizer(settings, self.chunks)
-            self.tower_training: TowerTraining | None = None
-            if tower is not None and tower.is_trained:
-                self.tower_training = TowerTraining(tower, model.config, ddp, settings)
-                self.optimizer = self.tower_training.join(self.optimizer)
-            self._offload_at_rest()
-        self._backward_vision: Callable[[], None] | None = None
+            self.encoder_training: EncoderTraining | None = None
+            if media_encoder is not None and media_encoder.is_trained:
+                self.encoder_training = EncoderTraining(media_encoder, model.config, ddp, settings)
+                self.optimizer = self.encoder_training.join(self.optimizer)
+            self._offload_between_steps()
+        self._backward_media: Callable[[], None] | None = None
         model.config.finalize_model_grads_func = self._finalize
         model.config.grad_scale_func = self.optimizer.scale_loss
         self._forward_backward = get_forward_backward_func()
@@ -101,14 +101,14 @@ class Policy:
         embeds: Mapping[str, Tensor],
         loss: PolicyLoss,
         step: int,
-        backward_vision: Callable[[], None] | None = None,
+        backward_media: Callable[[], None] | None = None,
     ) -> dict[str, tuple[float, float]]:
-        """One update. Where the tower is trained, `backward_vision` takes the gradients of `embeds` through it.
+        """One update. Where the tower is trained, `backward_media` takes the gradients of `embeds` through it.
 
         Returns local sums {metric: (numerator, denominator)}; those of the optimizer have
         denominator 1. Raises ValueError where the gradient is not finite, with the weights as they were."""
-        assert self.tower_training is None or backward_vision is not None, "a trained tower must get its gradients"
-        self._backward_vision = backward_vision
+        assert self.encoder_training is None or backward_media is not None, "a trained tower must get its gradients"
+        self._backward_media = backward_media
         for part in self._ddp_parts:
             part.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -116,13 +116,13 @@ class Policy:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         outputs = self._run([b.batch for b in batches], embeds, partial(_loss, loss, batches), forward_only=False)
-        with self.optimizer_at_hand():
+        with self.optimizer_on_device():
             self._check_gradient(step)
             updated, grad_norm, _ = self.optimizer.step()
         assert updated, "only a loss scaler refuses an update, and there is none"
         self.version += 1
-        if self.tower_training is not None:
-            self.tower_training.stepped()
+        if self.encoder_training is not None:
+            self.encoder_training.stepped()
         metrics: dict[str, tuple[float, float]] = {"actor/grad_norm": (float(grad_norm), 1.0), "actor/lr": (lr, 1.0)}
         if self.mesh.is_last_stage and self.mesh.here.tp == 0:
             metrics |= _sum_metrics(outputs)
@@ -143,7 +143,7 @@ class Policy:
 
     @property
     def _ddp_parts(self) -> list[DistributedDataParallel]:
-        return [*self.chunks, *([self.tower_training.ddp] if self.tower_training is not None else [])]
+        return [*self.chunks, *([self.encoder_training.ddp] if self.encoder_training is not None else [])]
 
     def _finalize(
         self,
@@ -153,14 +153,14 @@ class Policy:
         force_all_reduce: bool = False,
     ) -> None:
         """Called by the schedule after its last backward pass: the encoder's backward pass, then all reductions."""
-        if self.tower_training is None:
+        if self.encoder_training is None:
             finalize_model_grads(model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
             return
-        assert self._backward_vision is not None
-        self._backward_vision()
+        assert self._backward_media is not None
+        self._backward_media()
         # Leaves in num_tokens the tokens of all ranks.
         finalize_model_grads(model, num_tokens, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
-        self.tower_training.finish_gradients(num_tokens)
+        self.encoder_training.finish_gradients(num_tokens)
 
     def _run(
         self, batches: Sequence[MicroBatch], embeds: Mapping[str, Tensor], loss_func: Any, forward_only: bool
@@ -218,7 +218,7 @@ class Policy:
                     part.restore_grad_buffers()
 
     @contextmanager
-    def optimizer_at_hand(self) -> Iterator[None]:
+    def optimizer_on_device(self) -> Iterator[None]:
         """Optimizer state on the device inside the block, which runs in Megatron-core's scope: for its step, and for
         checkpoints."""
         with self.backend.mcore_scope():
@@ -226,9 +226,9 @@ class Policy:
             try:
                 yield
             finally:
-                self._offload_at_rest()
+                self._offload_between_steps()
 
-    def _offload_at_rest(self) -> None:
+    def _offload_between_steps(self) -> None:
         if self.hyper.offload:
             self.optimizer.offload_to_cpu()
 
@@ -237,28 +237,28 @@ class Reference:
     """A frozen copy of the policy's weights, kept in host memory: one shard per rank, in the model's dtype."""
 
     def __init__(self, policy: Policy):
-        self._tower = policy.tower if policy.tower_training is not None else None
-        tower_params = self._tower.module.parameters() if self._tower is not None else ()
-        self._params = [*policy.language_model.parameters(), *tower_params]
+        self._media_encoder = policy.media_encoder if policy.encoder_training is not None else None
+        encoder_params = self._media_encoder.module.parameters() if self._media_encoder is not None else ()
+        self._params = [*policy.language_model.parameters(), *encoder_params]
         self._weights = [p.detach().to("cpu", copy=True) for p in self._params]
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """The policy's model computes with the reference weights inside the block; its own come back bit for bit."""
         own = [p.detach().to("cpu", copy=True) for p in self._params]
-        version = self._set_tower_version(REFERENCE_VERSION)
+        version = self._set_encoder_version(REFERENCE_VERSION)
         self._write(self._weights)
         try:
             yield
         finally:
             self._write(own)
-            self._set_tower_version(version)
+            self._set_encoder_version(version)
 
-    def _set_tower_version(self, version: int) -> int:
+    def _set_encoder_version(self, version: int) -> int:
         """Say which weights the encoder holds; returns what it was."""
-        if self._tower is None:
+        if self._media_encoder is None:
             return 0
-        before, self._tower.version = self._tower.version, version
+        before, self._media_encoder.version = self._media_encoder.version, version
         return before
 
     @torch.no_grad()

@@ -97,10 +97,10 @@ def encode_one_video(rank: int, world: int, port: int, folder: str, video: Media
     """Every rank is a context parallel rank, so that it wants its part of one micro-batch."""
     mesh = join(rank, world, port, context=world)
     provider, backend = open_provider(folder), choose_backend("cpu", "float32")
-    tower = provider.build_encoder(backend, torch.device("cpu"))
+    media_encoder = provider.build_encoder(backend, torch.device("cpu"))
     frames = FramePrefetcher(build_video_decoder(backend.decoder_device, 1), 0)
-    assert tower is not None
-    cache = ParallelEncoder(tower, frames)
+    assert media_encoder is not None
+    cache = ParallelEncoder(media_encoder, frames)
     batches = pack(make_groups(provider, [video], 2), 1, 1 << 20, provider, mesh)[0].batches
     _, wanted = localize(batches)
     dist.barrier()
@@ -146,16 +146,16 @@ class Step:
         self._provider.load_language(model, mesh)
         hyper = Hyperparameters(1e-6, (0.9, 0.999), 1e-8, 0.0, 0, 1.0)
         self._policy = Policy(model, backend, mesh, hyper)
-        tower = self._provider.build_encoder(backend, torch.device("cpu"))
-        assert tower is not None
-        self._tower = tower
+        media_encoder = self._provider.build_encoder(backend, torch.device("cpu"))
+        assert media_encoder is not None
+        self._media_encoder = media_encoder
         self.videos = [artifact(f"video {i}", num_frames, setting.side) for i in range(PROMPTS)]
         generator = torch.Generator().manual_seed(0)
         shape = (num_frames, 3, setting.side, setting.side)
         self._frames = {
             v.path: torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for v in self.videos
         }
-        self._cache = ParallelEncoder(self._tower, FramePrefetcher(Frames(self._frames), 0))
+        self._cache = ParallelEncoder(self._media_encoder, FramePrefetcher(Frames(self._frames), 0))
         self._groups = make_groups(self._provider, self.videos, setting.responses)
         self.num_encoded = 0
 
@@ -198,7 +198,7 @@ class Step:
     def _encode_whole(self, key: str) -> Tensor:
         video = next(v for v in self.videos if v.key == key)
         self.num_encoded += video.grid_thw[0] * video.grid_thw[1] * video.grid_thw[2]
-        return torch.cat([self._tower.encode(part) for part in self._frames[video.path].split(64)])
+        return torch.cat([self._media_encoder.encode(part) for part in self._frames[video.path].split(64)])
 
 
 class Grids:

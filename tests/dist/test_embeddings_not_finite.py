@@ -36,26 +36,26 @@ def videos(tmp_path: Path) -> list[MediaItem]:
 
 def open_stored(checkpoint: Path, folder: Path) -> ParallelEncoder:
     dist.init_process_group("gloo")
-    tower = open_provider(checkpoint).build_encoder(choose_backend("cpu", "float32"), torch.device("cpu"))
-    assert tower is not None
-    store = DiskStore(folder, 1 << 30, tower.fingerprint(), tower.dtype, tower.width)
-    return ParallelEncoder(tower, FramePrefetcher(MadeFrames(), 0), frames_per_chunk=16, store=store)
+    media_encoder = open_provider(checkpoint).build_encoder(choose_backend("cpu", "float32"), torch.device("cpu"))
+    assert media_encoder is not None
+    store = DiskStore(folder, 1 << 30, media_encoder.fingerprint(), media_encoder.dtype, media_encoder.width)
+    return ParallelEncoder(media_encoder, FramePrefetcher(MadeFrames(), 0), frames_per_chunk=16, store=store)
 
 
 def _encode_with_damage(rank: int, checkpoint: Path, folder: Path, videos: list[MediaItem], name: str) -> Any:
     """One projector weight is NaN; or (`name`) only what the tower makes of one file's frames."""
     cache = open_stored(checkpoint, folder)
-    tower: Any = cache._encoder
+    media_encoder: Any = cache._encoder
     if not name:
-        next(p for n, p in tower.module.named_parameters() if "merger" in n).data.view(-1)[0] = torch.nan
-    original = tower.encode
+        next(p for n, p in media_encoder.module.named_parameters() if "merger" in n).data.view(-1)[0] = torch.nan
+    original = media_encoder.encode
 
     def encode(frames: Tensor, kind: str) -> Tensor:
         embeds = original(frames, kind)
         shown = torch.stack([made_frame(name, i, frames.shape[-2:]) for i in range(40)]) if name else frames[:0]
         return embeds * torch.nan if any(torch.equal(frames[0], one) for one in shown) else embeds
 
-    tower.encode = encode
+    media_encoder.encode = encode
     failed = cache.encode(videos)
     kept = [v for v in videos if v.key not in failed]
     return failed, {key: bool(t.isfinite().all()) for key, t in cache.fetch(kept).tables.items()}

@@ -69,11 +69,11 @@ class Parts:
         model = provider.build_language(tp.BACKEND, mesh, 1.0, case.recompute)
         provider.load_language(model, mesh)
         model.requires_grad_(not case.freeze_language)
-        self.tower = provider.build_encoder(tp.BACKEND, torch.device("cpu"), case.trained)
-        assert self.tower is not None
-        policy = Policy(model, tp.BACKEND, mesh, case.hyper, self.tower)
+        self.media_encoder = provider.build_encoder(tp.BACKEND, torch.device("cpu"), case.trained)
+        assert self.media_encoder is not None
+        policy = Policy(model, tp.BACKEND, mesh, case.hyper, self.media_encoder)
         self.trainer = tp.Trainer(provider, mesh, policy)
-        self.cache = ParallelEncoder(self.tower, FramePrefetcher(MadeFrames(), 0), frames_per_chunk=8)
+        self.cache = ParallelEncoder(self.media_encoder, FramePrefetcher(MadeFrames(), 0), frames_per_chunk=8)
         self.case = case
         self.groups = tp.grouped_samples(provider)
         self.videos = videos_of(self.groups)
@@ -96,13 +96,13 @@ def videos_of(groups: Sequence[Sequence[Any]]) -> list[MediaItem]:
 
 def _tower_gradients(policy: Policy) -> dict[str, Tensor]:
     """By Hugging Face name, of the trained parameters; the distributed optimizer's parts gathered. Collective."""
-    assert policy.tower is not None and policy.tower_training is not None
-    for group in policy.tower_training.ddp.bucket_groups:
+    assert policy.media_encoder is not None and policy.encoder_training is not None
+    for group in policy.encoder_training.ddp.bucket_groups:
         ranks = group.intra_distributed_optimizer_instance_group
         for bucket in group.buckets:
             own = bucket.grad_data.chunk(ranks.size())[ranks.rank()].clone()
             dist.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
-    named = policy.tower.named_weights()
+    named = policy.media_encoder.named_weights()
     assert all(p.grad is None for p in named.values()), "a gradient beside the buffer"
     return {name: p.main_grad.clone() for name, p in named.items() if p.requires_grad}
 
@@ -117,15 +117,17 @@ def _measure(rank: int, folder: Path, case: Case) -> Any:
 def _one_graph(rank: int, folder: Path) -> Any:
     """The tower inside the model: one process, one graph, whole videos, every prompt in one micro-batch."""
     trainer = tp.open_trainer(folder, tp.join(), tp.MEASURE)
-    tower = trainer.provider.build_encoder(tp.BACKEND, torch.device("cpu"), BOTH)
+    media_encoder = trainer.provider.build_encoder(tp.BACKEND, torch.device("cpu"), BOTH)
     groups = tp.grouped_samples(trainer.provider)
     decoder = MadeFrames()
-    embeds = {v.key: tower._forward(decoder.decode(v.path, v.frame_indices, v.size_hw)) for v in videos_of(groups)}
+    embeds = {
+        v.key: media_encoder._forward(decoder.decode(v.path, v.frame_indices, v.size_hw)) for v in videos_of(groups)
+    }
     batches = pack(groups, 1, 10_000, trainer.provider, trainer.mesh, share_prefix=False)[0].batches
     assert len(batches) == 1
     metrics = trainer.policy.train(tp.off_policy(batches), embeds, LOSS, step=0)
     num_tokens = sum(len(s.response_ids) for group in groups for s in group)
-    gradients = {name: p.grad / num_tokens for name, p in tower.named_weights().items()}
+    gradients = {name: p.grad / num_tokens for name, p in media_encoder.named_weights().items()}
     return metrics, tp.gradients(trainer), gradients
 
 
@@ -202,10 +204,10 @@ def _train_once(rank: int, folder: Path, case: Case) -> Any:
     """(tower before, after, loss of two updates, clipped norm) and the tower of the reference, seen and left again."""
     parts = Parts(folder, case)
     policy, cache = parts.trainer.policy, parts.cache
-    before = {name: p.detach().clone() for name, p in parts.tower.named_weights().items()}
+    before = {name: p.detach().clone() for name, p in parts.media_encoder.named_weights().items()}
     reference = Reference(policy)
     parts.update(0)
-    after = {name: p.detach().clone() for name, p in parts.tower.named_weights().items()}
+    after = {name: p.detach().clone() for name, p in parts.media_encoder.named_weights().items()}
     cache.forget()
     cache.encode(parts.videos)
     wanted = {v.key: ((0, v.num_tokens),) for v in parts.videos}
@@ -228,9 +230,9 @@ def test_an_update_changes_what_is_trained_and_the_reference_stays(
         assert changed == _expected(before, trained).keys()
         assert all(torch.equal(after[name], ranks[0][1][name]) for name in after), "ranks hold other towers"
         assert all(not torch.equal(first[key], now[key]) for key in now)
-    tower = tp.open_provider(tiny_checkpoint).build_encoder(tp.BACKEND, torch.device("cpu"))
+    media_encoder = tp.open_provider(tiny_checkpoint).build_encoder(tp.BACKEND, torch.device("cpu"))
     for video in videos_of(tp.grouped_samples(tp.open_provider(tiny_checkpoint))):
-        whole = tower.encode(MadeFrames().decode(video.path, video.frame_indices, video.size_hw))
+        whole = media_encoder.encode(MadeFrames().decode(video.path, video.frame_indices, video.size_hw))
         torch.testing.assert_close(ranks[0][2][video.key], whole, rtol=1e-5, atol=1e-5)
 
 
@@ -245,15 +247,15 @@ def _two_updates(rank: int, folder: Path, case: Case) -> dict[str, Tensor]:
     for (batches, _), embeds in zip(local, made, strict=True):
         now = cache.refreshed(embeds)
         policy.train(tp.off_policy(batches), now.tables, LOSS, 0, partial(cache.backward, now))
-    return {name: p.detach().clone() for name, p in parts.tower.named_weights().items()}
+    return {name: p.detach().clone() for name, p in parts.media_encoder.named_weights().items()}
 
 
 def test_later_updates_encode_with_the_tower_as_it_is(tiny_checkpoint: Path) -> None:
     hyper = replace(tp.HYPER, lr=1e-3, eps=1e-2)  # so that noise in small gradients does not become a whole step
     [alone] = run_world(1, _two_updates, tiny_checkpoint, Case(hyper=hyper))
-    for tower in run_world(4, _two_updates, tiny_checkpoint, Case(2, 1, 2, hyper=hyper)):
+    for media_encoder in run_world(4, _two_updates, tiny_checkpoint, Case(2, 1, 2, hyper=hyper)):
         for name, weight in alone.items():
-            torch.testing.assert_close(tower[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(media_encoder[name], weight, rtol=1e-5, atol=1e-6, msg=name)
 
 
 # ------------------------------------------------------------------------------------------- checkpoints and the export
@@ -273,14 +275,14 @@ def _updates(rank: int, folder: Path, root: Path, case: Case, load: int, save: i
         history.append(parts.update(step).get("actor/pg_loss", (0.0, 0.0)))
         if step + 1 == save:
             checkpoint.save(root, save, policy, mesh, {"best": None}, hf_source=str(folder))
-    tower = {name: p.detach().clone() for name, p in parts.tower.named_weights().items()}
+    media_encoder = {name: p.detach().clone() for name, p in parts.media_encoder.named_weights().items()}
     moments = [
         {key: value.clone() for key, value in part.optimizer.state[param].items()}
         for part in policy.optimizer.chained_optimizers
         for group in part.optimizer.param_groups
         for param in group["params"]
     ]
-    return history, tower, tp.weights(parts.trainer), moments
+    return history, media_encoder, tp.weights(parts.trainer), moments
 
 
 LEARNING = replace(tp.HYPER, lr=1e-3)
@@ -290,11 +292,11 @@ def test_resume_at_the_same_layout_to_the_bit(tiny_checkpoint: Path, tmp_path: P
     case = Case(2, 1, 1, hyper=LEARNING)
     straight = run_world(2, _updates, tiny_checkpoint, tmp_path, case, 0, N, 2 * N)
     resumed = run_world(2, _updates, tiny_checkpoint, tmp_path, case, N, None, 2 * N)
-    for (history, tower, _, moments), (expected_history, expected_tower, _, expected) in zip(
+    for (history, media_encoder, _, moments), (expected_history, expected_tower, _, expected) in zip(
         resumed, straight, strict=True
     ):
         assert history == expected_history[N:]
-        assert all(torch.equal(tower[name], weight) for name, weight in expected_tower.items())
+        assert all(torch.equal(media_encoder[name], weight) for name, weight in expected_tower.items())
         for ours, theirs in zip(moments, expected, strict=True):
             assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
@@ -323,9 +325,9 @@ def _start_from(rank: int, folder: Path, root: Path, again: Path) -> Any:
     """A run with a frozen tower that starts from the weights of one that trained it, and its checkpoint."""
     parts = Parts(folder, Case(trained=frozenset()))
     checkpoint.load_weights(root, parts.trainer.policy)
-    checkpoint.load_tower(root, parts.tower)
+    checkpoint.load_encoder(root, parts.media_encoder)
     checkpoint.save(again, 1, parts.trainer.policy, parts.trainer.mesh, {"best": None}, hf_source=str(folder))
-    return {name: p.detach().clone() for name, p in parts.tower.named_weights().items()}
+    return {name: p.detach().clone() for name, p in parts.media_encoder.named_weights().items()}
 
 
 def _embed(folder: Path, frames: Tensor) -> Tensor:

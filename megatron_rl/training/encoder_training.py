@@ -22,19 +22,19 @@ from torch import Tensor
 from megatron_rl.protocols import MediaEncoder
 
 
-class TowerTraining:
+class EncoderTraining:
     """Gradient buffers and optimizer of an encoder; created inside the backend's scope."""
 
     def __init__(
         self,
-        tower: MediaEncoder,
+        media_encoder: MediaEncoder,
         config: TransformerConfig,
         ddp: DistributedDataParallelConfig,
         optimizer: OptimizerConfig,
     ):
         groups = _all_ranks_are_data_parallel()
-        self._tower = tower
-        self.ddp = DistributedDataParallel(config, ddp, tower.module, pg_collection=groups)
+        self._media_encoder = media_encoder
+        self.ddp = DistributedDataParallel(config, ddp, media_encoder.module, pg_collection=groups)
         self.optimizers = get_megatron_optimizer(
             optimizer, [self.ddp], use_gloo_process_groups=False, pg_collection=groups
         ).chained_optimizers
@@ -56,25 +56,25 @@ class TowerTraining:
 
     def stepped(self) -> None:
         """The optimizer has changed the weights."""
-        self._tower.version += 1
+        self._media_encoder.version += 1
 
 
-def tower_state(tower: MediaEncoder) -> dict[str, ShardedTensor]:
+def encoder_state(media_encoder: MediaEncoder) -> dict[str, ShardedTensor]:
     """The encoder for Megatron-core's checkpoints, each tensor under its Hugging Face name; rank 0 writes it."""
     replica = (0, 0, dist.get_rank())
     return {
         name: ShardedTensor.from_rank_offsets(name, param, replica_id=replica)
-        for name, param in tower.named_weights().items()
+        for name, param in media_encoder.named_weights().items()
     }
 
 
 @torch.no_grad()
-def load_tower_state(tower: MediaEncoder, loaded: dict[str, Any]) -> None:
-    """Fill the encoder with what a checkpoint gave for `tower_state`."""
-    for name, param in tower.named_weights().items():
+def load_encoder_state(media_encoder: MediaEncoder, loaded: dict[str, Any]) -> None:
+    """Fill the encoder with what a checkpoint gave for `encoder_state`."""
+    for name, param in media_encoder.named_weights().items():
         param.copy_(loaded[name])
-    tower.is_original = False
-    tower.version += 1
+    media_encoder.is_original = False
+    media_encoder.version += 1
 
 
 def _all_ranks_are_data_parallel() -> ProcessGroupCollection:
