@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,7 @@ class RunState:
                 self.progress.say(f"asked to stop; step {done} is saved: {STOP_ADVICE}")
 
     def _is_best(self, metric: float | None, done: int) -> bool:
-        if metric is not None and (self.best is None or metric > self.best[0]):
+        if metric is not None and not math.isnan(metric) and (self.best is None or metric > self.best[0]):
             self.best = (metric, done)
         return self.best is not None and self.best[1] == done
 

@@ -206,11 +206,11 @@ class Policy:
     @contextmanager
     def offloaded(self) -> Iterator[None]:
         """Gradient buffers freed for the length of the block, optimizer state in host memory until it is needed."""
-        with self.backend.mcore_scope():
-            for part in self._ddp_parts:
-                part.offload_grad_buffers()
-            self.optimizer.offload_to_cpu()
         try:
+            with self.backend.mcore_scope():
+                for part in self._ddp_parts:
+                    part.offload_grad_buffers()
+                self.optimizer.offload_to_cpu()
             yield
         finally:
             with self.backend.mcore_scope():
