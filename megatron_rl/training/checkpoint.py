@@ -76,8 +76,9 @@ def save(
     try:
         _save(final, partial, policy, mesh, whole, Path(hf_source))
     except ValueError:
-        if mesh.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(
+            partial, ignore_errors=True
+        )  # on every rank: another may still have been writing at the first try
         raise
     return final
 
