@@ -70,7 +70,7 @@ else
     [[ "$master" =~ ^[^:]+:[0-9]+$ ]] || fail "--master must be HOST:PORT"
     rendezvous=(--nnodes "$nnodes" --node-rank "$node_rank" --master-addr "${master%:*}" --master-port "${master##*:}")
 fi
-# A mistake in the recipe ends here, in a fraction of a second and without torchrun's report about its children.
+# A mistake in the recipe or its data ends here, before any rank starts and without torchrun's report about its children.
 [[ "$1" != megatron_rl.* ]] || WORLD_SIZE=$((nproc * nnodes)) "$python" -m "$@" --check >/dev/null
 exec "$python" -m megatron_rl.runtime.launcher "${rendezvous[@]}" --nproc-per-node "$nproc" --shutdown-timeout "$grace" \
     --module "$@"
